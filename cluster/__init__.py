@@ -1,0 +1,1 @@
+"""Ray Serve application, pools, fleet, plain-process cluster, settings, command line."""

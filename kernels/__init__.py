@@ -1,0 +1,1 @@
+"""The maths of DeepSeek sparse attention: one public function an operation."""

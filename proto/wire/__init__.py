@@ -1,0 +1,1 @@
+"""What both sides of gRPC must agree on: ids, page hashes, the error tree and its mapping to Status, limits."""

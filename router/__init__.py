@@ -1,0 +1,1 @@
+"""The front door: sessions, history, encoding, parsing, placement, tenants. No torch."""
