@@ -1,0 +1,45 @@
+"""What a rank is told when it starts. Nothing here is read from the environment."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from seamount.wire.ids import GangId, RankId
+
+PoolName = Literal["prefill", "decode"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RankSpec:
+    """One rank: one process, on GPU one device.
+
+    host: the one address that every listener of the rank binds to; port 0 = any free one. ``worker_token``: shared by
+    routers and ranks; None only on loopback. ``allow_forced_tokens``: tests of plain processes may dictate the sampled
+    ids; refused off loopback.
+    """
+
+    rank_id: RankId
+    gang_id: GangId
+    pool: PoolName
+    gang_rank: int
+    gang_size: int
+    model_path: Path
+    layout: str
+    dtype: str
+    num_pages: int
+    max_batch_tokens: int
+    prefill_chunk_tokens: int
+    max_running: int
+    max_context_tokens: int
+    step_timeout_s: float
+    host: str = "127.0.0.1"
+    port: int = 0
+    worker_token: str | None = None
+    allow_forced_tokens: bool = False
+    num_threads: int = 1
+    """torch's intra-op threads."""
+    tls_certificate_file: Path | None = None
+    tls_key_file: Path | None = None
+    ca_file: Path | None = None
