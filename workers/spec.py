@@ -40,6 +40,5 @@ class RankSpec:
     allow_forced_tokens: bool = False
     num_threads: int = 1
     """torch's intra-op threads."""
-    tls_certificate_file: Path | None = None
-    tls_key_file: Path | None = None
-    ca_file: Path | None = None
+    transfer_timeout_s: float = 10.0
+    max_links: int = 32
