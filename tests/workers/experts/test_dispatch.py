@@ -1,4 +1,4 @@
-"""Two or three threads, each with its own gloo group object over one real TCPStore, stand for the ranks of a gang."""
+"""Two or three threads, each with its own gloo group object, stand for the ranks of a gang."""
 
 import random
 from collections.abc import Callable
@@ -9,7 +9,7 @@ from typing import TypeVar
 import pytest
 import torch
 from torch import Tensor
-from torch.distributed import PrefixStore, ProcessGroupGloo, TCPStore
+from torch.distributed import HashStore, ProcessGroupGloo
 
 from seamount.workers.experts.dispatch import Dispatched, ExpertParallel, GangExperts, LocalExperts
 
@@ -26,11 +26,10 @@ def seed() -> int:
 
 
 def on_each_rank(size: int, body: Callable[[int, ProcessGroupGloo], Result]) -> list[Result]:
-    store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False, timeout=TIMEOUT)
+    store = HashStore()
 
     def rank_main(rank: int) -> Result:
-        client = TCPStore("127.0.0.1", store.port, is_master=False, timeout=TIMEOUT)
-        return body(rank, ProcessGroupGloo(PrefixStore("gang", client), rank, size, TIMEOUT))
+        return body(rank, ProcessGroupGloo(store, rank, size, TIMEOUT))
 
     with ThreadPoolExecutor(size) as pool:
         return list(pool.map(rank_main, range(size)))
