@@ -1,0 +1,1 @@
+"""The DeepSeek-V3.2 architecture: configuration, forward pass over paged caches, weights."""
