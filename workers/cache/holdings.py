@@ -1,0 +1,194 @@
+"""Who holds which pages: the pool, the prefix tree and the session tails kept in step.
+
+- Only full, computed pages enter the prefix tree, and no page in the tree is ever written again. At most
+  ``(len - 1) // page_size`` pages of a prompt are taken from it, so that the last prompt token, which is always
+  computed, never falls into a shared page. A partly filled page belongs to one reservation, or to one session as its
+  tail.
+- Whoever pins a page of the tree pins all pages before it, and gives them back deepest first: the least recently used
+  idle page is therefore always a leaf, and every idle page can be evicted.
+- Two sequences that compute the same page at once: the first one's enters the tree, the second pins that one too and
+  reads its own copy until it ends, since a step or a transfer may be using it.
+"""
+
+from __future__ import annotations
+
+from array import array
+
+from seamount.wire.hashes import page_hashes
+from seamount.workers.cache.pages import PagePool
+from seamount.workers.cache.prefix import PageNode, PrefixTree
+from seamount.workers.cache.reservation import Reservation, common_prefix_len
+from seamount.workers.cache.sessions import SessionBook, Tail
+
+
+class Holdings:
+    """Not thread-safe: its owner holds the lock."""
+
+    def __init__(self, *, num_pages: int, page_size: int) -> None:
+        self.page_size = page_size
+        self.pool = PagePool(num_pages)
+        self.tree = PrefixTree()
+        self.sessions = SessionBook(max_left_tokens=4 * num_pages * page_size)
+
+    # ---- the session beside the pages
+
+    def common_len(self, session_id: str, root: bytes, token_ids: array[int]) -> int:
+        """First position at which ``token_ids`` differ from what the session left; 0 if it left nothing."""
+        record = self.sessions.get(session_id)
+        return common_prefix_len(record.left, token_ids) if record is not None and record.left_root == root else 0
+
+    def begin(self, reservation: Reservation) -> None:
+        if reservation.session_id:
+            record = self.sessions.touch(reservation.session_id)
+            record.live_id = record.latest_id = reservation.id
+
+    def remember(self, reservation: Reservation, end: int) -> None:
+        """The session leaves the entries of its first ``end`` tokens here."""
+        if reservation.session_id:
+            left = array("I", reservation.token_ids[:end])
+            self.sessions.remember(reservation.session_id, left, reservation.root)
+
+    def end(self, reservation: Reservation) -> None:
+        """The session has no live reservation any more."""
+        record = self.sessions.get(reservation.session_id)
+        if record is not None and record.live_id == reservation.id:
+            record.live_id = None
+            for page in self.sessions.trim():
+                self.pool.free_idle(page)
+
+    # ---- taking pages
+
+    def assign(self, reservation: Reservation, token_ids: array[int]) -> bool:
+        """Pin what is cached of ``token_ids``, allocate for the rest and one token more; False if there is no room.
+
+        Sets ``pages``, ``nodes``, ``num_found``, ``computed_len``, or nothing; the reservation holds no pages before.
+        """
+        packed = memoryview(token_ids).cast("B")
+        nodes = self.tree.match(reservation.digests, packed, self.page_size * 4, (len(token_ids) - 1) // self.page_size)
+        found_len = len(nodes) * self.page_size
+        tail = self._usable_tail(reservation, nodes)
+        num_from_tail = 0
+        if tail is not None:
+            rest = token_ids[found_len : min(found_len + len(tail.token_ids), len(token_ids) - 1)]
+            num_from_tail = common_prefix_len(tail.token_ids, rest)
+        num_missing = len(token_ids) // self.page_size + 1 - len(nodes) - (num_from_tail > 0)
+        num_idle_hits = sum(1 for node in nodes if self.pool.refcount(node.page) == 0) + (num_from_tail > 0)
+        if num_missing > self.pool.num_free + self.pool.num_idle - num_idle_hits:
+            return False
+        for node in nodes:
+            self.pool.pin(node.page)
+        pages = [node.page for node in nodes]
+        if tail is not None and num_from_tail > 0:
+            self.sessions.drop_tail(tail)
+            self.pool.pin(tail.page)
+            pages.append(tail.page)
+        reservation.nodes, reservation.num_found = nodes.copy(), len(nodes)
+        reservation.pages = pages + self._allocate(num_missing)
+        reservation.computed_len = found_len + num_from_tail
+        return True
+
+    def grow(self, reservation: Reservation, num_pages: int) -> bool:
+        """Let it hold ``num_pages``; or change nothing and say False."""
+        num_missing = num_pages - len(reservation.pages)
+        if num_missing > self.pool.num_free + self.pool.num_idle:
+            return False
+        if num_missing > 0:
+            reservation.pages.extend(self._allocate(num_missing))
+        return True
+
+    def _usable_tail(self, reservation: Reservation, nodes: list[PageNode]) -> Tail | None:
+        record = self.sessions.get(reservation.session_id)
+        if record is None or record.tail is None or record.tail.root != reservation.root:
+            return None
+        return record.tail if record.tail.parent is (nodes[-1] if nodes else None) else None
+
+    def _allocate(self, num_pages: int) -> list[int]:
+        while self.pool.num_free < num_pages:
+            self._evict()
+        return [self.pool.take() for _ in range(num_pages)]
+
+    def _evict(self) -> None:
+        page = self.pool.oldest_idle()
+        node = self.tree.at(page)
+        if node is not None:
+            self._forget(node)
+        else:
+            self.sessions.drop_tail(self.sessions.tail_at(page))
+        self.pool.free_idle(page)
+
+    def _forget(self, node: PageNode) -> None:
+        self.tree.remove(node)
+        self.sessions.count_tree_page(node.session_id, -1)
+
+    # ---- filling pages
+
+    def advance(self, reservation: Reservation, computed_len: int) -> None:
+        """Entries before ``computed_len`` are present: every page that is now full enters the tree."""
+        reservation.computed_len = max(reservation.computed_len, computed_len)
+        size = self.page_size
+        while (index := len(reservation.nodes)) < reservation.computed_len // size:
+            token_ids = array("I", reservation.token_ids[index * size : (index + 1) * size])
+            if index == len(reservation.digests):
+                parent_digest = reservation.digests[-1] if index else reservation.root
+                reservation.digests.extend(page_hashes(parent_digest, token_ids, size))
+            page = reservation.pages[index]
+            node = self.tree.add(
+                parent=reservation.nodes[-1] if index else None,
+                digest=reservation.digests[index],
+                token_ids=token_ids.tobytes(),
+                page=page,
+                session_id=reservation.session_id,
+            )
+            if node is None:  # another page's tokens have this hash: this sequence's pages stay its own from here on
+                return
+            if node.page == page:
+                self.sessions.count_tree_page(node.session_id, 1)
+            else:
+                self.pool.pin(node.page)
+            reservation.nodes.append(node)
+
+    # ---- giving pages back
+
+    def give_back(self, reservation: Reservation, end: int) -> None:
+        """Give all pages back, deepest first; entries before ``end`` stay cached, those beyond if others share them.
+
+        The page that ``end`` cuts becomes the session's tail, unless it stays in the tree or the session has gone on.
+        """
+        record = self.sessions.get(reservation.session_id)
+        is_latest = record is not None and record.latest_id == reservation.id
+        if record is not None and is_latest and end > 0 and record.tail is not None:
+            page = record.tail.page
+            self.sessions.drop_tail(record.tail)
+            self.pool.free_idle(page)
+        num_full = end // self.page_size
+        for index in range(len(reservation.pages) - 1, -1, -1):
+            is_tail = is_latest and index == num_full < end / self.page_size and index <= len(reservation.nodes)
+            self._give_back_page(reservation, index, end if is_tail else None, is_kept=index < num_full)
+        reservation.pages, reservation.nodes = [], []
+        reservation.num_found = reservation.computed_len = 0
+
+    def _give_back_page(self, reservation: Reservation, index: int, tail_end: int | None, *, is_kept: bool) -> None:
+        page = reservation.pages[index]
+        node = reservation.nodes[index] if index < len(reservation.nodes) else None
+        if node is not None and node.page == page:
+            brought = index >= reservation.num_found
+            if is_kept or not brought or node.num_children > 0 or self.pool.refcount(page) > 1:
+                self.pool.unpin(page, cached=True)
+                return
+            self._forget(node)
+            node = None
+        if tail_end is not None:
+            token_ids = array("I", reservation.token_ids[index * self.page_size : tail_end])
+            parent = reservation.nodes[index - 1] if index else None
+            self.sessions.keep_tail(
+                Tail(
+                    session_id=reservation.session_id,
+                    page=page,
+                    root=reservation.root,
+                    parent=parent,
+                    token_ids=token_ids,
+                )
+            )
+        self.pool.unpin(page, cached=tail_end is not None)
+        if node is not None:
+            self.pool.unpin(node.page, cached=True)

@@ -1,0 +1,103 @@
+"""One reservation: a sequence's claim on pages of a rank, from Reserve to Release."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from enum import Enum
+
+from seamount.workers.cache.prefix import PageNode
+
+ReservationKey = tuple[str, str, int, int]
+"""session, turn, epoch, attempt."""
+
+
+class ReservationState(Enum):
+    ACTIVE = "active"
+    """Holds pages for all its tokens."""
+    PREEMPTED = "preempted"
+    """Holds no page until it is resumed."""
+    ENDING = "ending"
+    """Released, expired or superseded, but a receive or a step still touches its pages."""
+    ENDED = "ended"
+    """Holds nothing and is forgotten."""
+
+
+@dataclass(slots=True, eq=False, kw_only=True)
+class Reservation:
+    """The live object. Only ``Reservations`` changes it; the engine thread may read it without the lock.
+
+    token_ids: the prompt, then what was appended; pages: physical pages in order; computed_len: tokens whose entries
+    are present, from the first on; common_len: first position at which the prompt differs from what the session left
+    here (the length of the shorter if none does, 0 if it left nothing); cached_len_at_first: ``cached_len`` when made;
+    expires_at, time_to_live_s: seconds of the owner's monotonic clock.
+
+    nodes: pinned pages of the tree, for the leading tokens; ``pages[i]`` is ``nodes[i].page``, or an own copy where
+    another sequence computed the same page first. num_found: leading nodes that were cached when pages were assigned.
+    receive: [first, end) of the receive in flight; num_uses: receive, steps and sends that still touch the pages;
+    keep_len: how far to keep the entries once those are over.
+    """
+
+    id: str
+    session_id: str
+    turn_id: str
+    epoch: int
+    attempt: int
+    root: bytes
+    token_ids: list[int]
+    prompt_len: int
+    digests: list[bytes]
+    common_len: int
+    time_to_live_s: float
+    expires_at: float
+    page_size: int
+    state: ReservationState = ReservationState.ACTIVE
+    pages: list[int] = field(default_factory=list)
+    nodes: list[PageNode] = field(default_factory=list)
+    num_found: int = 0
+    computed_len: int = 0
+    cached_len_at_first: int = 0
+    receive: tuple[int, int] | None = None
+    num_uses: int = 0
+    keep_len: int | None = None
+
+    @property
+    def key(self) -> ReservationKey:
+        return (self.session_id, self.turn_id, self.epoch, self.attempt)
+
+    @property
+    def cached_len(self) -> int:
+        """Prompt tokens whose entries are present now; at most ``prompt_len - 1``: the last one is always computed."""
+        return min(self.computed_len, self.prompt_len - 1)
+
+    @property
+    def capacity(self) -> int:
+        """Tokens that fit into its pages."""
+        return len(self.pages) * self.page_size
+
+    def is_own(self, index: int) -> bool:
+        """Whether ``pages[index]`` is referenced by this reservation itself and not through a node of the tree."""
+        return index >= len(self.nodes) or self.nodes[index].page != self.pages[index]
+
+    def slots(self, first: int, end: int) -> list[int]:
+        """Physical slots (page * page_size + offset) of the positions [first, end), which lie within the capacity."""
+        size, slots = self.page_size, list[int]()
+        while first < end:
+            index, offset = divmod(first, size)
+            stop = min(end, (index + 1) * size)
+            base = self.pages[index] * size + offset
+            slots.extend(range(base, base + stop - first))
+            first = stop
+        return slots
+
+
+def common_prefix_len(left: Sequence[int], right: Sequence[int]) -> int:
+    """First position at which two sequences of one type differ; the length of the shorter if none does."""
+    low, high = 0, min(len(left), len(right))
+    while low < high:  # [0, low) is equal; halve the rest, so that the compared part is copied at C speed
+        middle = (low + high + 1) // 2
+        if left[low:middle] == right[low:middle]:
+            low = middle
+        else:
+            high = middle - 1
+    return low

@@ -1,0 +1,127 @@
+"""What a rank remembers of each session: the ids it left, its tail page, its live reservation."""
+
+from __future__ import annotations
+
+from array import array
+from collections import Counter, OrderedDict
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+from seamount.workers.cache.prefix import PageNode
+
+MAX_RECORDS = 4_096
+"""Sessions whose left ids are remembered."""
+
+
+@dataclass(slots=True, eq=False, kw_only=True)
+class Tail:
+    """A session's last, partly filled page while no reservation uses it.
+
+    root: root hash of its chain; parent: the full page before it; token_ids: uint32, as many as entries are present.
+    """
+
+    session_id: str
+    page: int
+    root: bytes
+    parent: PageNode | None
+    token_ids: array[int]
+
+
+@dataclass(slots=True, eq=False, kw_only=True)
+class SessionRecord:
+    """left, left_root: the ids whose entries the session's last reservation left here, and the root of their chain.
+
+    live_id: the reservation in force or None; latest_id: the last one ever made: only that one may leave a tail.
+    """
+
+    left: array[int] = field(default_factory=lambda: array("I"))
+    left_root: bytes = b""
+    tail: Tail | None = None
+    live_id: str | None = None
+    latest_id: str = ""
+
+
+class SessionBook:
+    """Records, and tails. Not thread-safe: its owner holds the lock.
+
+    max_left_tokens: bound on the remembered ids of all sessions together; the least recently used go first.
+    """
+
+    def __init__(self, *, max_left_tokens: int) -> None:
+        self._max_left_tokens = max_left_tokens
+        self._num_left_tokens = 0
+        self._records: OrderedDict[str, SessionRecord] = OrderedDict()
+        self._tails: dict[int, Tail] = {}
+        self._num_tree_pages: Counter[str] = Counter()
+
+    def get(self, session_id: str) -> SessionRecord | None:
+        return self._records.get(session_id)
+
+    def touch(self, session_id: str) -> SessionRecord:
+        """The session's record, made if absent, now the most recently used."""
+        record = self._records.setdefault(session_id, SessionRecord())
+        self._records.move_to_end(session_id)
+        return record
+
+    def tails(self) -> Iterator[Tail]:
+        return iter(self._tails.values())
+
+    def tail_at(self, page: int) -> Tail:
+        return self._tails[page]
+
+    def keep_tail(self, tail: Tail) -> None:
+        """The session has no tail now: its former one was taken or dropped before."""
+        self._records[tail.session_id].tail = tail
+        self._tails[tail.page] = tail
+        if tail.parent is not None:
+            tail.parent.num_children += 1
+
+    def drop_tail(self, tail: Tail) -> None:
+        self._records[tail.session_id].tail = None
+        del self._tails[tail.page]
+        if tail.parent is not None:
+            tail.parent.num_children -= 1
+
+    def remember(self, session_id: str, token_ids: array[int], root: bytes) -> None:
+        record = self.touch(session_id)
+        self._num_left_tokens += len(token_ids) - len(record.left)
+        record.left, record.left_root = token_ids, root
+
+    def trim(self) -> list[int]:
+        """Forget the least recently used sessions beyond the bounds; returns the pages of their tails, now ownerless.
+
+        Sessions with a live reservation stay.
+        """
+        num_records, num_tokens = len(self._records), self._num_left_tokens
+        victims: list[str] = []
+        for session_id, record in self._records.items():
+            if num_records <= MAX_RECORDS and num_tokens <= self._max_left_tokens:
+                break
+            if record.live_id is None:
+                victims.append(session_id)
+                num_records -= 1
+                num_tokens -= len(record.left)
+        pages: list[int] = []
+        for session_id in victims:
+            record = self._records[session_id]
+            if record.tail is not None:
+                pages.append(record.tail.page)
+                self.drop_tail(record.tail)
+            del self._records[session_id]
+        self._num_left_tokens = num_tokens
+        return pages
+
+    def count_tree_page(self, session_id: str, change: int) -> None:
+        """A page that the session brought entered (+1) or left (-1) the tree."""
+        if session_id:
+            self._num_tree_pages[session_id] += change
+            if self._num_tree_pages[session_id] == 0:
+                del self._num_tree_pages[session_id]
+
+    def cached_sessions(self) -> list[str]:
+        """Sessions with a live reservation, a tail, or pages in the tree that they brought; most recent first."""
+        return [
+            session_id
+            for session_id, record in reversed(self._records.items())
+            if record.live_id is not None or record.tail is not None or session_id in self._num_tree_pages
+        ]
