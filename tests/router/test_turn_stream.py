@@ -1,0 +1,33 @@
+"""One writer, many followers, none of them able to hurt the turn."""
+
+from __future__ import annotations
+
+import asyncio
+
+from seamount.router.turn_stream import TurnStream
+from seamount.v1.events_pb2 import TurnEvent
+
+
+def event(sequence: int) -> TurnEvent:
+    return TurnEvent(turn_id="t", sequence=sequence)
+
+
+async def collect(stream: TurnStream) -> list[int]:
+    return [item.sequence async for batch in stream.follow() for item in batch]
+
+
+async def test_early_late_and_leaving_followers() -> None:
+    stream = TurnStream()
+    early = asyncio.create_task(collect(stream))
+    leaver = asyncio.create_task(collect(stream))
+    await asyncio.sleep(0)
+    stream.append([event(1), event(2)])
+    await asyncio.sleep(0)
+    leaver.cancel()
+    stream.append([])
+    stream.append([event(3)])
+    stream.close()
+    assert await asyncio.wait_for(early, 1) == [1, 2, 3]
+    assert await asyncio.wait_for(collect(stream), 1) == [1, 2, 3]
+    await asyncio.gather(leaver, return_exceptions=True)
+    assert leaver.cancelled()
