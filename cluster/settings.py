@@ -14,8 +14,9 @@ from __future__ import annotations
 
 import difflib
 import ipaddress
+import json
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -56,10 +57,6 @@ LocalPath = Annotated[Path, AfterValidator(_absolute)]
 
 Resources = dict[str, Annotated[float, Field(ge=0)]]
 """Ray resources of one replica: ``CPU``, ``GPU`` or the name of a custom one."""
-
-
-def _contradiction(key: str, message: str) -> PydanticCustomError:
-    return PydanticCustomError("contradiction", "{message}", {"key": key, "message": message})
 
 
 class _Section(BaseModel):
@@ -121,9 +118,9 @@ class PoolsSettings(_Section):
 
 class SamplingDefaults(_Section):
     temperature: float = Field(default=1.0, ge=0, le=limits.MAX_TEMPERATURE, description="0 = greedy")
-    top_p: float = Field(default=0.95, gt=0, le=1)
+    top_p: float = Field(default=0.95, gt=0, le=1, description="Probability mass that is sampled from")
     top_k: int = Field(default=0, ge=0, le=limits.MAX_TOP_K, description="0 = off")
-    max_output_tokens: int = Field(default=1024, ge=1, le=limits.MAX_OUTPUT_TOKENS)
+    max_output_tokens: int = Field(default=1024, ge=1, le=limits.MAX_OUTPUT_TOKENS, description="Of one turn")
 
 
 class RouterSettings(_Section):
@@ -163,6 +160,9 @@ class RouterSettings(_Section):
 
 
 class PlacementSettings(_Section):
+    path: Literal["auto", "local", "remote"] = Field(
+        default="auto", description="Where missing tokens are computed; auto compares estimates, the others never do"
+    )
     local_append_max_tokens: int = Field(
         default=128, ge=0, description="Up to this many missing tokens are computed on the decode rank itself"
     )
@@ -198,7 +198,11 @@ class RedisSettings(_Section):
 class Settings(_Section):
     """Everything a deployment may choose; ``load_settings`` makes it."""
 
-    cluster_name: str = Field(default="seamount", pattern=r"^[a-z0-9]([a-z0-9-]{0,38}[a-z0-9])?$")
+    cluster_name: str = Field(
+        default="seamount",
+        pattern=r"^[a-z0-9]([a-z0-9-]{0,38}[a-z0-9])?$",
+        description="Deployments that share a Redis or a Ray cluster differ in it",
+    )
     run_dir: LocalPath = Field(default=Path(".run"), description="Logs, sockets and other files of the running system")
     model: ModelSettings = ModelSettings()
     cache: CacheSettings = CacheSettings()
@@ -210,6 +214,12 @@ class Settings(_Section):
     transfer: TransferSettings = TransferSettings()
     redis: RedisSettings = RedisSettings()
     redis_url: SecretStr | None = Field(default=None, description=f"From {REDIS_VARIABLE} alone")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _sections_with_paths(cls, chosen: object) -> object:
+        # Validated with each file's context: their defaults hold paths, which a default made at import would fix.
+        return {"model": {}, "redis": {}} | chosen if isinstance(chosen, dict) else chosen
 
     @model_validator(mode="after")
     def _parts_agree(self) -> Settings:
@@ -238,10 +248,10 @@ class Settings(_Section):
                 raise _contradiction(f"router.{key}", f"router.{key}: there is no file {path}")
         return self
 
-    def to_yaml(self) -> str:
-        """What is in force, as ``serving.yaml`` would say it; secrets masked."""
-        chosen = self.model_dump(mode="json", exclude_none=True)
-        return yaml.safe_dump(chosen, sort_keys=False, default_flow_style=False)
+    def to_yaml(self, *, explained: bool = False) -> str:
+        """What is in force, as ``serving.yaml`` says it; ``explained``: with a comment behind each key. No secrets."""
+        lines = [f"# {REDIS_VARIABLE} is {'not set' if self.redis_url is None else 'set'}"]
+        return "\n".join([*lines, *_lines(self, "", explained)]) + "\n"
 
 
 class ClientEnvironment(_Section):
@@ -270,12 +280,12 @@ def load_settings(path: Path | None = None, *, environ: Mapping[str, str] | None
     value out of range, or settings that contradict each other.
     """
     environ = os.environ if environ is None else environ
-    chosen = _read(_find(path, environ))
+    file = _find(path, environ)
+    chosen = _read(file)
     if "redis_url" in chosen:
         raise _refused("redis_url", f"redis_url may hold a password: set {REDIS_VARIABLE} in the environment instead")
     if url := environ.get(REDIS_VARIABLE):
         chosen["redis_url"] = url
-    file = _find(path, environ)
     base = file.absolute().parent if file is not None else Path.cwd()
     return validate(chosen, base=base)
 
@@ -311,7 +321,9 @@ def _read(path: Path | None) -> dict[str, Any]:
     if path is None:
         return {}
     try:
-        chosen = yaml.safe_load(path.read_text(encoding="utf-8"))
+        text = path.read_text(encoding="utf-8")
+        _refuse_repeated_keys(yaml.compose(text, yaml.SafeLoader))
+        chosen = yaml.safe_load(text)
     except (OSError, UnicodeDecodeError) as error:
         raise _refused("config", f"cannot read {path}: {error}") from None
     except yaml.YAMLError as error:
@@ -321,6 +333,16 @@ def _read(path: Path | None) -> dict[str, Any]:
     if not isinstance(chosen, dict):
         raise _refused("config", f"{path} must hold keys and values, such as 'router: {{port: 7411}}'")
     return {str(key): value for key, value in chosen.items()}
+
+
+def _refuse_repeated_keys(node: yaml.Node | None) -> None:
+    if not isinstance(node, yaml.MappingNode):
+        return
+    keys = [key.value for key, _ in node.value]
+    for key, value in node.value:
+        if keys.count(key.value) > 1:  # YAML readers silently take the last one
+            raise _refused(str(key.value), f"line {key.start_mark.line + 1}: {key.value} stands there twice")
+        _refuse_repeated_keys(value)
 
 
 def _explain(error: ValidationError) -> InvalidArgument:
@@ -350,3 +372,19 @@ def _unknown(name: str, location: tuple[int | str, ...]) -> InvalidArgument:
 
 def _refused(field: str, message: str, *, reason: str = "INVALID_SETTING") -> InvalidArgument:
     return InvalidArgument(message, field=field, reason=reason)
+
+
+def _contradiction(key: str, message: str) -> PydanticCustomError:
+    return PydanticCustomError("contradiction", "{message}", {"key": key, "message": message})
+
+
+def _lines(section: BaseModel, indent: str, explained: bool) -> Iterator[str]:
+    plain = section.model_dump(mode="json")
+    for key, field in type(section).model_fields.items():
+        value = getattr(section, key)
+        if isinstance(value, BaseModel):
+            yield f"{indent}{key}:"
+            yield from _lines(value, indent + "  ", explained)
+        elif key != "redis_url":
+            comment = f"  # {field.description}" if explained else ""
+            yield f"{indent}{key}: {json.dumps(plain[key])}{comment}"
