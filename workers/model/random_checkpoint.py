@@ -205,7 +205,6 @@ def _write_json(path: Path, content: object) -> None:
 def _write_tensors(
     folder: Path, config: ModelConfig, seed: int, dtype: torch.dtype, fp8: bool, max_shard_bytes: int
 ) -> None:
-    metadata = {"format": "pt", "seed": str(seed)}  # two random models never look the same by their headers
     shards = list(_shards(config, dtype, max_shard_bytes))
     if len(shards) == 1:
         names = ["model.safetensors"]
@@ -217,7 +216,8 @@ def _write_tensors(
         tensors: dict[str, Tensor] = {}
         for name, shape in shapes.items():
             tensors |= _stored(name, _random_tensor(name, shape, seed), dtype, fp8)
-        save_file(tensors, folder / file_name, metadata=metadata)
+        # One metadata key: safetensors writes several in no fixed order, and equal seeds shall give equal files.
+        save_file(tensors, folder / file_name, metadata={"format": "pt"})
         weight_map |= dict.fromkeys(tensors, file_name)
         total_size += sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
     if len(shards) > 1:
