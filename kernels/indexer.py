@@ -1,0 +1,80 @@
+"""The lightning indexer's scores: how much each cached token matters to each query.
+
+    I[t, s] = k_scale[s] * sum_h w[t, h] * ReLU(q[t, h] . k[s])        (DeepSeek-V3.2, equation 1)
+
+w may be negative. With e4m3 queries, their scales are folded into w: scales are positive, so ReLU lets them through.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from seamount.kernels.layout import PAGE_SIZE, CacheLayout, unpack_index_pages
+
+# Elements of the [rows, heads, keys] scores that exist at one time: 16 MiB of float32, about a core's share of cache.
+_TILE_ELEMENTS = 4 << 20
+
+
+def mqa_logits(q: Tensor, k: Tensor, weights: Tensor, lengths: Tensor, k_scales: Tensor | None = None) -> Tensor:
+    """Indexer scores of the rows of one sequence against its contiguous keys.
+
+    q: [T, H, D] float32 or float64; k: [L, D], the same dtype; weights: [T, H]; k_scales: [L] or None for 1.
+    lengths: [T] int64: row t sees keys [0, lengths[t]). T and L may be 0.
+    Returns [T, L] in q's dtype; -inf at s >= lengths[t], whatever the unused keys hold.
+    """
+    num_rows, heads, _ = q.shape
+    num_keys = k.shape[0]
+    logits = torch.empty((num_rows, num_keys), dtype=q.dtype, device=q.device)
+    tile = max(1, _TILE_ELEMENTS // max(1, heads * num_keys))
+    for start in range(0, num_rows, tile):
+        rows = slice(start, start + tile)
+        scores = (q[rows].flatten(0, 1) @ k.T).relu_().view(-1, heads, num_keys)
+        torch.bmm(weights[rows].unsqueeze(1).to(q.dtype), scores, out=logits[rows].unsqueeze(1))
+    if k_scales is not None:
+        logits *= k_scales
+    unseen = torch.arange(num_keys, device=q.device) >= lengths.unsqueeze(1)
+    return logits.masked_fill_(unseen, float("-inf"))
+
+
+def paged_mqa_logits(
+    q: Tensor, plane: Tensor, weights: Tensor, context_lens: Tensor, page_tables: Tensor, layout: CacheLayout
+) -> Tensor:
+    """Indexer scores of one query per sequence against its paged keys.
+
+    q: [B, H, D] float32 or float64; plane: an index plane [num_pages, page bytes] uint8; weights: [B, H].
+    context_lens: [B] int64 tokens; page_tables: [B, P] int64 physical pages, any valid page number beyond the context.
+    B and P may be 0.
+    Returns [B, P * 64] in q's dtype; -inf at s >= context_lens[b], whatever the unused slots hold.
+    """
+    batch, heads, _ = q.shape
+    logits = torch.full((batch, page_tables.shape[1] * PAGE_SIZE), float("-inf"), dtype=q.dtype, device=q.device)
+    for rows, num_pages in _similar_lengths(context_lens.tolist(), heads):
+        group = torch.tensor(rows, device=q.device)
+        pages = page_tables[group, :num_pages]
+        keys, scales = unpack_index_pages(plane.index_select(0, pages.flatten()), layout)
+        num_keys = num_pages * PAGE_SIZE
+        scores = torch.bmm(q[group], keys.view(len(rows), num_keys, -1).transpose(1, 2)).relu_()
+        sums = torch.bmm(weights[group].unsqueeze(1).to(q.dtype), scores).squeeze(1)
+        if scales is not None:
+            sums *= scales.view(len(rows), num_keys)
+        unseen = torch.arange(num_keys, device=q.device) >= context_lens[group].unsqueeze(1)
+        logits[group, :num_keys] = sums.masked_fill_(unseen, float("-inf"))
+    return logits
+
+
+def _similar_lengths(context_lens: list[int], heads: int) -> list[tuple[list[int], int]]:
+    """Groups of rows, each with the pages of its longest: bounded padding and memory, few torch calls."""
+    longest_first = sorted(range(len(context_lens)), key=lambda row: -context_lens[row])
+    groups: list[tuple[list[int], int]] = []
+    for row in longest_first:
+        pages = -(-context_lens[row] // PAGE_SIZE)
+        if pages == 0:
+            continue
+        if groups:
+            rows, num_pages = groups[-1]
+            if 2 * pages >= num_pages and (len(rows) + 1) * num_pages * PAGE_SIZE * heads <= _TILE_ELEMENTS:
+                rows.append(row)
+                continue
+        groups.append(([row], pages))
+    return groups

@@ -1,0 +1,65 @@
+"""Multi-head latent attention (absorbed form) over the tokens that the indexer selected.
+
+    out[t, h] = sum_j p[t, h, j] kv[i_j, :C],   p = softmax_j(scale * q[t, h] . kv[i_j]),   i = indices[t]
+
+Index -1 is no token, wherever it stands. A row without any token has out 0 and lse +inf.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from seamount.kernels.dense_mla import masked_softmax
+from seamount.kernels.layout import CacheLayout, gather_slots, unpack_latent
+
+# Elements of the gathered [rows, k, C + R] latents that exist at one time.
+_TILE_ELEMENTS = 8 << 20
+
+
+def sparse_mla_decode(
+    q: Tensor, plane: Tensor, slots: Tensor, layout: CacheLayout, scale: float
+) -> tuple[Tensor, Tensor]:
+    """One query a row, over slots of the paged cache; only these slots are read.
+
+    q: [B, H, C + R] float32 or float64, latent part first; plane: a latent plane [num_pages, page bytes] uint8.
+    slots: [B, k] int64 physical slots, -1 for none; distinct within a row. B and k may be 0.
+    Returns (out [B, H, C], lse [B, H]) in q's dtype.
+    """
+    batch, heads, _ = q.shape
+    out = q.new_empty((batch, heads, layout.kv_lora_rank))
+    lse = q.new_empty((batch, heads))
+    for rows in _tiles(batch, slots.shape[1] * layout.latent_dim):
+        latents = unpack_latent(gather_slots(plane, slots[rows].clamp(min=0).flatten(), layout, "latent"), layout)
+        latents = latents.view(-1, slots.shape[1], layout.latent_dim)
+        out[rows], lse[rows] = _attend(q[rows], latents, slots[rows] < 0, scale, layout.kv_lora_rank)
+    return out, lse
+
+
+def sparse_mla_prefill(q: Tensor, kv: Tensor, indices: Tensor, scale: float, value_dim: int) -> tuple[Tensor, Tensor]:
+    """The rows of one sequence over its context, read from the cache once.
+
+    q: [T, H, C + R] float32 or float64; kv: [L, C + R], the same dtype; value_dim: C.
+    indices: [T, k] int64 positions in kv, -1 for none; distinct within a row. T and k may be 0.
+    Returns (out [T, H, C], lse [T, H]) in q's dtype.
+    """
+    num_rows, heads, _ = q.shape
+    out = q.new_empty((num_rows, heads, value_dim))
+    lse = q.new_empty((num_rows, heads))
+    for rows in _tiles(num_rows, indices.shape[1] * kv.shape[1]):
+        latents = kv.index_select(0, indices[rows].clamp(min=0).flatten()).view(-1, indices.shape[1], kv.shape[1])
+        out[rows], lse[rows] = _attend(q[rows], latents, indices[rows] < 0, scale, value_dim)
+    return out, lse
+
+
+def _attend(q: Tensor, latents: Tensor, invalid: Tensor, scale: float, value_dim: int) -> tuple[Tensor, Tensor]:
+    # Slot 0 stands in for -1 and may hold anything: 0 * NaN would reach the sum.
+    latents.masked_fill_(invalid.unsqueeze(-1), 0)
+    scores = torch.bmm(q, latents.transpose(1, 2))
+    probabilities, lse = masked_softmax(scores, invalid.unsqueeze(1), scale)
+    return torch.bmm(probabilities, latents[..., :value_dim]), lse
+
+
+def _tiles(num_rows: int, elements_per_row: int) -> list[slice]:
+    tile = max(1, _TILE_ELEMENTS // max(1, elements_per_row))
+    return [slice(start, start + tile) for start in range(0, num_rows, tile)]

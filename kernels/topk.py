@@ -1,0 +1,34 @@
+"""Exact top-k with a defined choice among equals."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def topk_indices(logits: Tensor, k: int, lengths: Tensor) -> Tensor:
+    """The k largest of each row's first ``lengths[t]`` scores.
+
+    Among equal scores the lowest indices are taken: ReLU makes plateaus of exact zeros, and every rank and every
+    chunking must choose the same set. NaN counts as -inf.
+
+    logits: [T, L] float, whatever beyond ``lengths[t]``; lengths: [T] int64, 0 <= lengths[t] <= L; k >= 1.
+    Returns [T, k] int64: min(k, lengths[t]) distinct indices in ascending order, then -1.
+    """
+    num_rows, num_keys = logits.shape
+    out = torch.full((num_rows, k), -1, dtype=torch.int64, device=logits.device)
+    if num_rows == 0 or num_keys == 0:
+        return out
+    legal = torch.arange(num_keys, device=logits.device) < lengths.unsqueeze(1)
+    scores = torch.where(legal & ~logits.isnan(), logits, float("-inf"))
+    counts = lengths.clamp(max=k)
+    kth = scores.topk(min(k, num_keys), dim=1).values[:, -1:]
+    chosen = scores > kth
+    equal = (scores == kth) & legal
+    wanted = (counts - chosen.sum(dim=1)).unsqueeze(1)
+    if bool((equal.sum(dim=1, keepdim=True) > wanted).any()):
+        equal &= equal.cumsum(dim=1) <= wanted
+    chosen |= equal
+    # Row-major order of nonzero and of the boolean assignment agree, and each row has exactly its count.
+    out[torch.arange(k, device=logits.device) < counts.unsqueeze(1)] = chosen.nonzero()[:, 1]
+    return out

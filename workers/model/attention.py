@@ -1,0 +1,147 @@
+"""Multi-head latent attention of one layer over the paged caches, with DeepSeek sparse selection."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+
+import torch
+from torch import Tensor
+from torch.nn.functional import linear
+
+from seamount.kernels.cache_write import write_latent
+from seamount.kernels.dense_mla import dense_mha, dense_mla
+from seamount.kernels.layout import CacheLayout, gather_slots, unpack_latent
+from seamount.kernels.norms import rms_norm
+from seamount.kernels.quant import wide_dtype
+from seamount.kernels.rope import apply_rope_interleaved
+from seamount.kernels.sparse_mla import sparse_mla_decode, sparse_mla_prefill
+from seamount.workers.model.batch import AttentionPlan, DecodeRows, PrefillChunk, slots_at
+from seamount.workers.model.config import ModelConfig
+from seamount.workers.model.indexer import Indexer
+
+
+class Attention:
+    """parameters: those of ``self_attn``, by their names within it. kv_b_proj is used through two views of it."""
+
+    def __init__(self, config: ModelConfig, layout: CacheLayout, parameters: Mapping[str, Tensor]) -> None:
+        self._config = config
+        self._layout = layout
+        self._q_a_proj = parameters["q_a_proj.weight"]
+        self._q_a_norm = parameters["q_a_layernorm.weight"]
+        self._q_b_proj = parameters["q_b_proj.weight"]
+        self._kv_a_proj = parameters["kv_a_proj_with_mqa.weight"]
+        self._kv_a_norm = parameters["kv_a_layernorm.weight"]
+        per_head = parameters["kv_b_proj.weight"].view(config.num_attention_heads, -1, config.kv_lora_rank)
+        self._k_up = per_head[:, : config.qk_nope_head_dim]  # [H, N, C]
+        self._v_up = per_head[:, config.qk_nope_head_dim :]  # [H, V, C]
+        self._o_proj = parameters["o_proj.weight"]
+        indexer = {name.removeprefix("indexer."): at for name, at in parameters.items() if name.startswith("indexer.")}
+        self._indexer = Indexer(config, layout, indexer)
+
+    def forward(
+        self,
+        x: Tensor,
+        latent_plane: Tensor,
+        index_plane: Tensor,
+        slots: Tensor,
+        angles: tuple[Tensor, Tensor],
+        plan: AttentionPlan,
+        on_written: Callable[[], None],
+    ) -> Tensor:
+        """Write the step's tokens into both planes, then attend to what the planes hold, the step's tokens included.
+
+        x: [T, hidden], normalised; slots: [T] int64; angles: cos and sin [T, R / 2]; on_written: called in between.
+        Returns [T, hidden]. T may be 0.
+        """
+        config, (cos, sin) = self._config, angles
+        q_latent = rms_norm(linear(x, self._q_a_proj), self._q_a_norm, config.rms_norm_eps)
+        kv = linear(x, self._kv_a_proj)
+        latent, rope_key = kv[:, : config.kv_lora_rank], kv[:, config.kv_lora_rank :]
+        eps = config.rms_norm_eps
+        write_latent(latent_plane, slots, latent, rope_key, self._kv_a_norm, eps, cos, sin, self._layout)
+        self._indexer.write_keys(x, index_plane, slots, cos, sin)
+        on_written()
+
+        q = linear(q_latent, self._q_b_proj).view(-1, config.num_attention_heads, config.qk_head_dim)
+        q_rope = apply_rope_interleaved(q[..., config.qk_nope_head_dim :], cos, sin)
+        q = torch.cat((q[..., : config.qk_nope_head_dim], q_rope), dim=-1)
+        scored = self._scored_queries(x, q_latent, cos, sin, plan.scored_rows)
+
+        out = x.new_empty((x.shape[0], config.num_attention_heads * config.v_head_dim))
+        if (decode := plan.decode) is not None:
+            picked = decode.slots
+            if num_scored := decode.scored.shape[0]:
+                own = slice(0, num_scored)
+                positions = self._indexer.select_decode(decode, scored[0][own], scored[1][own], index_plane)
+                picked = self._with_selected(decode, positions)
+            out[decode.rows] = self._attend_slots(q[decode.rows], latent_plane, picked)
+        for chunk in plan.chunks:
+            selected = None
+            if (own_rows := chunk.scored) is not None:
+                selected = self._indexer.select_chunk(chunk, scored[0][own_rows], scored[1][own_rows], index_plane)
+            out[chunk.rows] = self._attend_chunk(chunk, q[chunk.rows], latent_plane, selected)
+        return linear(out, self._o_proj)
+
+    def _scored_queries(
+        self, x: Tensor, q_latent: Tensor, cos: Tensor, sin: Tensor, rows: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        if rows.shape[0] == 0:
+            return x[:0], x[:0]
+        return self._indexer.queries(x[rows], q_latent[rows], cos[rows], sin[rows])
+
+    @staticmethod
+    def _with_selected(decode: DecodeRows, positions: Tensor) -> Tensor:
+        selected = slots_at(decode.page_tables[decode.scored], positions)
+        if decode.scored.shape[0] == decode.rows.shape[0]:
+            return selected
+        return decode.slots.index_copy(0, decode.scored, selected)
+
+    def _attend_chunk(self, chunk: PrefillChunk, q: Tensor, plane: Tensor, selected: Tensor | None) -> Tensor:
+        num_rows, num_keys = q.shape[0], chunk.slots.shape[0]
+        if selected is not None and selected.numel() < num_keys:
+            # A short append behind a long context: read the selected slots only.
+            picked = chunk.slots[selected.clamp(min=0)].masked_fill_(selected < 0, -1)
+            return self._attend_slots(q, plane, picked)
+        kv = unpack_latent(gather_slots(plane, chunk.slots, self._layout, "latent"), self._layout)
+        scale, rank = self._config.softmax_scale, self._config.kv_lora_rank
+        if selected is not None:
+            context, _ = sparse_mla_prefill(self._absorb(q), kv, selected, scale, rank)
+        elif self._plain_is_cheaper(num_rows, num_keys):
+            return self._attend_plain(q, kv, chunk.lengths)
+        else:
+            context, _ = dense_mla(self._absorb(q), kv, chunk.lengths, scale, rank)
+        return self._values(context)
+
+    def _attend_slots(self, q: Tensor, plane: Tensor, slots: Tensor) -> Tensor:
+        context, _ = sparse_mla_decode(self._absorb(q), plane, slots, self._layout, self._config.softmax_scale)
+        return self._values(context)
+
+    def _attend_plain(self, q: Tensor, kv: Tensor, lengths: Tensor) -> Tensor:
+        """Expand each head's keys and values from the cached latents: q [n, H, N + R], kv [L, C + R] to [n, H * V]."""
+        latent, rope_key = kv[:, : self._config.kv_lora_rank], kv[:, self._config.kv_lora_rank :]
+        latent = latent.to(q.dtype)
+        k_nope = torch.einsum("lc,hnc->lhn", latent, self._k_up).to(kv.dtype)
+        v = torch.einsum("lc,hvc->lhv", latent, self._v_up).to(kv.dtype)
+        k = torch.cat((k_nope, rope_key.unsqueeze(1).expand(-1, k_nope.shape[1], -1)), dim=-1)
+        out, _ = dense_mha(q.to(kv.dtype), k, v, lengths, self._config.softmax_scale)
+        return out.flatten(1).to(q.dtype)
+
+    def _plain_is_cheaper(self, num_rows: int, num_keys: int) -> bool:
+        """By multiplications: the plain form expands every key once, the absorbed one works in the wider latent."""
+        config = self._config
+        up = config.kv_lora_rank * (config.qk_nope_head_dim + config.v_head_dim)
+        absorbed = num_rows * (up + num_keys * (self._layout.latent_dim + config.kv_lora_rank))
+        plain = num_keys * up + num_rows * num_keys * (config.qk_head_dim + config.v_head_dim)
+        return plain < absorbed
+
+    def _absorb(self, q: Tensor) -> Tensor:
+        """[n, H, N + R] queries to [n, H, C + R] in at least float32: the keys' up-projection moves into the query."""
+        wide = wide_dtype(q.dtype)
+        q_nope = q[..., : self._config.qk_nope_head_dim].transpose(0, 1)
+        latent_q = torch.bmm(q_nope, self._k_up).transpose(0, 1)
+        return torch.cat((latent_q.to(wide), q[..., self._config.qk_nope_head_dim :].to(wide)), dim=-1)
+
+    def _values(self, context: Tensor) -> Tensor:
+        """[n, H, C] weighted latents to [n, H * V] weighted values in the model's dtype."""
+        per_head = context.to(self._v_up.dtype).transpose(0, 1)
+        return torch.bmm(per_head, self._v_up.transpose(1, 2)).transpose(0, 1).flatten(1)

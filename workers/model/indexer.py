@@ -1,0 +1,78 @@
+"""The lightning indexer of one layer: writes index keys, scores cached tokens, selects."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+from torch.nn.functional import linear
+
+from seamount.kernels.cache_write import rotate_index_vectors, write_index_key
+from seamount.kernels.indexer import mqa_logits, paged_mqa_logits
+from seamount.kernels.layout import CacheLayout, unpack_index_pages
+from seamount.kernels.quant import decode_e4m3, quantize, wide_dtype
+from seamount.kernels.topk import topk_indices
+from seamount.workers.model.batch import DecodeRows, PrefillChunk
+from seamount.workers.model.config import ModelConfig
+
+_KEY_NORM_EPS = 1e-6
+# Elements of the [rows, context] scores of a prefill chunk that exist at one time.
+_TILE_ELEMENTS = 16 << 20
+
+
+class Indexer:
+    """parameters: those of ``self_attn.indexer``, by their names within it."""
+
+    def __init__(self, config: ModelConfig, layout: CacheLayout, parameters: Mapping[str, Tensor]) -> None:
+        self._layout = layout
+        self._heads = config.index_n_heads
+        self._head_dim = config.index_head_dim
+        self._topk = config.index_topk
+        self._wq_b = parameters["wq_b.weight"]
+        self._wk = parameters["wk.weight"]
+        self._norm_weight = parameters["k_norm.weight"]
+        self._norm_bias = parameters["k_norm.bias"]
+        self._weights_proj = parameters["weights_proj.weight"]
+
+    def write_keys(self, x: Tensor, plane: Tensor, slots: Tensor, cos: Tensor, sin: Tensor) -> None:
+        """Every token's key is written, also where no selection happens yet: later queries will score it."""
+        key = linear(x, self._wk)
+        write_index_key(plane, slots, key, self._norm_weight, self._norm_bias, _KEY_NORM_EPS, cos, sin, self._layout)
+
+    def queries(self, x: Tensor, q_latent: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
+        """The scored rows' queries [X, H, D] and head weights [X, H], both in at least float32.
+
+        x: [X, hidden], normalised; q_latent: [X, q_lora_rank], what q_b_proj reads too. In layouts with e4m3 keys the
+        queries are e4m3 values and their scales are in the weights.
+        """
+        wide = wide_dtype(x.dtype)
+        q = linear(q_latent, self._wq_b).view(-1, self._heads, self._head_dim).to(wide)
+        q = rotate_index_vectors(q, cos, sin)
+        weights = linear(x.to(wide), self._weights_proj) * (self._heads**-0.5 * self._head_dim**-0.5)
+        if self._layout.quantizes_index:
+            values, scales = quantize(q, block_size=self._head_dim)
+            return decode_e4m3(values.view(torch.uint8), wide), weights * scales.squeeze(-1)
+        return q, weights
+
+    def select_decode(self, decode: DecodeRows, q: Tensor, weights: Tensor, plane: Tensor) -> Tensor:
+        """Positions [S, topk] int64 (-1 after the last) for the scored decode rows; q, weights: theirs."""
+        lengths = decode.lengths[decode.scored]
+        page_tables = decode.page_tables[decode.scored]
+        return topk_indices(
+            paged_mqa_logits(q, plane, weights, lengths, page_tables, self._layout), self._topk, lengths
+        )
+
+    def select_chunk(self, chunk: PrefillChunk, q: Tensor, weights: Tensor, plane: Tensor) -> Tensor:
+        """Positions [n, topk] int64 (-1 after the last) for the rows of a chunk; q, weights: theirs."""
+        num_keys = chunk.slots.shape[0]
+        keys, scales = unpack_index_pages(plane.index_select(0, chunk.pages), self._layout)
+        scales = None if scales is None else scales[:num_keys]
+        tile = max(1, _TILE_ELEMENTS // num_keys)
+        selected = []
+        for start in range(0, q.shape[0], tile):
+            rows = slice(start, start + tile)
+            lengths = chunk.lengths[rows]
+            logits = mqa_logits(q[rows], keys[:num_keys], weights[rows], lengths, scales)
+            selected.append(topk_indices(logits, self._topk, lengths))
+        return torch.cat(selected)

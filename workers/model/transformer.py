@@ -1,0 +1,144 @@
+"""The whole model: one step over a batch of tokens and the paged caches."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Mapping
+
+import torch
+from torch import Tensor
+from torch.nn.functional import embedding, linear
+
+from seamount.kernels.layout import CacheLayout, CachePlanes
+from seamount.kernels.norms import rms_norm
+from seamount.kernels.quant import wide_dtype
+from seamount.kernels.rope import rope_angles, rope_frequencies, yarn_frequencies
+from seamount.wire.errors import InvalidArgument
+from seamount.workers.experts.dispatch import ExpertParallel
+from seamount.workers.model.attention import Attention
+from seamount.workers.model.batch import AttentionPlan, ForwardBatch
+from seamount.workers.model.config import ModelConfig
+from seamount.workers.model.moe import MLP, MoE
+from seamount.workers.model.parameters import parameter_dtype, parameter_shapes
+
+
+class Transformer:
+    """DeepSeek-V3.2 with the parameters of one rank.
+
+    layout: of the caches that the steps read and write; its dtype is the compute dtype.
+    parameters: by the checkpoint's names, exactly those of ``parameter_shapes`` for the experts that this rank owns.
+    They are kept as they are where their dtype is ``parameter_dtype(name, layout.dtype)``, else converted; drop the
+    mapping afterwards, or the converted ones exist twice.
+    experts: this rank's share of the routed experts; every rank of the gang must step in unison.
+    Raises InvalidArgument naming the first parameter that is missing, unknown or misshaped.
+    """
+
+    def __init__(
+        self, config: ModelConfig, layout: CacheLayout, parameters: Mapping[str, Tensor], experts: ExpertParallel
+    ) -> None:
+        self.config = config
+        self.layout = layout
+        self.dtype = layout.dtype
+        _check(parameters, self.parameter_shapes(config, experts.map.owned(experts.rank)))
+        kept = {name: value.to(parameter_dtype(name, self.dtype)) for name, value in parameters.items()}
+        self._embedding = kept["model.embed_tokens.weight"]
+        self._layers = [
+            DecoderLayer(config, layout, layer, _below(kept, f"model.layers.{layer}."), experts)
+            for layer in range(config.num_hidden_layers)
+        ]
+        self._norm = kept["model.norm.weight"]
+        self._lm_head = kept["lm_head.weight"]
+        self._frequencies = _frequencies(config, wide_dtype(self.dtype)).to(self._embedding.device)
+
+    @staticmethod
+    def parameter_shapes(config: ModelConfig, owned_experts: Collection[int]) -> dict[str, tuple[int, ...]]:
+        """See ``parameters.parameter_shapes``."""
+        return parameter_shapes(config, owned_experts)
+
+    @torch.inference_mode()
+    def forward(
+        self, batch: ForwardBatch, planes: CachePlanes, *, on_layer: Callable[[int], None] | None = None
+    ) -> Tensor:
+        """Run one step: write the batch's tokens into the caches and return the wanted logits.
+
+        planes: one latent and one index plane a layer, of this model's layout; entries of the context before the batch
+        must be there, slots behind it may hold anything.
+        on_layer: called with each layer's number, in order, once its cache entries of this batch are written.
+        Returns [N, vocab] float32 (float64 for a float64 model). With T = 0 all callbacks and all collectives of the
+        MoE layers still happen.
+        """
+        plan = AttentionPlan.create(batch, self.config.index_topk)
+        angles = rope_angles(batch.positions, self._frequencies, self.config.rope_amplitude)
+        x = embedding(batch.token_ids, self._embedding)
+        for number, layer in enumerate(self._layers):
+
+            def written(number: int = number) -> None:
+                if on_layer is not None:
+                    on_layer(number)
+
+            x = layer.forward(x, planes.latent[number], planes.index[number], batch.slots, angles, plan, written)
+        wanted = rms_norm(x[batch.logit_rows], self._norm, self.config.rms_norm_eps)
+        return linear(wanted.to(self._lm_head.dtype), self._lm_head)
+
+
+class DecoderLayer:
+    """x + attention(norm(x)), then x + feed_forward(norm(x)). parameters: by their names within the layer."""
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        layout: CacheLayout,
+        number: int,
+        parameters: Mapping[str, Tensor],
+        experts: ExpertParallel,
+    ) -> None:
+        self._eps = config.rms_norm_eps
+        self._input_norm = parameters["input_layernorm.weight"]
+        self._attention = Attention(config, layout, _below(parameters, "self_attn."))
+        self._post_attention_norm = parameters["post_attention_layernorm.weight"]
+        mlp = _below(parameters, "mlp.")
+        self._feed_forward: MLP | MoE = MLP(mlp) if config.is_dense(number) else MoE(config, mlp, experts)
+
+    def forward(
+        self,
+        x: Tensor,
+        latent_plane: Tensor,
+        index_plane: Tensor,
+        slots: Tensor,
+        angles: tuple[Tensor, Tensor],
+        plan: AttentionPlan,
+        on_written: Callable[[], None],
+    ) -> Tensor:
+        """[T, hidden] to [T, hidden]; see ``Attention.forward``."""
+        normed = rms_norm(x, self._input_norm, self._eps)
+        x = x + self._attention.forward(normed, latent_plane, index_plane, slots, angles, plan, on_written)
+        return x + self._feed_forward.forward(rms_norm(x, self._post_attention_norm, self._eps))
+
+
+def _frequencies(config: ModelConfig, dtype: torch.dtype) -> Tensor:
+    if config.yarn is None:
+        return rope_frequencies(config.qk_rope_head_dim, config.rope_theta, dtype)
+    return yarn_frequencies(
+        config.qk_rope_head_dim,
+        theta=config.rope_theta,
+        factor=config.yarn.factor,
+        original_max_position=config.yarn.original_max_position_embeddings,
+        beta_fast=config.yarn.beta_fast,
+        beta_slow=config.yarn.beta_slow,
+        dtype=dtype,
+    )
+
+
+def _below(parameters: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    return {name.removeprefix(prefix): value for name, value in parameters.items() if name.startswith(prefix)}
+
+
+def _check(parameters: Mapping[str, Tensor], expected: Mapping[str, tuple[int, ...]]) -> None:
+    for name, shape in expected.items():
+        if name not in parameters:
+            raise InvalidArgument(f"the checkpoint lacks {name} of shape {shape}", field=name)
+        if tuple(parameters[name].shape) != shape:
+            actual = tuple(parameters[name].shape)
+            raise InvalidArgument(f"{name} has shape {actual}; config.json asks for {shape}", field=name)
+    for name in parameters:
+        if name not in expected:
+            raise InvalidArgument(f"{name} is no parameter of this rank's model", field=name)
