@@ -156,10 +156,12 @@ class Holdings:
         """
         record = self.sessions.get(reservation.session_id)
         is_latest = record is not None and record.latest_id == reservation.id
-        if record is not None and is_latest and end > 0 and record.tail is not None:
-            page = record.tail.page
-            self.sessions.drop_tail(record.tail)
-            self.pool.free_idle(page)
+        if record is not None and is_latest:
+            self.remember(reservation, end)
+            if end > 0 and record.tail is not None:
+                page = record.tail.page
+                self.sessions.drop_tail(record.tail)
+                self.pool.free_idle(page)
         num_full = end // self.page_size
         for index in range(len(reservation.pages) - 1, -1, -1):
             is_tail = is_latest and index == num_full < end / self.page_size and index <= len(reservation.nodes)

@@ -46,11 +46,12 @@ class Reservation:
     root: bytes
     token_ids: list[int]
     prompt_len: int
+    prompt_digest: bytes
     digests: list[bytes]
-    common_len: int
-    time_to_live_s: float
-    expires_at: float
     page_size: int
+    time_to_live_s: float
+    expires_at: float = 0.0
+    common_len: int = 0
     state: ReservationState = ReservationState.ACTIVE
     pages: list[int] = field(default_factory=list)
     nodes: list[PageNode] = field(default_factory=list)
@@ -69,6 +70,11 @@ class Reservation:
     def cached_len(self) -> int:
         """Prompt tokens whose entries are present now; at most ``prompt_len - 1``: the last one is always computed."""
         return min(self.computed_len, self.prompt_len - 1)
+
+    @property
+    def kept_len(self) -> int:
+        """Tokens whose entries stay cached if it ends now."""
+        return self.computed_len if self.keep_len is None else min(self.keep_len, self.computed_len)
 
     @property
     def capacity(self) -> int:

@@ -7,32 +7,21 @@ over, so that a late write never hits a reused page.
 
 from __future__ import annotations
 
+import hashlib
 import secrets
 import threading
 import time
 from array import array
-from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from seamount.wire.errors import (
-    Aborted,
-    AlreadyExists,
-    FailedPrecondition,
-    InvalidArgument,
-    NotFound,
-    OutOfRange,
-    ResourceExhausted,
-)
+from seamount.wire.errors import AlreadyExists, FailedPrecondition, InvalidArgument, NotFound, OutOfRange
 from seamount.wire.hashes import PAGE_SIZE, page_hashes, root_hash
 from seamount.wire.limits import MAX_RESERVATION_S, check_range
+from seamount.workers.cache.admission import EpochFences, check_span, no_pages, pack_prompt
 from seamount.workers.cache.holdings import Holdings
 from seamount.workers.cache.invariants import check_holdings
 from seamount.workers.cache.reservation import Reservation, ReservationKey, ReservationState
-
-MIN_RETRY_S, MAX_RETRY_S = 0.1, 2.0
-MAX_FENCES = 1 << 16
-"""Sessions whose highest epoch is remembered."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -70,7 +59,7 @@ class Reservations:
         self._fingerprint, self._layout, self._clock = fingerprint, layout, clock
         self._lock = threading.RLock()
         self._holdings = Holdings(num_pages=num_pages, page_size=page_size)
-        self._fences: OrderedDict[str, tuple[int, str, int]] = OrderedDict()
+        self._fences = EpochFences()
         self._live: dict[str, Reservation] = {}
         self._ending: dict[str, Reservation] = {}
         self._by_key: dict[ReservationKey, Reservation] = {}
@@ -88,11 +77,12 @@ class Reservations:
         token_ids: Sequence[int],
         time_to_live_s: float,
     ) -> Reservation:
-        """Pin what is cached of ``token_ids`` and allocate pages for the rest and one token more, or change nothing.
+        """Pin what is cached of ``token_ids`` and allocate pages for the rest and one token more, or hold nothing.
 
         Idempotent on {session_id, turn_id, epoch, attempt}: repeated, it renews the expiry and returns the same object,
-        whose ``cached_len`` tells what has arrived since. A higher epoch of the session, or a later attempt, ends the
-        reservation before it, even if the new one then finds no pages, and uses the entries that it computed.
+        whose ``cached_len`` tells what has arrived since. A higher epoch of the session, or a later attempt, uses the
+        entries that the reservation before it computed, and ends it, even if there are then too few pages: its writer
+        is fenced off in any case.
         session_id: empty for stateless use: no tail is kept, turn_id must then be unique.
         token_ids: at least one, each in [0, 2^32).
 
@@ -101,49 +91,35 @@ class Reservations:
         (NO_PAGES, with ``retry_after_s``).
         """
         check_range(time_to_live_s, field="time_to_live", low=0, high=MAX_RESERVATION_S, low_open=True)
-        packed = _pack(token_ids)
-        num_needed = len(packed) // self.page_size + 1
-        if num_needed > self.num_pages:
-            raise InvalidArgument(
-                f"token_ids needs {num_needed} pages ({len(packed)} tokens and one more) and this rank has "
-                f"{self.num_pages} in all; shorten the prompt or give the rank more pages",
-                field="token_ids",
-                reason="EXCEEDS_CACHE",
-                metadata={"num_needed_pages": str(num_needed), "num_pages": str(self.num_pages)},
-            )
+        packed = pack_prompt(token_ids, page_size=self.page_size, num_pages=self.num_pages)
         root = root_hash(salt, self._fingerprint, self._layout)
+        prompt_digest = hashlib.sha256(root + memoryview(packed).cast("B")).digest()
+        key = (session_id, turn_id, epoch, attempt)
         aborted: list[str] = []
         try:
             with self._lock:
-                now = self._clock()
-                self._end_expired(now, aborted)
-                known = self._by_key.get((session_id, turn_id, epoch, attempt))
-                if known is not None:
-                    return self._repeat(known, root, packed, now + time_to_live_s, time_to_live_s)
-                if session_id:
-                    self._pass_fence(session_id, turn_id, epoch, attempt)
-                    self._supersede(session_id, aborted)
-                reservation = Reservation(
-                    id=secrets.token_hex(16),
-                    session_id=session_id,
-                    turn_id=turn_id,
-                    epoch=epoch,
-                    attempt=attempt,
-                    root=root,
-                    token_ids=packed.tolist(),
-                    prompt_len=len(packed),
-                    digests=page_hashes(root, packed, self.page_size),
-                    common_len=self._holdings.common_len(session_id, root, packed),
-                    time_to_live_s=time_to_live_s,
-                    expires_at=now + time_to_live_s,
-                    page_size=self.page_size,
-                )
-                if not self._holdings.assign(reservation, packed):
-                    raise self._no_pages(num_needed, now)
-                reservation.cached_len_at_first = reservation.cached_len
-                self._live[reservation.id] = self._by_key[reservation.key] = reservation
-                self._holdings.begin(reservation)
-                return reservation
+                known = self._repeat(key, prompt_digest, time_to_live_s, aborted)
+            if known is not None:
+                return known
+            reservation = Reservation(  # hashed outside the lock: the engine's step does not wait for it
+                id=secrets.token_hex(16),
+                session_id=session_id,
+                turn_id=turn_id,
+                epoch=epoch,
+                attempt=attempt,
+                root=root,
+                token_ids=packed.tolist(),
+                prompt_len=len(packed),
+                prompt_digest=prompt_digest,
+                digests=page_hashes(root, packed, self.page_size),
+                page_size=self.page_size,
+                time_to_live_s=time_to_live_s,
+            )
+            with self._lock:
+                known = self._repeat(key, prompt_digest, time_to_live_s, aborted)
+                if known is None:
+                    self._admit(reservation, packed, aborted)
+                return known or reservation
         finally:
             self._report(aborted)
 
@@ -224,7 +200,6 @@ class Reservations:
             if reservation.num_uses:
                 return False
             if reservation.state is ReservationState.ACTIVE:
-                self._holdings.remember(reservation, reservation.computed_len)
                 self._holdings.give_back(reservation, reservation.computed_len)
                 reservation.state = ReservationState.PREEMPTED
             return True
@@ -246,7 +221,7 @@ class Reservations:
         """Physical slots of the positions [first, end). Raises NotFound, OutOfRange (beyond its pages)."""
         with self._lock:
             reservation = self._get_used(reservation_id)
-            _check_span(first, end, reservation.capacity)
+            check_span(first, end, reservation.capacity)
             return reservation.slots(first, end)
 
     def page_table(self, reservation_id: str) -> list[int]:
@@ -287,7 +262,7 @@ class Reservations:
                 raise FailedPrecondition(
                     "a receive into this reservation is in flight; retry when it has ended", reason="RECEIVE_IN_FLIGHT"
                 )
-            _check_span(first, end, min(reservation.capacity, len(reservation.token_ids)))
+            check_span(first, end, min(reservation.capacity, len(reservation.token_ids)))
             shared_len = len(reservation.nodes) * self.page_size
             if first == end or not shared_len <= first <= reservation.computed_len:
                 raise OutOfRange(
@@ -350,35 +325,35 @@ class Reservations:
     # ---- with the lock held
 
     def _repeat(
-        self, known: Reservation, root: bytes, packed: array[int], expires_at: float, time_to_live_s: float
-    ) -> Reservation:
-        same_len = len(packed) == known.prompt_len
-        if known.root != root or not same_len or known.token_ids[: known.prompt_len] != packed.tolist():
+        self, key: ReservationKey, prompt_digest: bytes, time_to_live_s: float, aborted: list[str]
+    ) -> Reservation | None:
+        now = self._clock()
+        self._end_expired(now, aborted)
+        known = self._by_key.get(key)
+        if known is None:
+            return None
+        if known.prompt_digest != prompt_digest:
             raise AlreadyExists(
                 "this {session, turn, epoch, attempt} has reserved other tokens; use the next attempt",
                 reason="RESERVATION_KEY_REUSED",
             )
-        known.time_to_live_s, known.expires_at = time_to_live_s, expires_at
+        known.time_to_live_s, known.expires_at = time_to_live_s, now + time_to_live_s
         return known
 
-    def _pass_fence(self, session_id: str, turn_id: str, epoch: int, attempt: int) -> None:
-        seen_epoch, seen_turn, seen_attempt = self._fences.get(session_id, (epoch, turn_id, attempt))
-        if epoch < seen_epoch:
-            raise Aborted(
-                f"epoch {epoch} of the session is stale: {seen_epoch} has been seen; read the session again",
-                reason="STALE_EPOCH",
-                metadata={"epoch": str(epoch), "current_epoch": str(seen_epoch)},
-            )
-        if epoch == seen_epoch and turn_id == seen_turn and attempt < seen_attempt:
-            raise Aborted(
-                f"attempt {attempt} of the turn is stale: {seen_attempt} has been seen; use a later attempt",
-                reason="STALE_ATTEMPT",
-                metadata={"attempt": str(attempt), "current_attempt": str(seen_attempt)},
-            )
-        self._fences[session_id] = (epoch, turn_id, attempt)
-        self._fences.move_to_end(session_id)
-        if len(self._fences) > MAX_FENCES:
-            self._fences.popitem(last=False)
+    def _admit(self, reservation: Reservation, packed: array[int], aborted: list[str]) -> None:
+        session_id = reservation.session_id
+        if session_id:
+            self._fences.advance(session_id, reservation.turn_id, reservation.epoch, reservation.attempt)
+            self._supersede(session_id, aborted)
+        reservation.common_len = self._holdings.common_len(session_id, reservation.root, packed)
+        if not self._holdings.assign(reservation, packed):
+            now = self._clock()
+            soonest_s = min((r.expires_at for r in self._live.values()), default=now) - now
+            raise no_pages(self._holdings.pool, len(packed) // self.page_size + 1, soonest_s)
+        reservation.cached_len_at_first = reservation.cached_len
+        reservation.expires_at = self._clock() + reservation.time_to_live_s
+        self._live[reservation.id] = self._by_key[reservation.key] = reservation
+        self._holdings.begin(reservation)
 
     def _supersede(self, session_id: str, aborted: list[str]) -> None:
         record = self._holdings.sessions.get(session_id)
@@ -392,22 +367,19 @@ class Reservations:
             self._end(reservation, None)
 
     def _end(self, reservation: Reservation, keep_len: int | None) -> None:
-        end = reservation.computed_len if keep_len is None else min(keep_len, reservation.computed_len)
-        if reservation.state is ReservationState.ACTIVE:
-            self._holdings.remember(reservation, end)
-        self._holdings.end(reservation)
         del self._live[reservation.id], self._by_key[reservation.key]
+        self._holdings.end(reservation)
         reservation.keep_len = keep_len
         if reservation.num_uses:
+            self._holdings.remember(reservation, reservation.kept_len)
             reservation.state = ReservationState.ENDING
             self._ending[reservation.id] = reservation
         else:
             self._settle(reservation)
 
     def _settle(self, reservation: Reservation) -> None:
-        keep_len = reservation.keep_len
-        end = reservation.computed_len if keep_len is None else min(keep_len, reservation.computed_len)
-        self._holdings.give_back(reservation, end)
+        if reservation.state is not ReservationState.PREEMPTED:
+            self._holdings.give_back(reservation, reservation.kept_len)
         reservation.state = ReservationState.ENDED
 
     def _end_use(self, reservation: Reservation) -> None:
@@ -437,35 +409,7 @@ class Reservations:
             raise FailedPrecondition("the reservation is preempted; resume it first", reason="PREEMPTED")
         return reservation
 
-    def _no_pages(self, num_needed: int, now: float) -> ResourceExhausted:
-        pool = self._holdings.pool
-        soonest_s = min((r.expires_at for r in self._live.values()), default=now) - now
-        return ResourceExhausted(
-            f"the prompt needs {num_needed} pages; {pool.num_free + pool.num_idle} of {pool.num_pages} are free or "
-            "can be evicted; retry later or use another rank",
-            reason="NO_PAGES",
-            retry_after_s=min(max(soonest_s, MIN_RETRY_S), MAX_RETRY_S),
-            metadata={"num_needed_pages": str(num_needed), "num_pages": str(pool.num_pages)},
-        )
-
     def _report(self, aborted: list[str]) -> None:
         if self.on_abort is not None:
             for reservation_id in aborted:
                 self.on_abort(reservation_id)
-
-
-def _check_span(first: int, end: int, limit: int) -> None:
-    if not 0 <= first <= end <= limit:
-        raise OutOfRange(
-            f"positions [{first}, {end}) are not within the reservation's [0, {limit})", reason="SPAN_OUT_OF_RANGE"
-        )
-
-
-def _pack(token_ids: Sequence[int]) -> array[int]:
-    try:
-        packed = array("I", token_ids)
-    except (OverflowError, TypeError) as error:
-        raise InvalidArgument("token_ids must be integers in [0, 2^32)", field="token_ids") from error
-    if not packed:
-        raise InvalidArgument("token_ids is empty; it must hold at least 1 token", field="token_ids")
-    return packed
