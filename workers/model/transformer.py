@@ -40,6 +40,8 @@ class Transformer:
         self.dtype = layout.dtype
         _check(parameters, self.parameter_shapes(config, experts.map.owned(experts.rank)))
         kept = {name: value.to(parameter_dtype(name, self.dtype)) for name, value in parameters.items()}
+        self.expert_bytes = sum(value.nbytes for name, value in kept.items() if ".mlp.experts." in name)
+        """Bytes of the routed experts held here."""
         self._embedding = kept["model.embed_tokens.weight"]
         self._layers = [
             DecoderLayer(config, layout, layer, _below(kept, f"model.layers.{layer}."), experts)

@@ -19,9 +19,12 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from seamount.kernels.layout import CacheLayout
 from seamount.wire.errors import InvalidArgument
+from seamount.workers.experts.dispatch import ExpertParallel, LocalExperts
 from seamount.workers.model.config import ModelConfig
 from seamount.workers.model.parameters import Shape, parameter_dtype, parameter_shapes
+from seamount.workers.model.transformer import Transformer
 
 Progress = Callable[[str, int, int], None]
 """(name of the parameter just loaded, bytes read so far, bytes to read in all)."""
@@ -47,6 +50,38 @@ class _Source:
     shape: Shape
     scale_file: Path | None
     num_bytes: int
+
+
+def load_model(
+    path: Path,
+    *,
+    dtype: torch.dtype,
+    layout_name: str,
+    experts: ExpertParallel | None = None,
+    progress: Progress | None = None,
+    device: str | torch.device = "cpu",
+) -> Transformer:
+    """A rank's model from a checkpoint folder; its caches use ``CacheLayout.create(layout_name, ...)``.
+
+    experts: this rank's share of the routed experts; None = all of them here.
+    Raises ``InvalidArgument`` as ``ModelConfig.from_json`` and ``load_weights`` do, and for a layout (field ``layout``)
+    that is unknown or cannot hold this model.
+    """
+    config = ModelConfig.from_json(path)
+    experts = LocalExperts(config.n_routed_experts) if experts is None else experts
+    try:
+        layout = CacheLayout.create(
+            layout_name,
+            kv_lora_rank=config.kv_lora_rank,
+            qk_rope_head_dim=config.qk_rope_head_dim,
+            index_head_dim=config.index_head_dim,
+            dtype=dtype,
+        )
+    except ValueError as error:
+        raise InvalidArgument(str(error), field="layout") from error
+    owned = experts.map.owned(experts.rank)
+    weights = load_weights(path, config, owned_experts=owned, dtype=dtype, device=device, progress=progress)
+    return Transformer(config, layout, weights, experts)
 
 
 def load_weights(
@@ -85,11 +120,6 @@ def load_weights(
             if progress is not None:
                 progress(name, num_bytes_done, num_bytes_total)
         return weights
-
-
-def expert_bytes(weights: Mapping[str, Tensor]) -> int:
-    """Bytes of the routed experts among ``weights``; shared experts do not count."""
-    return sum(tensor.numel() * tensor.element_size() for name, tensor in weights.items() if ".mlp.experts." in name)
 
 
 def model_fingerprint(path: Path) -> str:

@@ -9,10 +9,13 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from seamount.wire.errors import InvalidArgument
+from seamount.workers.experts.dispatch import LocalExperts
+from seamount.workers.experts.mapping import ExpertMap
+from seamount.workers.model.batch import ForwardBatch
 from seamount.workers.model.config import ModelConfig
 from seamount.workers.model.parameters import parameter_dtype, parameter_shapes
 from seamount.workers.model.random_checkpoint import write_random_checkpoint
-from seamount.workers.model.weights import expert_bytes, load_weights, model_fingerprint
+from seamount.workers.model.weights import load_model, load_weights, model_fingerprint
 
 VOCAB = 67
 
@@ -70,10 +73,38 @@ def test_a_rank_opens_no_shard_of_foreign_experts_only(checkpoint: Callable[...,
     weights = load(path, owned_experts=mine)
     assert set(weights) == set(parameter_shapes(config, mine))
     assert all(torch.equal(weights[name], whole[name]) for name in weights)
-    assert expert_bytes(weights) * 2 == expert_bytes(whole)
+
+
+class SecondOfTwo(LocalExperts):
+    def __init__(self, num_experts: int) -> None:
+        super().__init__(num_experts)
+        self.rank, self.size, self.map = 1, 2, ExpertMap(num_experts=num_experts, size=2)
+
+
+def test_each_rank_holds_its_share_of_the_experts(checkpoint: Callable[..., Path]) -> None:
+    path = checkpoint()
+    config = ModelConfig.from_json(path)
     num_moe_layers = config.num_hidden_layers - config.first_k_dense_replace
-    per_expert = 3 * config.hidden_size * config.moe_intermediate_size * 4
-    assert expert_bytes(weights) == num_moe_layers * len(mine) * per_expert
+    per_expert = 3 * config.hidden_size * config.moe_intermediate_size
+    for dtype in (torch.float32, torch.bfloat16):
+        whole = load_model(path, dtype=dtype, layout_name="exact")
+        half = load_model(path, dtype=dtype, layout_name="exact", experts=SecondOfTwo(config.n_routed_experts))
+        assert whole.expert_bytes == num_moe_layers * config.n_routed_experts * per_expert * dtype.itemsize
+        assert half.expert_bytes * 2 == whole.expert_bytes
+
+
+def test_a_loaded_model_answers_with_spread_out_logits(checkpoint: Callable[..., Path]) -> None:
+    model = load_model(checkpoint(), dtype=torch.float32, layout_name="fp8")
+    planes = model.layout.allocate(model.config.num_hidden_layers, 2)
+    batch = ForwardBatch.create([(torch.randint(VOCAB, (70,)).tolist(), 0, [1, 0])], range(70))
+    logits = model.forward(batch, planes)
+    assert 1 < logits.std() < 10
+    assert logits.argmax(-1).unique().numel() > 10
+
+
+def test_layouts_that_do_not_fit_are_refused(checkpoint: Callable[..., Path]) -> None:
+    with pytest.raises(InvalidArgument, match="layout"):
+        load_model(checkpoint(), dtype=torch.float32, layout_name="int4")
 
 
 def test_fp8_blocks_are_dequantised(checkpoint: Callable[..., Path]) -> None:
