@@ -25,7 +25,7 @@ from seamount.cluster.fleet_state import FleetState
 from seamount.wire.errors import Aborted
 from seamount.workers.spec import PoolName
 
-_log = logging.getLogger("seamount.fleet")
+logger = logging.getLogger("seamount.fleet")
 
 PASS_S = 0.5
 """Pause between two looks at what runs."""
@@ -197,17 +197,17 @@ class Reconciler:
             try:
                 if not self._state.epoch:
                     self._state.claim()
-                    _log.info("fleet_claimed epoch=%d", self._state.epoch)
+                    logger.info("fleet_claimed", extra={"epoch": self._state.epoch})
                 self.reconcile()
                 self._last_pass = time.monotonic()
             except Aborted:
-                _log.warning("fleet_superseded epoch=%d", self._state.epoch)
+                logger.warning("fleet_superseded", extra={"epoch": self._state.epoch})
                 return  # healthy() is false from here on
             except redis.RedisError as error:
-                _log.warning("fleet_without_redis error=%s", error)
+                logger.warning("fleet_without_redis", extra={"cause": type(error).__name__})
                 self._last_pass = time.monotonic()  # waiting for Redis is no fault of this replica
             except Exception:
-                _log.exception("fleet_pass_failed")  # Serve's controller may be restarting: the next pass tells
+                logger.exception("fleet_pass_failed")  # Serve's controller may be restarting: the next pass tells
             self._stop.wait(PASS_S)
 
     def reconcile(self) -> None:
@@ -228,7 +228,7 @@ class Reconciler:
         lowest = max((gang.number + 1 for gang in running if gang.pool == wanted.pool), default=0)
         number = self._state.admit_start(wanted.pool, lowest=lowest)
         name = f"{wanted.pool}-{number}"
-        _log.info("gang_starting name=%s version=%s epoch=%d", name, wanted.version, self._state.epoch)
+        logger.info("gang_starting", extra=self._about(name, wanted.version))
         self._gangs.start(name, wanted)
 
     def _delete_gang(self, action: Delete) -> None:
@@ -237,8 +237,11 @@ class Reconciler:
             count = self._state.count_failure(action.pool, action.version)
             pause_s = min(MAX_BACKOFF_S, 2.0**count)
             self._not_before[action.pool] = time.monotonic() + pause_s
-            _log.warning("gang_failed name=%s count=%d pause_s=%.0f", action.name, count, pause_s)
+            logger.warning("gang_failed", extra={"gang": action.name, "count": count, "pause_s": pause_s})
             if count >= MAX_FAILURES:
                 return  # it stays, failed, where an operator can see why
-        _log.info("gang_deleting name=%s version=%s epoch=%d", action.name, action.version, self._state.epoch)
+        logger.info("gang_deleting", extra=self._about(action.name, action.version))
         self._gangs.delete(action.name)
+
+    def _about(self, gang: str, version: str) -> dict[str, object]:
+        return {"gang": gang, "version": version, "epoch": self._state.epoch}

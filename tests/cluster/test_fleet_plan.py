@@ -1,6 +1,5 @@
 import random
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -136,12 +135,6 @@ def test_running_gangs_reads_serves_report() -> None:
         gang(3, FAILED, version="abc"),
         gang(4, LEAVING, version=""),
     ]
-
-
-@pytest.fixture(scope="module")
-def redis_url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    with RedisServer() as server:
-        yield server.start(tmp_path_factory.mktemp("fleet"))
 
 
 def fleet_state(redis_url: str, session: str) -> FleetState:

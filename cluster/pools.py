@@ -1,0 +1,151 @@
+"""The prefill and decode pools on Ray Serve: one replica is one rank, one application is one gang.
+
+Serve places the ranks of a gang together, watches them, and restarts all of them when one dies. Requests never pass
+through Serve: each rank has its own gRPC server and stands in the worker directory. torch is imported by rank
+processes alone.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+
+import ray.util
+from ray import serve
+from ray.serve.api import RunTarget
+from ray.serve.config import GangPlacementStrategy, GangRuntimeFailurePolicy, GangSchedulingConfig
+from ray.serve.deployment import Application
+
+from seamount.cluster.fleet import RunningGang, WantedPool, running_gangs
+from seamount.cluster.settings import NODE_ADDRESS, PoolSettings, Settings
+from seamount.cluster.specs import pool_settings, rank_spec
+from seamount.wire import logs
+from seamount.wire.errors import Unavailable
+from seamount.wire.ids import GangId
+from seamount.workers.spec import PoolName
+
+POOL_NAMES: tuple[PoolName, ...] = ("decode", "prefill")
+DRAIN_S = 10.0
+"""What a leaving rank has to end its streams."""
+HEALTH_PERIOD_S = 1.0
+HEALTH_TIMEOUT_S = 3.0
+NUM_START_ATTEMPTS = 3
+"""Starts of a gang's ranks that fail in a row before Serve gives the application up and the fleet judges."""
+
+IDLE_CPUS = 0.1
+"""Ray's share of a core for a replica whose settings name none: enough to be counted, too little to keep others out."""
+
+
+class Rank:
+    """One rank as a Serve replica: ``__init__`` returns once it serves and stands in the directory."""
+
+    async def __init__(self, settings: Settings, pool: PoolName) -> None:  # type: ignore[misc]
+        from seamount.cluster.rank import RegisteredRank  # imports torch
+
+        logs.configure()
+        context = serve.get_replica_context()
+        gang = context.gang_context
+        assert gang is not None
+        spec = rank_spec(
+            settings,
+            pool=pool,
+            # Serve's own id is new for every start of the gang: nobody meets a rank of an earlier one by mistake.
+            gang_id=GangId(f"{context.app_name}-{gang.gang_id}"),
+            gang_rank=gang.rank,
+            host=bind_address(settings.pools.host),
+        )
+        self._rank = RegisteredRank(spec, settings)
+        await self._rank.start()
+
+    async def check_health(self) -> None:
+        """Raises when the engine's loop does not answer; Serve then replaces the gang."""
+        if not self._rank.healthy():
+            raise Unavailable("the engine of this rank does not answer", reason="RANK_UNHEALTHY")
+
+    async def __del__(self) -> None:
+        """Serve awaits this when the gang is deleted or its node drained; not when the process is killed."""
+        if hasattr(self, "_rank"):
+            await self._rank.leave_and_stop(DRAIN_S)
+
+
+class ServeGangs:
+    """The fleet's view of Serve. Calls block; none waits for a gang to come up or to go."""
+
+    def __init__(self, settings: Settings) -> None:
+        self._settings = settings
+
+    def running(self) -> list[RunningGang]:
+        return running_gangs(serve.status().applications)
+
+    def start(self, name: str, wanted: WantedPool) -> None:
+        target = RunTarget(target=gang_application(self._settings, wanted), name=name, route_prefix=None)
+        serve.run_many([target], wait_for_ingress_deployment_creation=False, wait_for_applications_running=False)
+
+    def delete(self, name: str) -> None:
+        serve.delete(name, _blocking=False)
+
+
+def wanted_pools(settings: Settings) -> list[WantedPool]:
+    """What the settings ask the fleet for."""
+    wanted = []
+    for name in POOL_NAMES:
+        pool = pool_settings(settings, name)
+        wanted.append(
+            WantedPool(
+                pool=name,
+                num_gangs=pool.gangs,
+                expert_parallel=pool.expert_parallel,
+                version=gang_version(settings, name),
+            )
+        )
+    return wanted
+
+
+def gang_version(settings: Settings, pool: PoolName) -> str:
+    """Digest of everything in the settings that a rank of the pool depends on; the number of gangs is not in it."""
+    told = settings.model_dump(
+        mode="json",
+        include={"cluster_name", "model", "cache", "engine", "directory", "transfer", "redis"},
+    )
+    told["host"] = settings.pools.host
+    told["token_file"] = str(settings.router.worker_token_file)
+    told["pool"] = pool_settings(settings, pool).model_dump(mode="json", exclude={"gangs"})
+    return "v" + hashlib.sha256(json.dumps([pool, told], sort_keys=True).encode()).hexdigest()[:10]
+
+
+def gang_application(settings: Settings, wanted: WantedPool) -> Application:
+    """The Serve application of one gang; its one deployment is named by the version (``fleet.running_gangs``)."""
+    deployment = serve.deployment(
+        name=wanted.version,
+        num_replicas=wanted.expert_parallel,
+        gang_scheduling_config=GangSchedulingConfig(
+            gang_size=wanted.expert_parallel,
+            gang_placement_strategy=GangPlacementStrategy.PACK,
+            runtime_failure_policy=GangRuntimeFailurePolicy.RESTART_GANG,
+        ),
+        ray_actor_options=actor_options(pool_settings(settings, wanted.pool)),
+        health_check_period_s=HEALTH_PERIOD_S,
+        health_check_timeout_s=HEALTH_TIMEOUT_S,
+        graceful_shutdown_wait_loop_s=0.1,  # our streams are invisible to Serve: it has nothing to wait for
+        graceful_shutdown_timeout_s=DRAIN_S + 5.0,
+        max_constructor_retry_count=NUM_START_ATTEMPTS,
+    )(Rank)
+    return deployment.bind(settings, wanted.pool)
+
+
+def actor_options(pool: PoolSettings) -> dict[str, object]:
+    """Ray's options for a replica with the pool's resources."""
+    resources = dict(pool.resources)
+    options: dict[str, object] = {"num_cpus": resources.pop("CPU", IDLE_CPUS)}
+    if "GPU" in resources:
+        options["num_gpus"] = resources.pop("GPU")
+    if resources:
+        options["resources"] = resources
+    return options
+
+
+def bind_address(host: str) -> str:
+    """The address to bind to on this node for ``pools.host``."""
+    if host != NODE_ADDRESS:
+        return host
+    return str(ray.util.get_node_ip_address())  # type: ignore[no-untyped-call]

@@ -1,0 +1,94 @@
+"""The two Serve replicas beside the ranks: the router, which serves clients, and the fleet, which runs the gangs."""
+
+from __future__ import annotations
+
+import asyncio
+
+import ray
+from ray import serve
+from ray.serve.deployment import Application
+
+from seamount.cluster.fleet import Reconciler
+from seamount.cluster.fleet_state import FleetState, connect
+from seamount.cluster.pools import (
+    HEALTH_PERIOD_S,
+    HEALTH_TIMEOUT_S,
+    IDLE_CPUS,
+    ServeGangs,
+    wanted_pools,
+)
+from seamount.cluster.settings import Settings
+from seamount.cluster.specs import router_spec
+from seamount.router.server import RouterServer
+from seamount.wire import logs
+from seamount.wire.errors import Unavailable
+
+DRAIN_S = 10.0
+"""What a leaving router has to end its streams."""
+_FLEET_STOP_S = 10.0
+
+
+class Router:
+    """One router as a Serve replica; clients reach its own gRPC server, Serve only keeps it alive."""
+
+    async def __init__(self, settings: Settings) -> None:  # type: ignore[misc]
+        logs.configure()
+        assert settings.redis_url is not None
+        spec = router_spec(settings, redis_url=settings.redis_url.get_secret_value(), port=settings.router.port)
+        self._server = RouterServer(spec)
+        self._address: str = await self._server.start()
+
+    async def address(self) -> str:
+        """``host:port`` that clients connect to."""
+        return self._address
+
+    async def check_health(self) -> None:
+        if not self._server.healthy():
+            raise Unavailable("the router does not answer", reason="ROUTER_UNHEALTHY")
+
+    async def __del__(self) -> None:
+        if hasattr(self, "_address"):
+            await self._server.leave_and_stop(DRAIN_S)
+
+
+class Fleet:
+    """The fleet as a Serve replica; when it dies, Serve starts another, which finds the gangs as they are."""
+
+    async def __init__(self, settings: Settings) -> None:  # type: ignore[misc]
+        logs.configure()
+        assert settings.redis_url is not None
+        client = connect(settings.redis_url.get_secret_value(), timeout_s=settings.redis.timeout_s)
+        session = ray.get_runtime_context().get_session_name()
+        state = FleetState(client, cluster_name=settings.cluster_name, ray_session=session)
+        self._reconciler = Reconciler(wanted_pools(settings), state, ServeGangs(settings))
+        self._reconciler.start()
+
+    async def check_health(self) -> None:
+        if not self._reconciler.healthy():
+            raise Unavailable("this fleet is superseded or stuck", reason="FLEET_UNHEALTHY")
+
+    async def __del__(self) -> None:
+        """Leaves the gangs as they are: a new version of the fleet takes them over."""
+        if hasattr(self, "_reconciler"):
+            await asyncio.to_thread(self._reconciler.stop, _FLEET_STOP_S)
+
+
+def router_application(settings: Settings, resources: dict[str, float]) -> Application:
+    """One router; ``resources`` says which nodes may run it, empty = any."""
+    options: dict[str, object] = {"num_cpus": IDLE_CPUS, "resources": resources}
+    return _single(Router, options, drain_s=DRAIN_S).bind(settings)
+
+
+def fleet_application(settings: Settings) -> Application:
+    return _single(Fleet, {"num_cpus": 0}, drain_s=_FLEET_STOP_S).bind(settings)
+
+
+def _single(replica: type[Router] | type[Fleet], options: dict[str, object], *, drain_s: float) -> serve.Deployment:
+    return serve.deployment(
+        num_replicas=1,
+        ray_actor_options=options,
+        health_check_period_s=HEALTH_PERIOD_S,
+        health_check_timeout_s=HEALTH_TIMEOUT_S,
+        graceful_shutdown_wait_loop_s=0.1,
+        graceful_shutdown_timeout_s=drain_s + 5.0,
+    )(replica)
