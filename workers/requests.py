@@ -68,3 +68,29 @@ class EngineRequest:
     prefill_until: int | None = None
     forced_token_ids: tuple[int, ...] = ()
     on_layer: Callable[[int, int, int], None] | None = None
+
+    def check(self, *, vocab_limit: int, max_context_tokens: int) -> None:
+        """Raises InvalidArgument: an id that is not to be computed (``token_ids``, ``forced_token_ids``),
+        ``prefill_until`` outside the tokens or beside sampling, a prompt that fills the context (CONTEXT_TOO_LONG)."""
+        tokens, until = self.reservation.token_ids, self.prefill_until
+        if until is not None and (self.sampling is not None or not 0 < until <= len(tokens)):
+            raise InvalidArgument(
+                f"prefill_until is {until}; it must be at least 1 and at most the {len(tokens)} tokens, and only "
+                "requests that do not sample may have it",
+                field="prefill_until",
+            )
+        if self.sampling is not None and len(tokens) >= max_context_tokens:
+            raise InvalidArgument(
+                f"the prompt has {len(tokens)} tokens; the context ends at {max_context_tokens}: shorten it",
+                field="token_ids",
+                reason="CONTEXT_TOO_LONG",
+                metadata={"num_tokens": str(len(tokens)), "max_context_tokens": str(max_context_tokens)},
+            )
+        missing = tokens[self.reservation.computed_len :]  # what is cached was checked when it was computed
+        for field, ids in (("token_ids", missing), ("forced_token_ids", self.forced_token_ids)):
+            if ids and not (min(ids) >= 0 and max(ids) < vocab_limit):
+                raise InvalidArgument(
+                    f"{field} holds an id outside the vocabulary; each must be at least 0 and below {vocab_limit}",
+                    field=field,
+                    metadata={"vocab_limit": str(vocab_limit)},
+                )

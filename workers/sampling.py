@@ -6,11 +6,14 @@ Probabilities are float64 throughout.
 
 from __future__ import annotations
 
+import hashlib
 import math
+import struct
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
@@ -21,7 +24,11 @@ __all__ = ["TOKEN_STREAM", "Draw", "Sampled", "SamplingParams", "sample", "unifo
 
 TOKEN_STREAM = 0
 """Of draws that choose a token."""
-_FIRST_CANDIDATES = 256
+_ELEMENTS_AT_ONCE = 1 << 17
+"""1 MiB of float64: larger temporaries leave the processor's cache and cost several times as much a row."""
+
+Array = npt.NDArray[np.float64]
+Ids = npt.NDArray[np.int64]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -40,120 +47,117 @@ class Sampled:
 
 
 def uniform(seed: int, index: int, stream: int = TOKEN_STREAM) -> float:
-    """A number in [0, 1) with 53 random bits: Philox4x64-10 with key (seed, stream) and counter index.
+    """A number in [0, 1) with 53 random bits: of BLAKE2b-64 over (seed, index, stream), little-endian uint64s.
 
-    seed, index, stream: each in [0, 2^64). Source: Salmon et al., Parallel random numbers: as easy as 1, 2, 3 (2011).
+    seed, index, stream: each in [0, 2^64). A hash, because making a generator for one number takes ten times as long.
     """
-    philox = np.random.Philox(key=seed | stream << 64, counter=index)
-    return int(philox.random_raw() >> 11) * 2.0**-53
+    digest = hashlib.blake2b(struct.pack("<QQQ", seed, index, stream), digest_size=8).digest()
+    return (int.from_bytes(digest, "little") >> 11) * 2.0**-53
 
 
 def sample(logits: Tensor, draws: Sequence[Draw], *, vocab_limit: int) -> list[Sampled | None]:
     """Choose one token a row.
 
-    p = softmax(logits / temperature) over ids below ``vocab_limit``; the ``top_k`` most likely stay, of these the
-    fewest whose share reaches ``top_p`` (at least one); the draw u picks the first id, in ascending order if nothing is
-    cut and else most likely first, at which the cumulative share exceeds u. Ties always go to the lower id.
+    p = softmax(logits / temperature) over the ids below ``vocab_limit``; the ``top_k`` most likely stay, of these the
+    fewest whose share reaches ``top_p`` (at least one); the draw u picks the first id, in ascending order of what is
+    left, at which the cumulative share exceeds u. Ties always go to the lower id.
 
-    logits: [N, V] float, V >= vocab_limit; N may be 0. draws: N. Rows of ids from ``vocab_limit`` on are never chosen.
+    logits: [N, V] float on the CPU, V >= vocab_limit; N may be 0. draws: N.
     Returns one token a row, None for a row whose largest logit is not finite.
     """
-    logits = logits[:, :vocab_limit]
     if not draws:
         return []
+    logits = logits[:, :vocab_limit]
     best, greedy_ids = (column.tolist() for column in logits.max(dim=1))
-    token_ids = [greedy if d.forced_token_id is None else d.forced_token_id for d, greedy in zip(draws, greedy_ids)]
-    rows = [row for row, draw in enumerate(draws) if _needs_shares(draw) and math.isfinite(best[row])]
-    logprobs: dict[int, TokenLogprobs] = {}
-    if rows:
-        chosen = [draws[row] for row in rows]
-        scaled = logits[rows].double() - torch.tensor([best[row] for row in rows], dtype=torch.float64)[:, None]
-        scaled /= torch.tensor([d.params.temperature or 1.0 for d in chosen], dtype=torch.float64)[:, None]
+    results: list[Sampled | None] = []
+    rows: list[int] = []
+    for row, (draw, peak, greedy_id) in enumerate(zip(draws, best, greedy_ids, strict=True)):
+        token_id = greedy_id if draw.forced_token_id is None else draw.forced_token_id
+        results.append(Sampled(token_id=token_id) if math.isfinite(peak) else None)
+        if math.isfinite(peak) and (_is_drawn(draw) or draw.params.num_logprobs >= 0):
+            rows.append(row)
+    rows_at_once = max(1, _ELEMENTS_AT_ONCE // logits.shape[1])
+    for start in range(0, len(rows), rows_at_once):
+        group = rows[start : start + rows_at_once]
+        scaled = logits[group].double().sub_(torch.tensor([best[row] for row in group], dtype=torch.float64)[:, None])
+        scaled.div_(torch.tensor([draws[row].params.temperature or 1.0 for row in group], dtype=torch.float64)[:, None])
         weights = scaled.exp()
-        for row, token_id in _pick(scaled, weights, chosen):
-            token_ids[rows[row]] = token_id
-        totals = weights.sum(dim=1).tolist()
-        for row, draw in enumerate(chosen):
-            if draw.params.num_logprobs >= 0:
-                token_id, log_total = token_ids[rows[row]], math.log(totals[row])
-                logprobs[rows[row]] = _logprobs(scaled[row], token_id, log_total, draw.params.num_logprobs)
-    return [
-        Sampled(token_id=token_id, logprobs=logprobs.get(row)) if math.isfinite(best[row]) else None
-        for row, token_id in enumerate(token_ids)
-    ]
-
-
-def _needs_shares(draw: Draw) -> bool:
-    return draw.params.num_logprobs >= 0 or _is_drawn(draw)
+        for row, token_id in _pick(scaled.numpy(), weights, group, draws):
+            results[row] = Sampled(token_id=token_id)
+        for index, row in enumerate(group):
+            result, num_top = results[row], draws[row].params.num_logprobs
+            if result is not None and num_top >= 0:
+                logprobs = _logprobs(scaled[index].numpy(), result.token_id, float(weights[index].sum()), num_top)
+                results[row] = Sampled(token_id=result.token_id, logprobs=logprobs)
+    return results
 
 
 def _is_drawn(draw: Draw) -> bool:
     return draw.params.temperature > 0 and draw.forced_token_id is None
 
 
-def _pick(scaled: Tensor, weights: Tensor, draws: Sequence[Draw]) -> list[tuple[int, int]]:
-    """(row, token id) of every row that is drawn at random. scaled, weights: [R, V] float64, weights = exp(scaled)."""
-    num_ids = scaled.shape[1]
-    drawn = [row for row, draw in enumerate(draws) if _is_drawn(draw)]
-    whole = [row for row in drawn if draws[row].params.top_p >= 1 and not 0 < draws[row].params.top_k < num_ids]
+def _pick(scaled: Array, weights: Tensor, group: Sequence[int], draws: Sequence[Draw]) -> list[tuple[int, int]]:
+    """(row, token id) of each drawn row in ``group``. scaled, weights = exp(scaled): [len(group), V] float64."""
+    drawn = [(index, row) for index, row in enumerate(group) if _is_drawn(draws[row])]
+    whole = [(index, row) for index, row in drawn if not _is_truncated(draws[row].params, weights.shape[1])]
     picked: list[tuple[int, int]] = []
     if whole:
-        places = [uniform(draws[row].params.seed, draws[row].output_index) for row in whole]
-        selection = weights if len(whole) == len(draws) else weights[whole]
-        picked.extend(zip(whole, _first_beyond(selection.cumsum(dim=1), places)))
-    for row in sorted(set(drawn) - set(whole)):
-        params = draws[row].params
-        ids = _truncate(scaled[row], weights[row], params)
-        place = uniform(params.seed, draws[row].output_index)
-        picked.append((row, int(ids[_first_beyond(weights[row, ids].cumsum(dim=0)[None], [place])[0]])))
+        selection = weights if len(whole) == len(group) else weights[[index for index, _ in whole]]
+        cumulative = selection.cumsum(dim=1).numpy()
+        picked.extend((row, _place(cumulative[i], draws[row])) for i, (_, row) in enumerate(whole))
+    for index, row in drawn:
+        if _is_truncated(draws[row].params, weights.shape[1]):
+            shares = weights[index].numpy()
+            ids = _truncate(scaled[index], shares, draws[row].params)
+            picked.append((row, int(ids[_place(np.cumsum(shares[ids]), draws[row])])))
     return picked
 
 
-def _first_beyond(cumulative: Tensor, places: Sequence[float]) -> list[int]:
-    """Index in each row of the first cumulative share that exceeds the row's place. cumulative: [R, K] float64."""
-    totals = cumulative[:, -1]
-    targets = torch.tensor(places, dtype=torch.float64) * totals
-    targets = torch.minimum(targets, totals.nextafter(torch.zeros_like(totals)))  # rounded up, it might reach the total
-    found: list[int] = torch.searchsorted(cumulative, targets[:, None], right=True).flatten().tolist()
-    return found
+def _is_truncated(params: SamplingParams, num_ids: int) -> bool:
+    return params.top_p < 1 or 0 < params.top_k < num_ids
 
 
-def _truncate(scaled: Tensor, weights: Tensor, params: SamplingParams) -> Tensor:
-    """Ids that top-k and top-p keep, most likely first. scaled, weights: [V] float64. Returns [K] int64, K >= 1."""
-    num_ids = scaled.numel()
-    if params.top_k > 0:
-        ids = _most_likely(scaled, params.top_k)
-        if params.top_p >= 1:
-            return ids
-        cumulative = weights[ids].cumsum(dim=0)
-        return ids[: _nucleus_size(cumulative, params.top_p * float(cumulative[-1]))]
-    mass = params.top_p * float(weights.sum())
-    num_candidates = _FIRST_CANDIDATES  # nearly always enough, and far cheaper than sorting the whole vocabulary
-    while True:
-        ids = _most_likely(scaled, num_candidates)
-        cumulative = weights[ids].cumsum(dim=0)
-        if num_candidates >= num_ids or float(cumulative[-1]) >= mass:
-            return ids[: _nucleus_size(cumulative, mass)]
-        num_candidates *= 16
+def _place(cumulative: Array, draw: Draw) -> int:
+    """Index of the first cumulative share that exceeds the draw. cumulative: [K] float64, K >= 1."""
+    total = cumulative[-1]
+    target = min(uniform(draw.params.seed, draw.output_index) * total, np.nextafter(total, 0))  # never rounded to total
+    return int(np.searchsorted(cumulative, target, side="right"))
 
 
-def _nucleus_size(cumulative: Tensor, mass: float) -> int:
-    """Fewest leading entries whose sum reaches ``mass``; all if rounding keeps them below it."""
-    return min(int(torch.searchsorted(cumulative, mass)) + 1, cumulative.numel())
+def _truncate(scaled: Array, weights: Array, params: SamplingParams) -> Ids:
+    """Ids that top-k and top-p keep, ascending, at least one. scaled, weights: [V] float64."""
+    if 0 < params.top_k < scaled.size:
+        ids = _largest(scaled, params.top_k)
+        weights = weights[ids]
+    else:
+        ids = np.arange(scaled.size)
+    if params.top_p < 1:
+        total = float(weights.sum())
+        # All ids below this weight together hold less than 1 - top_p: the nucleus ends before them, so skip the sort.
+        candidates = weights[weights >= (1 - params.top_p) * total / weights.size]
+        cumulative = np.cumsum(np.sort(candidates)[::-1])
+        size = min(int(np.searchsorted(cumulative, params.top_p * total)) + 1, candidates.size)
+        ids = ids[_largest(weights, size)]
+    return ids
 
 
-def _most_likely(scaled: Tensor, count: int) -> Tensor:
-    """The ``count`` ids of the largest values, largest first, ties to the lower id. scaled: [V]; all if count >= V."""
-    if count >= scaled.numel():
-        return torch.sort(scaled, descending=True, stable=True).indices
-    threshold = torch.topk(scaled, count, sorted=False).values.min()
-    ids = torch.nonzero(scaled >= threshold).flatten()  # ascending, with every tie of the last one
-    return ids[torch.sort(scaled[ids], descending=True, stable=True).indices[:count]]
+def _largest(values: Array, count: int) -> Ids:
+    """Ascending indices of the ``count`` largest values, ties to the lower index. values: [V]; all if count >= V."""
+    if count >= values.size:
+        return np.arange(values.size)
+    threshold = np.partition(values, values.size - count)[values.size - count]
+    ids = np.flatnonzero(values >= threshold)
+    if ids.size > count:
+        tied = np.flatnonzero(values[ids] == threshold)
+        ids = np.delete(ids, tied[count - ids.size :])
+    return ids
 
 
-def _logprobs(scaled: Tensor, token_id: int, log_total: float, num_top: int) -> TokenLogprobs:
+def _logprobs(scaled: Array, token_id: int, total: float, num_top: int) -> TokenLogprobs:
+    """scaled: [V] float64 = (logits - max) / temperature; total = sum(exp(scaled))."""
     top: tuple[tuple[int, float], ...] = ()
     if num_top > 0:
-        ids = _most_likely(scaled, num_top)
-        top = tuple((int(i), float(value) - log_total) for i, value in zip(ids.tolist(), scaled[ids].tolist()))
-    return TokenLogprobs(sampled=float(scaled[token_id]) - log_total, top=top)
+        ids = _largest(scaled, num_top)
+        ids = ids[np.argsort(-scaled[ids], kind="stable")]
+        top = tuple((int(token), float(scaled[token]) - math.log(total)) for token in ids)
+    return TokenLogprobs(sampled=float(scaled[token_id]) - math.log(total), top=top)
