@@ -1,0 +1,196 @@
+"""What a client sees of one turn: its events as they come, and the whole of it at the end."""
+
+from __future__ import annotations
+
+import asyncio
+import random
+from collections.abc import AsyncGenerator, Callable, Sequence
+from contextlib import aclosing
+from dataclasses import dataclass, replace
+from types import TracebackType
+from typing import Self
+
+from google.rpc import status_pb2
+
+from seamount.router.messages import Message, Role, ToolCall
+from seamount.v1 import common_pb2, events_pb2
+from seamount.wire.errors import SeamountError, Unavailable, from_status
+
+_MAX_DELAY_S = 5.0
+"""A server that asks for a longer pause is not waited for: its error tells the caller how long."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Turn:
+    """A finished turn. The tokens and logprobs are there where they were asked for; ``token_ids`` of Generate only."""
+
+    session_id: str
+    turn_id: str
+    model: str
+    seed: int
+    reasoning: str
+    content: str
+    tool_calls: tuple[ToolCall, ...]
+    finish_reason: common_pb2.FinishReason
+    usage: events_pb2.Usage
+    receipt: events_pb2.Receipt
+    logprobs: tuple[common_pb2.TokenLogprobs, ...]
+    token_ids: tuple[int, ...]
+
+    def message(self) -> Message:
+        """The model's message, as a later conversation would hold it."""
+        return Message(
+            role=Role.ASSISTANT,
+            content=self.content,
+            reasoning_content=self.reasoning,
+            tool_calls=self.tool_calls,
+        )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Retries:
+    """Bounded attempts with growing, jittered pauses; a server's own retry time counts where it is longer."""
+
+    max_attempts: int = 3
+    first_delay_s: float = 0.2
+
+    def delay_s(self, error: SeamountError, attempt: int) -> float | None:
+        """How long to wait after ``attempt`` (from 1) failed; None = give up."""
+        passing = isinstance(error, Unavailable) or error.retry_after_s is not None
+        asked_s = error.retry_after_s or 0.0
+        if not passing or attempt >= self.max_attempts or asked_s > _MAX_DELAY_S:
+            return None
+        backoff = self.first_delay_s * 2.0 ** (attempt - 1) * random.uniform(0.5, 1.5)
+        return min(max(asked_s, backoff), _MAX_DELAY_S)
+
+
+Frame = tuple[Sequence[events_pb2.TurnEvent], Sequence[int]]
+"""Events, and the token ids behind them (Generate only)."""
+
+
+class TurnStream:
+    """The events of one turn, in order, each once: ``async for event in stream``, then ``await stream.result()``.
+
+    A broken stream is opened again where the turn has an idempotency key: the server repeats the events, those seen are
+    left out. Leaving early (``aclose``, ``async with``) ends this stream alone, not a session's turn.
+    Raises the typed error that the turn or the call ended with.
+    """
+
+    def __init__(self, open_frames: Callable[[], AsyncGenerator[Frame, None]], retries: Retries) -> None:
+        self._open_frames = open_frames
+        self._retries = retries
+        self._collected = _Collected()
+        self._events = self._follow()
+
+    def __aiter__(self) -> Self:
+        return self
+
+    async def __anext__(self) -> events_pb2.TurnEvent:
+        return await anext(self._events)
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None
+    ) -> None:
+        await self.aclose()
+
+    async def result(self) -> Turn:
+        """The whole turn, after waiting for its end; events that nobody took yet are taken in here."""
+        async for _ in self:
+            pass
+        return self._collected.turn()
+
+    async def aclose(self) -> None:
+        """End the stream; repeating it is harmless."""
+        await self._events.aclose()
+
+    async def _follow(self) -> AsyncGenerator[events_pb2.TurnEvent, None]:
+        attempt = 1
+        while not self._collected.ended:
+            num_seen = self._collected.last_sequence
+            try:
+                async with aclosing(self._open_frames()) as frames:
+                    async for events, token_ids in frames:
+                        for event in self._collected.take(events, token_ids):
+                            yield event
+                if not self._collected.ended:
+                    raise Unavailable("the stream ended before the turn did", reason="STREAM_CUT", retry_after_s=0.0)
+            except SeamountError as error:
+                attempt = 1 if self._collected.last_sequence > num_seen else attempt
+                delay_s = self._retries.delay_s(error, attempt)
+                if delay_s is None:
+                    raise
+                attempt += 1
+                await asyncio.sleep(delay_s)
+        if self._collected.failure is not None:
+            raise self._collected.failure
+
+
+class _Collected:
+    """Grows with a turn's events."""
+
+    def __init__(self) -> None:
+        self.last_sequence = 0
+        self.ended = False
+        self.failure: SeamountError | None = None
+        self._turn_id = ""
+        self._started = events_pb2.TurnStarted()
+        self._reasoning: list[str] = []
+        self._content: list[str] = []
+        self._calls: list[ToolCall] = []
+        self._usage = events_pb2.Usage()
+        self._finished = events_pb2.TurnFinished()
+        self._logprobs: list[common_pb2.TokenLogprobs] = []
+        self._token_ids: list[int] = []
+
+    def take(self, events: Sequence[events_pb2.TurnEvent], token_ids: Sequence[int]) -> list[events_pb2.TurnEvent]:
+        """The events among these that are new and for the reader: repeated ones, and a failure, are not."""
+        new = [event for event in events if event.sequence > self.last_sequence]
+        for event in new:
+            self._take_one(event)
+        self._token_ids += token_ids
+        return [event for event in new if event.WhichOneof("event") != "failed"]
+
+    def _take_one(self, event: events_pb2.TurnEvent) -> None:
+        self.last_sequence = event.sequence
+        self._turn_id = event.turn_id
+        self._logprobs += event.logprobs
+        match event.WhichOneof("event"):
+            case "started":
+                self._started = event.started
+            case "reasoning_delta":
+                self._reasoning.append(event.reasoning_delta.text)
+            case "content_delta":
+                self._content.append(event.content_delta.text)
+            case "tool_call_started":
+                started = event.tool_call_started
+                self._calls.append(ToolCall(id=started.id, name=started.name, arguments_json=""))
+            case "tool_call_arguments_delta":
+                delta = event.tool_call_arguments_delta
+                call = self._calls[delta.index]
+                self._calls[delta.index] = replace(call, arguments_json=call.arguments_json + delta.arguments_json)
+            case "usage":
+                self._usage = event.usage
+            case "finished":
+                self._finished, self.ended = event.finished, True
+            case "failed":
+                status = status_pb2.Status.FromString(event.failed.status.SerializeToString())
+                self.failure, self.ended = from_status(status), True
+
+    def turn(self) -> Turn:
+        return Turn(
+            session_id=self._started.session_id,
+            turn_id=self._turn_id,
+            model=self._started.model,
+            seed=self._started.seed,
+            reasoning="".join(self._reasoning),
+            content="".join(self._content),
+            tool_calls=tuple(self._calls),
+            finish_reason=self._finished.reason,
+            usage=self._usage,
+            receipt=self._finished.receipt,
+            logprobs=tuple(self._logprobs),
+            token_ids=tuple(self._token_ids),
+        )
