@@ -42,7 +42,7 @@ _MODEL_MAX_LENGTH = 131_072
 
 
 def write_byte_tokenizer(folder: Path) -> int:
-    """Writes ``tokenizer.json`` and ``tokenizer_config.json`` into ``folder`` (made if missing); returns the vocab size."""
+    """Writes ``tokenizer.json`` and ``tokenizer_config.json`` into ``folder``; returns the vocabulary's size."""
     base = [Control.BOS.value, Control.EOS.value, _PAD]
     tokens = [*base, *byte_alphabet(), *(merge.replace(" ", "") for merge in _MERGES)]
     vocab = {token: token_id for token_id, token in enumerate(tokens)}

@@ -39,7 +39,8 @@ _TOOLS = """\
 ## Tools
 
 You have access to a set of tools you can use to answer the user's question.
-You can invoke functions by writing a "<｜DSML｜function_calls>" block like the following as part of your reply to the user:
+You can invoke functions by writing a "<｜DSML｜function_calls>" block like the following as part of your reply to the \
+user:
 <｜DSML｜function_calls>
 <｜DSML｜invoke name="$FUNCTION_NAME">
 <｜DSML｜parameter name="$PARAMETER_NAME" string="true|false">$PARAMETER_VALUE</｜DSML｜parameter>

@@ -266,7 +266,7 @@ def _check_object(text: str, field: str, *, max_bytes: int) -> dict[str, object]
 def check_turn(
     pending_tool_calls: Sequence[ToolCall], messages: Sequence[Message], *, field: str = "messages"
 ) -> TurnPlan:
-    """Check well-formed messages against the calls that wait for results; empty ``messages`` are the caller's to refuse.
+    """Check one or more well-formed messages against the calls that wait for results.
 
     Results may come in any order, but all of them before any other message and before the model answers.
 

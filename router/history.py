@@ -1,0 +1,188 @@
+"""A session's history as the next prompt's token ids.
+
+A turn is stored as its input messages and the very ids that were sampled. Those ids go back into the prompt as they
+are: all of them while only tool results have followed, and from behind ``</think>`` on once a new question has come,
+which cuts earlier reasoning. They are replaced by an encoding of the stored text in one case only: the turn was made
+under another fingerprint.
+
+Every turn ends with EOS, sampled or appended, so turns are encoded one by one and remembered: a new turn costs what is
+new in it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from array import array
+from collections import OrderedDict
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+from seamount.router.encoding import ENCODER_VERSION, RunEncoder, render
+from seamount.router.messages import (
+    ASKING_ROLES,
+    Message,
+    ThinkingMode,
+    ToolCall,
+    TurnPlan,
+    message_from_proto,
+    message_to_proto,
+    messages_from_proto,
+    tool_calls_from_proto,
+)
+from seamount.router.parsing import ParsedOutput
+from seamount.router.tokenizer import Control, Tokenizer
+from seamount.v1 import common_pb2, record_pb2
+
+_ASKING_ROLE_NUMBERS = frozenset(role.value for role in ASKING_ROLES)
+
+
+def session_fingerprint(model_fingerprint: str, tokenizer: Tokenizer) -> str:
+    """SHA-256, in hex, over model, tokenizer and encoder: ids are only valid under the one they were made with."""
+    parts = (model_fingerprint, tokenizer.fingerprint, ENCODER_VERSION)
+    return hashlib.sha256("\n".join(parts).encode()).hexdigest()
+
+
+def sampled_message(
+    token_ids: Sequence[int],
+    output: ParsedOutput,
+    tokenizer: Tokenizer,
+    logprobs: Iterable[common_pb2.TokenLogprobs] = (),
+) -> record_pb2.SampledMessage:
+    """What is stored of a finished output.
+
+    token_ids: all that the parser was fed; those behind the message's end are left out, their logprobs too. Appended as
+    synthetic ids: the delivered text of a token that a stop string cut, ``</think>`` after an open thought, and EOS;
+    nothing where EOS was sampled.
+    """
+    kept = list(token_ids[: output.num_tokens])
+    synthetic: list[int] = []
+    if not kept or kept[-1] != tokenizer.eos_token_id:
+        synthetic = tokenizer.encode_bytes(output.cut_bytes)
+        if output.thought_is_open:
+            synthetic.append(tokenizer.control_id(Control.END_THINK))
+        synthetic.append(tokenizer.eos_token_id)
+    return record_pb2.SampledMessage(
+        token_ids=kept,
+        num_reasoning_tokens=output.num_reasoning_tokens,
+        synthetic_token_ids=synthetic,
+        message=message_to_proto(output.message),
+        logprobs=list(logprobs)[: output.num_tokens],
+    )
+
+
+def pending_after(plan: TurnPlan, output: ParsedOutput | None) -> tuple[ToolCall, ...]:
+    """The calls that wait for results after a turn; ``output`` is None where it only recorded."""
+    return plan.pending_tool_calls if output is None else output.message.tool_calls
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Prompt:
+    token_ids: list[int]
+    num_reencoded_turns: int
+    """Turns whose sampled ids were made under another fingerprint: their text was encoded anew."""
+
+
+@dataclass(frozen=True, slots=True)
+class _EncodedTurn:
+    record: record_pb2.TurnRecord
+    pending: tuple[ToolCall, ...]
+    token_ids: array[int]
+
+
+class History:
+    """Renders histories of any sessions. Remembers encoded turns, least recently used ones go. Belongs to one thread.
+
+    max_cached_ids: bound on the remembered ids, 4 bytes each.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, fingerprint: str, *, max_cached_ids: int = 8 << 20) -> None:
+        self.fingerprint = fingerprint
+        self._tokenizer = tokenizer
+        self._encoder = RunEncoder(tokenizer)
+        self._max_cached_ids = max_cached_ids
+        self._num_cached_ids = 0
+        self._turns: OrderedDict[tuple[str, bool, ThinkingMode], _EncodedTurn] = OrderedDict()
+
+    def prompt(
+        self, records: Sequence[record_pb2.TurnRecord], messages: Sequence[Message], mode: ThinkingMode
+    ) -> Prompt:
+        """Token ids of committed turns and new messages, ready to be continued.
+
+        records: all turns of the session, oldest first, unchanged since they were committed. messages: checked by
+        ``check_messages`` and ``check_turn``.
+        """
+        asks = any(message.role in ASKING_ROLES for message in messages)
+        pending = tool_calls_from_proto(records[-1].pending_tool_calls) if records else ()
+        new = render(messages, mode=mode, pending_tool_calls=pending, begins=False)
+        token_ids = [self._tokenizer.control_id(Control.BOS)]
+        for segment in self._segments(records, mode, user_follows=asks):
+            token_ids.extend(segment)
+        token_ids.extend(self._encoder.encode(new.pieces()))
+        stale = sum(record.HasField("output") and record.fingerprint != self.fingerprint for record in records)
+        return Prompt(token_ids=token_ids, num_reencoded_turns=stale)
+
+    def stateless_prompt(self, messages: Sequence[Message], mode: ThinkingMode) -> list[int]:
+        """Token ids of a conversation that is all there is (checked like ``prompt``'s messages)."""
+        return self.prompt((), messages, mode).token_ids
+
+    def num_context_tokens(self, records: Sequence[record_pb2.TurnRecord], mode: ThinkingMode) -> int:
+        """Tokens that the committed turns take in the next prompt: with their last reasoning while calls wait."""
+        user_follows = bool(records) and not records[-1].pending_tool_calls
+        return 1 + sum(map(len, self._segments(records, mode, user_follows=user_follows)))
+
+    def _segments(
+        self, records: Sequence[record_pb2.TurnRecord], mode: ThinkingMode, *, user_follows: bool
+    ) -> list[array[int]]:
+        segments: list[array[int]] = []
+        for i in range(len(records) - 1, -1, -1):
+            before = records[i - 1].pending_tool_calls if i else ()
+            segments.append(self._turn(records[i], tool_calls_from_proto(before), mode, user_follows))
+            user_follows = user_follows or any(m.role in _ASKING_ROLE_NUMBERS for m in records[i].input)
+        return segments[::-1]
+
+    def _turn(
+        self, record: record_pb2.TurnRecord, pending: tuple[ToolCall, ...], mode: ThinkingMode, user_follows: bool
+    ) -> array[int]:
+        key = (record.turn_id, user_follows, mode)
+        known = self._turns.get(key)
+        # Turn ids need not be unique over sessions: what is remembered is used for the same turn only.
+        if known is not None and known.pending == pending and (known.record is record or known.record == record):
+            self._turns.move_to_end(key)
+            return known.token_ids
+        token_ids = self._encode_turn(record, pending, mode, user_follows)
+        if known is not None:
+            self._num_cached_ids -= len(known.token_ids)
+        self._turns[key] = _EncodedTurn(record, pending, token_ids)
+        self._turns.move_to_end(key)
+        self._num_cached_ids += len(token_ids)
+        while self._num_cached_ids > self._max_cached_ids:
+            _, forgotten = self._turns.popitem(last=False)
+            self._num_cached_ids -= len(forgotten.token_ids)
+        return token_ids
+
+    def _encode_turn(
+        self, record: record_pb2.TurnRecord, pending: tuple[ToolCall, ...], mode: ThinkingMode, user_follows: bool
+    ) -> array[int]:
+        messages = messages_from_proto(record.input)
+        valid = record.fingerprint == self.fingerprint
+        if record.HasField("output") and not valid:
+            messages = (*messages, message_from_proto(record.output.message))
+        runs = render(messages, mode=mode, pending_tool_calls=pending, user_follows=user_follows, begins=False)
+        if record.HasField("output") and valid:
+            cut = user_follows and mode is ThinkingMode.THINKING
+            runs.sampled(self._without_reasoning(record.output) if cut else _all_ids(record.output))
+        return self._encoder.encode(runs.pieces())
+
+    def _without_reasoning(self, output: record_pb2.SampledMessage) -> array[int]:
+        token_ids = _all_ids(output)
+        end_think = self._tokenizer.control_id(Control.END_THINK)
+        for i in range(output.num_reasoning_tokens, len(token_ids)):
+            if token_ids[i] == end_think:
+                return token_ids[i + 1 :]
+        return token_ids[output.num_reasoning_tokens :]  # the thought was ended by EOS
+
+
+def _all_ids(output: record_pb2.SampledMessage) -> array[int]:
+    token_ids = array("I", output.token_ids)
+    token_ids.extend(output.synthetic_token_ids)
+    return token_ids
