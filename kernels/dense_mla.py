@@ -14,14 +14,15 @@ import torch
 from torch import Tensor
 
 # Elements of the [heads, rows, keys] scores that exist at one time.
-_TILE_ELEMENTS = 4 << 20
+_TILE_ELEMENTS = 1 << 19
 
 
-def dense_mla(q: Tensor, kv: Tensor, lengths: Tensor, scale: float, value_dim: int) -> tuple[Tensor, Tensor]:
+def dense_mla(q: Tensor, kv: Tensor, visible: Tensor, scale: float, value_dim: int) -> tuple[Tensor, Tensor]:
     """Absorbed form.
 
     q: [T, H, C + R] float32 or float64; kv: [L, C + R], the same dtype; value_dim: C.
-    lengths: [T] int64: row t sees kv[:lengths[t]]. T and L may be 0. Unused rows of kv must be finite.
+    visible: [T, L] bool: which rows of kv a query sees (causality, selection). T and L may be 0. Rows of kv that are
+    seen by no query must be finite too.
     Returns (out [T, H, C], lse [T, H]) in q's dtype.
     """
     num_rows, heads, _ = q.shape
@@ -31,16 +32,15 @@ def dense_mla(q: Tensor, kv: Tensor, lengths: Tensor, scale: float, value_dim: i
     for start in range(0, num_rows, tile):
         rows = slice(start, start + tile)
         scores = (q[rows].flatten(0, 1) @ kv.T).view(-1, heads, kv.shape[0])
-        unseen = torch.arange(kv.shape[0], device=q.device) >= lengths[rows].unsqueeze(1)
-        probabilities, lse[rows] = masked_softmax(scores, unseen.unsqueeze(1), scale)
+        probabilities, lse[rows] = masked_softmax(scores, ~visible[rows].unsqueeze(1), scale)
         out[rows] = probabilities @ kv[:, :value_dim]
     return out, lse
 
 
-def dense_mha(q: Tensor, k: Tensor, v: Tensor, lengths: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+def dense_mha(q: Tensor, k: Tensor, v: Tensor, visible: Tensor, scale: float) -> tuple[Tensor, Tensor]:
     """Plain form.
 
-    q: [T, H, N + R]; k: [L, H, N + R]; v: [L, H, V]; lengths and empty cases as in ``dense_mla``.
+    q: [T, H, N + R]; k: [L, H, N + R]; v: [L, H, V]; ``visible`` and empty cases as in ``dense_mla``.
     Returns (out [T, H, V], lse [T, H]) in q's dtype.
     """
     num_rows, heads, _ = q.shape
@@ -51,8 +51,7 @@ def dense_mha(q: Tensor, k: Tensor, v: Tensor, lengths: Tensor, scale: float) ->
     for start in range(0, num_rows, tile):
         rows = slice(start, start + tile)
         scores = torch.bmm(q[rows].transpose(0, 1), keys)
-        unseen = torch.arange(k.shape[0], device=q.device) >= lengths[rows].unsqueeze(1)
-        probabilities, tile_lse = masked_softmax(scores, unseen, scale)
+        probabilities, tile_lse = masked_softmax(scores, ~visible[rows], scale)
         out[rows] = torch.bmm(probabilities, values).transpose(0, 1)
         lse[rows] = tile_lse.transpose(0, 1)
     return out, lse

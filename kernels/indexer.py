@@ -12,8 +12,10 @@ from torch import Tensor
 
 from seamount.kernels.layout import PAGE_SIZE, CacheLayout, unpack_index_pages
 
-# Elements of the [rows, heads, keys] scores that exist at one time: 16 MiB of float32, about a core's share of cache.
-_TILE_ELEMENTS = 4 << 20
+# Elements of the [rows, heads, keys] scores, or of the decoded keys, that exist at one time. Few enough to stay in a
+# core's cache: larger tiles are slower (fresh memory for every temporary).
+_TILE_ELEMENTS = 1 << 19
+_TILE_ROWS = 8
 
 
 def mqa_logits(q: Tensor, k: Tensor, weights: Tensor, lengths: Tensor, k_scales: Tensor | None = None) -> Tensor:
@@ -26,11 +28,15 @@ def mqa_logits(q: Tensor, k: Tensor, weights: Tensor, lengths: Tensor, k_scales:
     num_rows, heads, _ = q.shape
     num_keys = k.shape[0]
     logits = torch.empty((num_rows, num_keys), dtype=q.dtype, device=q.device)
-    tile = max(1, _TILE_ELEMENTS // max(1, heads * num_keys))
-    for start in range(0, num_rows, tile):
-        rows = slice(start, start + tile)
-        scores = (q[rows].flatten(0, 1) @ k.T).relu_().view(-1, heads, num_keys)
-        torch.bmm(weights[rows].unsqueeze(1).to(q.dtype), scores, out=logits[rows].unsqueeze(1))
+    weights = weights.unsqueeze(1).to(q.dtype)
+    tile_rows = max(1, min(num_rows, _TILE_ROWS))
+    tile_keys = max(1, _TILE_ELEMENTS // (heads * tile_rows))
+    for first_key in range(0, num_keys, tile_keys):
+        keys = slice(first_key, first_key + tile_keys)
+        for start in range(0, num_rows, tile_rows):
+            rows = slice(start, start + tile_rows)
+            scores = (q[rows].flatten(0, 1) @ k[keys].T).relu_().view(-1, heads, k[keys].shape[0])
+            logits[rows, keys] = torch.bmm(weights[rows], scores).squeeze(1)
     if k_scales is not None:
         logits *= k_scales
     unseen = torch.arange(num_keys, device=q.device) >= lengths.unsqueeze(1)
@@ -47,34 +53,35 @@ def paged_mqa_logits(
     B and P may be 0.
     Returns [B, P * 64] in q's dtype; -inf at s >= context_lens[b], whatever the unused slots hold.
     """
-    batch, heads, _ = q.shape
+    batch, heads, dim = q.shape
     logits = torch.full((batch, page_tables.shape[1] * PAGE_SIZE), float("-inf"), dtype=q.dtype, device=q.device)
-    for rows, num_pages in _similar_lengths(context_lens.tolist(), heads):
+    for rows, num_pages in _similar_lengths(context_lens.tolist()):
         group = torch.tensor(rows, device=q.device)
+        group_q, group_weights = q[group], weights[group].unsqueeze(1).to(q.dtype)
         pages = page_tables[group, :num_pages]
-        keys, scales = unpack_index_pages(plane.index_select(0, pages.flatten()), layout)
-        num_keys = num_pages * PAGE_SIZE
-        scores = torch.bmm(q[group], keys.view(len(rows), num_keys, -1).transpose(1, 2)).relu_()
-        sums = torch.bmm(weights[group].unsqueeze(1).to(q.dtype), scores).squeeze(1)
-        if scales is not None:
-            sums *= scales.view(len(rows), num_keys)
-        unseen = torch.arange(num_keys, device=q.device) >= context_lens[group].unsqueeze(1)
-        logits[group, :num_keys] = sums.masked_fill_(unseen, float("-inf"))
+        group_logits = logits.new_empty((len(rows), num_pages * PAGE_SIZE))
+        tile = max(1, _TILE_ELEMENTS // (len(rows) * PAGE_SIZE * max(heads, dim)))
+        for start in range(0, num_pages, tile):
+            tile_pages = pages[:, start : start + tile]
+            keys, scales = unpack_index_pages(plane.index_select(0, tile_pages.flatten()), layout)
+            scores = torch.bmm(group_q, keys.view(len(rows), -1, dim).transpose(1, 2)).relu_()
+            sums = torch.bmm(group_weights, scores).squeeze(1)
+            if scales is not None:
+                sums *= scales.view(sums.shape)
+            group_logits[:, start * PAGE_SIZE : (start + tile) * PAGE_SIZE] = sums
+        unseen = torch.arange(num_pages * PAGE_SIZE, device=q.device) >= context_lens[group].unsqueeze(1)
+        logits[group, : num_pages * PAGE_SIZE] = group_logits.masked_fill_(unseen, float("-inf"))
     return logits
 
 
-def _similar_lengths(context_lens: list[int], heads: int) -> list[tuple[list[int], int]]:
-    """Groups of rows, each with the pages of its longest: bounded padding and memory, few torch calls."""
+def _similar_lengths(context_lens: list[int]) -> list[tuple[list[int], int]]:
+    """Groups of rows, each with the pages of its longest, at most twice its shortest: little padding, few calls."""
     longest_first = sorted(range(len(context_lens)), key=lambda row: -context_lens[row])
     groups: list[tuple[list[int], int]] = []
     for row in longest_first:
         pages = -(-context_lens[row] // PAGE_SIZE)
-        if pages == 0:
-            continue
-        if groups:
-            rows, num_pages = groups[-1]
-            if 2 * pages >= num_pages and (len(rows) + 1) * num_pages * PAGE_SIZE * heads <= _TILE_ELEMENTS:
-                rows.append(row)
-                continue
-        groups.append(([row], pages))
+        if groups and 2 * pages >= groups[-1][1]:
+            groups[-1][0].append(row)
+        elif pages:
+            groups.append(([row], pages))
     return groups

@@ -21,7 +21,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from seamount.kernels.quant import BLOCK_SIZE, decode_e4m3, dequantize, quantize, wide_dtype
+from seamount.kernels.quant import BLOCK_SIZE, decode_e4m3, quantize, wide_dtype
 
 PAGE_SIZE = 64
 """Tokens in a page."""
@@ -171,8 +171,12 @@ def unpack_latent(rows: Tensor, layout: CacheLayout) -> Tensor:
     rank = layout.kv_lora_rank
     scales_end = rank + rank // BLOCK_SIZE * _SCALE_BYTES
     scales = rows[:, rank:scales_end].view(torch.float32)
-    latent = dequantize(rows[:, :rank].view(torch.float8_e4m3fn), scales, wide)
-    return torch.cat((latent, rows[:, scales_end:].view(torch.bfloat16).to(wide)), dim=-1)
+    out = torch.empty((rows.shape[0], layout.latent_dim), dtype=wide, device=rows.device)
+    groups = rank // BLOCK_SIZE
+    blocks = decode_e4m3(rows[:, :rank], wide).view(-1, groups, BLOCK_SIZE)
+    torch.mul(blocks, scales.unsqueeze(-1), out=out[:, :rank].view(-1, groups, BLOCK_SIZE))
+    out[:, rank:] = rows[:, scales_end:].view(torch.bfloat16)
+    return out
 
 
 def pack_index_key(key: Tensor, layout: CacheLayout) -> Tensor:

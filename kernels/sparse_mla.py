@@ -13,8 +13,9 @@ from torch import Tensor
 from seamount.kernels.dense_mla import masked_softmax
 from seamount.kernels.layout import CacheLayout, gather_slots, unpack_latent
 
-# Elements of the gathered [rows, k, C + R] latents that exist at one time.
-_TILE_ELEMENTS = 8 << 20
+# Elements of the gathered [rows, k, C + R] latents that exist at one time. Few enough to stay in a core's cache: larger
+# tiles are slower (fresh memory for every temporary).
+_TILE_ELEMENTS = 1 << 19
 
 
 def sparse_mla_decode(
@@ -54,7 +55,8 @@ def sparse_mla_prefill(q: Tensor, kv: Tensor, indices: Tensor, scale: float, val
 
 def _attend(q: Tensor, latents: Tensor, invalid: Tensor, scale: float, value_dim: int) -> tuple[Tensor, Tensor]:
     # Slot 0 stands in for -1 and may hold anything: 0 * NaN would reach the sum.
-    latents.masked_fill_(invalid.unsqueeze(-1), 0)
+    if bool(invalid.any()):
+        latents.masked_fill_(invalid.unsqueeze(-1), 0)
     scores = torch.bmm(q, latents.transpose(1, 2))
     probabilities, lse = masked_softmax(scores, invalid.unsqueeze(1), scale)
     return torch.bmm(probabilities, latents[..., :value_dim]), lse

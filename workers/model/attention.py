@@ -105,25 +105,24 @@ class Attention:
         kv = unpack_latent(gather_slots(plane, chunk.slots, self._layout, "latent"), self._layout)
         scale, rank = self._config.softmax_scale, self._config.kv_lora_rank
         if selected is not None:
-            context, _ = sparse_mla_prefill(self._absorb(q), kv, selected, scale, rank)
-        elif self._plain_is_cheaper(num_rows, num_keys):
-            return self._attend_plain(q, kv, chunk.lengths)
-        else:
-            context, _ = dense_mla(self._absorb(q), kv, chunk.lengths, scale, rank)
-        return self._values(context)
+            return self._values(sparse_mla_prefill(self._absorb(q), kv, selected, scale, rank)[0])
+        causal = torch.arange(num_keys, device=q.device) < chunk.lengths.unsqueeze(1)
+        if self._plain_is_cheaper(num_rows, num_keys):
+            return self._attend_plain(q, kv, causal)
+        return self._values(dense_mla(self._absorb(q), kv, causal, scale, rank)[0])
 
     def _attend_slots(self, q: Tensor, plane: Tensor, slots: Tensor) -> Tensor:
         context, _ = sparse_mla_decode(self._absorb(q), plane, slots, self._layout, self._config.softmax_scale)
         return self._values(context)
 
-    def _attend_plain(self, q: Tensor, kv: Tensor, lengths: Tensor) -> Tensor:
-        """Expand each head's keys and values from the cached latents: q [n, H, N + R], kv [L, C + R] to [n, H * V]."""
+    def _attend_plain(self, q: Tensor, kv: Tensor, visible: Tensor) -> Tensor:
+        """Expand each head's keys and values from the latents: q [n, H, N + R], kv [L, C + R] to [n, H * V]."""
         latent, rope_key = kv[:, : self._config.kv_lora_rank], kv[:, self._config.kv_lora_rank :]
         latent = latent.to(q.dtype)
         k_nope = torch.einsum("lc,hnc->lhn", latent, self._k_up).to(kv.dtype)
         v = torch.einsum("lc,hvc->lhv", latent, self._v_up).to(kv.dtype)
         k = torch.cat((k_nope, rope_key.unsqueeze(1).expand(-1, k_nope.shape[1], -1)), dim=-1)
-        out, _ = dense_mha(q.to(kv.dtype), k, v, lengths, self._config.softmax_scale)
+        out, _ = dense_mha(q.to(kv.dtype), k, v, visible, self._config.softmax_scale)
         return out.flatten(1).to(q.dtype)
 
     def _plain_is_cheaper(self, num_rows: int, num_keys: int) -> bool:
