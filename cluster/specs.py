@@ -9,7 +9,7 @@ from pathlib import Path
 from seamount.cluster.settings import PoolSettings, Settings
 from seamount.router.placement import PathRules
 from seamount.router.spec import RouterSpec, SamplingDefaults
-from seamount.wire.errors import InvalidArgument
+from seamount.wire.credentials import read_secret
 from seamount.wire.ids import GangId, RankId, RouterId
 from seamount.workers.spec import PoolName, RankSpec
 
@@ -108,13 +108,5 @@ def router_spec(settings: Settings, *, redis_url: str, port: int, allow_forced_t
 
 
 def read_token(path: Path | None) -> str | None:
-    """The token in a file, white space around it ignored; None for no file. Raises ``InvalidArgument`` if empty."""
-    if path is None:
-        return None
-    token = path.read_text(encoding="utf-8").strip()
-    if not token:
-        raise InvalidArgument(
-            f"router.worker_token_file: {path} is empty; put one line of random text into it",
-            field="router.worker_token_file",
-        )
-    return token
+    """The secret that routers and ranks share; None for no file. Raises as ``read_secret`` does."""
+    return None if path is None else read_secret(path, field="router.worker_token_file")

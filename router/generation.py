@@ -8,12 +8,13 @@ whose prompt is the prompt and the tokens so far, and whose draws go on at the n
 from __future__ import annotations
 
 import time
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing, suppress
 from dataclasses import dataclass, field
 
 from google.protobuf import duration_pb2
 
+from seamount.router.directory import Role
 from seamount.router.placement import PathRules, RankLoad, choose_decode_rank, choose_path
 from seamount.router.rank_client import RankClient, RankLost, Work
 from seamount.router.ranks import Ranks
@@ -22,7 +23,6 @@ from seamount.wire import limits
 from seamount.wire.errors import ResourceExhausted, SeamountError, Unavailable
 from seamount.wire.ids import Epoch, RankId, ReservationId, SessionId, TurnId
 
-MAX_ATTEMPTS = 5
 PLACEMENT_TIMEOUT_S = 30.0
 """How long a turn waits for a live decode rank: a killed gang is replaced in a few seconds."""
 RENEW_EVERY_S = limits.MAX_RESERVATION_S / 3
@@ -86,6 +86,7 @@ class Generation:
     sampling: worker_pb2.ResolvedSampling
     preferred: RankId | None
     account: Account
+    max_attempts: int
     forced_token_ids: Sequence[int] = ()
     token_ids: list[int] = field(default_factory=list)
     _attempt: int = 0
@@ -98,10 +99,10 @@ class Generation:
         """Where the caches of this answer are."""
         return self._decode.rank_id if self._decode else None
 
-    async def batches(self) -> AsyncIterator[worker_pb2.TokenBatch | worker_pb2.GenerateFinished]:
+    async def batches(self) -> AsyncGenerator[worker_pb2.TokenBatch | worker_pb2.GenerateFinished, None]:
         """Token batches in order, then ``GenerateFinished``.
 
-        Raises ``Unavailable`` after ``MAX_ATTEMPTS`` lost ranks or where no decode rank lives, ``ResourceExhausted``
+        Raises ``Unavailable`` after ``max_attempts`` lost ranks or where no decode rank lives, ``ResourceExhausted``
         where none has room, and a rank's own typed error.
         """
         while True:
@@ -142,7 +143,7 @@ class Generation:
                 reserved = await self._decode.reserve(self._work())
             except ResourceExhausted:
                 full.add(load.rank_id)
-                if choose_decode_rank(self.ranks.loads("decode"), preferred=None, excluded=full) is None:
+                if choose_decode_rank(self.ranks.loads(Role.DECODE), preferred=None, excluded=full) is None:
                     raise
                 continue
             self._note_reservation(load, reserved)
@@ -159,7 +160,7 @@ class Generation:
         until = time.monotonic() + PLACEMENT_TIMEOUT_S
         while True:
             load = choose_decode_rank(
-                self.ranks.loads("decode"), preferred=self.preferred, excluded=self._excluded | full
+                self.ranks.loads(Role.DECODE), preferred=self.preferred, excluded=self._excluded | full
             )
             if load is not None:
                 return load
@@ -180,7 +181,7 @@ class Generation:
                 raise RankLost("the decode rank left", reason="RANK_LOST", retry_after_s=1.0)
             chosen = choose_path(
                 decode,
-                self.ranks.loads("prefill"),
+                self.ranks.loads(Role.PREFILL),
                 num_cached=cached_len,
                 num_missing=total - cached_len,
                 rules=self.rules,
@@ -212,7 +213,7 @@ class Generation:
             decode_address=self._decode.address,
         )
         renewed = time.monotonic()
-        async with aclosing(self.ranks.client(chosen.rank_id).prefill(request)) as frames:  # type: ignore[type-var]
+        async with aclosing(self.ranks.client(chosen.rank_id).prefill(request)) as frames:
             async for frame in frames:
                 if time.monotonic() - renewed > RENEW_EVERY_S:
                     await self._decode.reserve(work)
@@ -229,7 +230,7 @@ class Generation:
         account.queue_s += finished.queue_time.ToTimedelta().total_seconds()
         account.prefill_s += finished.prefill_time.ToTimedelta().total_seconds()
 
-    async def _sample(self) -> AsyncIterator[worker_pb2.TokenBatch | worker_pb2.GenerateFinished]:
+    async def _sample(self) -> AsyncGenerator[worker_pb2.TokenBatch | worker_pb2.GenerateFinished, None]:
         assert self._decode is not None
         first = len(self.token_ids)
         if first >= self.sampling.max_output_tokens:  # the rank died between its last token and its last frame
@@ -245,7 +246,7 @@ class Generation:
             sampling=sampling,
             forced_token_ids=self.forced_token_ids[first:],
         )
-        async with aclosing(self._decode.generate(request)) as frames:  # type: ignore[type-var]
+        async with aclosing(self._decode.generate(request)) as frames:
             async for frame in frames:
                 match frame.WhichOneof("event"):
                     case "tokens":
@@ -268,7 +269,7 @@ class Generation:
 
     def _give_up_rank(self, lost: RankLost) -> None:
         self.account.num_retries += 1
-        if self.account.num_retries >= MAX_ATTEMPTS:
+        if self.account.num_retries >= self.max_attempts:
             raise Unavailable(
                 f"{self.account.num_retries} ranks were lost in this turn, the last one: {lost.message}",
                 reason="TOO_MANY_RANKS_LOST",
@@ -282,5 +283,3 @@ class Generation:
 
 def _duration(seconds: float) -> duration_pb2.Duration:
     return duration_pb2.Duration(seconds=int(seconds), nanos=int(seconds % 1 * 1e9))
-
-

@@ -33,7 +33,11 @@ def check_sampling(sampling: common_pb2.SamplingParameters, *, field: str, vocab
     limits.check_length(sampling.stop_strings, field=f"{field}.stop_strings", high=limits.MAX_STOP_STRINGS)
     for index, text in enumerate(sampling.stop_strings):
         limits.check_length(
-            text.encode(), field=f"{field}.stop_strings[{index}]", low=1, high=limits.MAX_STOP_STRING_BYTES, unit="bytes"
+            text.encode(),
+            field=f"{field}.stop_strings[{index}]",
+            low=1,
+            high=limits.MAX_STOP_STRING_BYTES,
+            unit="bytes",
         )
     limits.check_length(sampling.stop_token_ids, field=f"{field}.stop_token_ids", high=limits.MAX_STOP_TOKEN_IDS)
     for index, token_id in enumerate(sampling.stop_token_ids):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncGenerator, Sequence
 from dataclasses import dataclass
 from typing import TypeVar
 
@@ -15,6 +15,7 @@ from seamount.wire import limits
 from seamount.wire.errors import SeamountError, Unavailable, from_rpc_error
 from seamount.wire.ids import Epoch, RankId, ReservationId, SessionId, TurnId
 
+Request = TypeVar("Request")
 Response = TypeVar("Response")
 
 _LOST_CODES = frozenset(
@@ -89,17 +90,17 @@ class RankClient:
         except grpc.RpcError as error:
             raise self._typed(error) from error
 
-    def prefill(self, request: worker_pb2.PrefillRequest) -> AsyncIterator[worker_pb2.PrefillResponse]:
+    def prefill(self, request: worker_pb2.PrefillRequest) -> AsyncGenerator[worker_pb2.PrefillResponse, None]:
         """Frames of a remote prefill, ``finished`` last. Raises ``RankLost`` when none comes in time."""
         return self._frames(self._stub.Prefill(request, metadata=self._metadata))
 
     def generate(
         self, request: worker_pb2.WorkerServiceGenerateRequest
-    ) -> AsyncIterator[worker_pb2.WorkerServiceGenerateResponse]:
+    ) -> AsyncGenerator[worker_pb2.WorkerServiceGenerateResponse, None]:
         """Frames of a generation, ``finished`` last. Closing the iterator ends the call, which frees the slot."""
         return self._frames(self._stub.Generate(request, metadata=self._metadata))
 
-    async def _frames(self, call: grpc.aio.UnaryStreamCall[object, Response]) -> AsyncIterator[Response]:
+    async def _frames(self, call: grpc.aio.UnaryStreamCall[Request, Response]) -> AsyncGenerator[Response, None]:
         try:
             while True:
                 async with asyncio.timeout(self._progress_timeout_s):

@@ -19,6 +19,9 @@ class SamplingDefaults:
     max_output_tokens: int = 1024
 
 
+_DEFAULT_RULES = PathRules()
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RouterSpec:
     """One router: one process, any number of them for one cluster.
@@ -33,7 +36,7 @@ class RouterSpec:
     model_name: str
     max_context_tokens: int
     defaults: SamplingDefaults = SamplingDefaults()
-    rules: PathRules = PathRules()
+    rules: PathRules = _DEFAULT_RULES
     host: str = "127.0.0.1"
     port: int = 0
     api_key_file: Path | None = None

@@ -1,0 +1,130 @@
+"""One rank or one router as a plain process: ``python -m seamount.cluster.process``.
+
+What to be stands in one JSON object on standard input (it holds secrets, so never on the command line). When it serves,
+the process prints one JSON line, ``{"address": …}``, and runs until SIGTERM, SIGINT or the end of its parent.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import ctypes
+import json
+import os
+import signal
+import sys
+from typing import Annotated, Literal, Protocol
+
+from pydantic import BaseModel, ConfigDict, Field, TypeAdapter
+
+from seamount.cluster.settings import Settings, validate
+from seamount.wire import logs
+from seamount.wire.ids import GangId
+from seamount.workers.spec import PoolName
+
+_PR_SET_PDEATHSIG = 1
+GRACE_S = 5.0
+"""What a stopping process gives its streams."""
+
+
+class _Start(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    settings: dict[str, object]
+    redis_url: str
+    parent_pid: int
+    allow_forced_tokens: bool = False
+
+    def resolved_settings(self) -> Settings:
+        return validate({**self.settings, "redis_url": self.redis_url})
+
+
+class RankStart(_Start):
+    """Be a rank."""
+
+    kind: Literal["rank"] = "rank"
+    pool: PoolName
+    gang_id: str
+    gang_rank: int
+
+
+class RouterStart(_Start):
+    """Be a router."""
+
+    kind: Literal["router"] = "router"
+    port: int = 0
+
+
+_START: TypeAdapter[RankStart | RouterStart] = TypeAdapter(
+    Annotated[RankStart | RouterStart, Field(discriminator="kind")]
+)
+
+
+class _Part(Protocol):
+    async def start(self) -> str: ...
+    async def leave_and_stop(self, grace_s: float) -> None: ...
+
+
+def main() -> None:
+    """Read what to be, be it until told to stop. Exit status 1 where the part could not start."""
+    start = _START.validate_json(sys.stdin.buffer.read())
+    _end_with(start.parent_pid)
+    logs.configure()
+    asyncio.run(_serve(start))
+
+
+def _end_with(parent_pid: int) -> None:
+    """Get SIGTERM when the parent ends, however it ends (Linux)."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
+    if os.getppid() != parent_pid:  # it ended before prctl
+        raise SystemExit(1)
+
+
+async def _serve(start: RankStart | RouterStart) -> None:
+    stop = asyncio.Event()
+    loop = asyncio.get_running_loop()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, stop.set)
+    part = _part(start)
+    starting = asyncio.create_task(part.start())
+    stopping = asyncio.create_task(stop.wait())
+    await asyncio.wait({starting, stopping}, return_when=asyncio.FIRST_COMPLETED)
+    if not starting.done():
+        starting.cancel()
+        with contextlib.suppress(asyncio.CancelledError):
+            await starting
+    elif not stop.is_set():
+        print(json.dumps({"address": starting.result()}), flush=True)
+        await stop.wait()
+    stopping.cancel()
+    await part.leave_and_stop(GRACE_S)
+
+
+def _part(start: RankStart | RouterStart) -> _Part:
+    settings = start.resolved_settings()
+    if isinstance(start, RouterStart):
+        from seamount.cluster.specs import router_spec
+        from seamount.router.server import RouterServer
+
+        return RouterServer(
+            router_spec(
+                settings, redis_url=start.redis_url, port=start.port, allow_forced_tokens=start.allow_forced_tokens
+            )
+        )
+    from seamount.cluster.rank import RegisteredRank
+    from seamount.cluster.specs import rank_spec
+
+    spec = rank_spec(
+        settings,
+        pool=start.pool,
+        gang_id=GangId(start.gang_id),
+        gang_rank=start.gang_rank,
+        host=settings.pools.host,
+        allow_forced_tokens=start.allow_forced_tokens,
+    )
+    return RegisteredRank(spec, settings)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,168 @@
+"""``InferenceService``: stateless generation, tokenization, models. A ``Generate`` ends with its call."""
+
+from __future__ import annotations
+
+import time
+import uuid
+from collections.abc import AsyncIterator
+from contextlib import aclosing
+from dataclasses import dataclass
+
+import grpc
+
+from seamount.router.events import TurnEvents, call_id_prefix
+from seamount.router.generation import Account, Generation
+from seamount.router.messages import (
+    ThinkingMode,
+    check_messages,
+    check_turn,
+    messages_from_proto,
+    thinking_mode_from_proto,
+)
+from seamount.router.model import ServedModel
+from seamount.router.parameters import check_sampling, fit_context, resolve
+from seamount.router.parsing import OutputMode, TurnParser
+from seamount.router.ranks import Ranks
+from seamount.router.session_service import forced_token_ids
+from seamount.router.spec import RouterSpec
+from seamount.router.tenants import caller
+from seamount.v1 import common_pb2, events_pb2, inference_pb2, inference_pb2_grpc, worker_pb2
+from seamount.wire import limits
+from seamount.wire.errors import InvalidArgument
+from seamount.wire.hashes import tenant_salt
+from seamount.wire.ids import Epoch, SessionId, TurnId
+
+Context = grpc.aio.ServicerContext[object, object]
+_STATELESS = SessionId("")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class InferenceService(inference_pb2_grpc.InferenceServiceServicer):
+    spec: RouterSpec
+    model: ServedModel
+    ranks: Ranks
+    secret: bytes
+
+    async def Generate(
+        self, request: inference_pb2.GenerateRequest, context: Context
+    ) -> AsyncIterator[inference_pb2.GenerateResponse]:
+        self.model.check_name(request.model)
+        check_sampling(request.sampling, field="sampling", vocab_size=self.model.vocab_size)
+        forced = forced_token_ids(context)
+        if forced and not self.spec.allow_forced_tokens:
+            raise InvalidArgument("forced token ids are for tests", field="forced_token_ids")
+        prompt, mode = self._prompt(request)
+        sampling = resolve(request.sampling, common_pb2.SamplingParameters(), self.spec.defaults)
+        turn_id = TurnId(f"gen_{uuid.uuid4().hex}")
+        generation = Generation(
+            ranks=self.ranks,
+            rules=self.spec.rules,
+            session_id=_STATELESS,
+            turn_id=turn_id,
+            epoch=Epoch(1),
+            cache_salt=tenant_salt(self.secret, caller().tenant),
+            prompt=prompt,
+            sampling=fit_context(
+                sampling, num_prompt_tokens=len(prompt), max_context_tokens=self.spec.max_context_tokens
+            ),
+            preferred=None,
+            account=Account(started=time.monotonic()),
+            max_attempts=self.spec.max_attempts,
+            forced_token_ids=forced,
+        )
+        try:
+            async for response in self._answer(generation, turn_id, mode, sampling):
+                yield response
+        finally:
+            await generation.release(None)
+
+    async def Tokenize(
+        self, request: inference_pb2.TokenizeRequest, context: Context
+    ) -> inference_pb2.TokenizeResponse:
+        self.model.check_name(request.model)
+        match request.WhichOneof("input"):
+            case "messages":
+                token_ids = self._rendered(request.messages)
+            case "text":
+                limits.check_length(request.text.encode(), field="text", high=limits.MAX_CONTENT_BYTES, unit="bytes")
+                token_ids = self.model.tokenizer.encode(request.text)
+            case _:
+                raise InvalidArgument("input is missing; send messages or text", field="input")
+        return inference_pb2.TokenizeResponse(token_ids=token_ids)
+
+    async def ListModels(
+        self, request: inference_pb2.ListModelsRequest, context: Context
+    ) -> inference_pb2.ListModelsResponse:
+        model = self.model
+        return inference_pb2.ListModelsResponse(
+            models=[
+                inference_pb2.Model(
+                    id=model.name,
+                    max_context_tokens=model.max_context_tokens,
+                    vocab_size=model.vocab_size,
+                    fingerprint=model.fingerprint,
+                )
+            ]
+        )
+
+    def _prompt(self, request: inference_pb2.GenerateRequest) -> tuple[list[int], OutputMode]:
+        match request.WhichOneof("prompt"):
+            case "messages":
+                mode = OutputMode.of(thinking_mode_from_proto(request.messages.thinking_mode))
+                return self._rendered(request.messages, generates=True), mode
+            case "token_ids":
+                token_ids = list(request.token_ids.token_ids)
+                limits.check_length(token_ids, field="token_ids", low=1, high=limits.MAX_CONTEXT_TOKENS, unit="tokens")
+                highest = max(token_ids)
+                limits.check_range(highest, field="token_ids", low=0, high=self.model.vocab_size - 1)
+                return token_ids, OutputMode.RAW
+            case _:
+                raise InvalidArgument("prompt is missing; send messages or token_ids", field="prompt")
+
+    def _rendered(self, conversation: inference_pb2.Messages, *, generates: bool = False) -> list[int]:
+        mode: ThinkingMode = thinking_mode_from_proto(conversation.thinking_mode)
+        messages = messages_from_proto(conversation.messages)
+        check_messages(messages)
+        plan = check_turn((), messages)
+        if generates and not plan.generates:
+            raise InvalidArgument(
+                "the last message is the assistant's, so there is nothing to answer; end with a user's, a developer's "
+                "or a tool's",
+                field="messages",
+            )
+        return self.model.history.stateless_prompt(messages, mode)
+
+    async def _answer(
+        self, generation: Generation, turn_id: TurnId, mode: OutputMode, sampling: common_pb2.SamplingParameters
+    ) -> AsyncIterator[inference_pb2.GenerateResponse]:
+        parser = TurnParser(
+            self.model.tokenizer,
+            mode,
+            call_id_prefix=call_id_prefix(turn_id),
+            stop_strings=sampling.stop_strings,
+            stop_token_ids=sampling.stop_token_ids,
+        )
+        events = TurnEvents(turn_id, parser)
+        num_prompt = len(generation.prompt)
+        started = events.started(session_id="", model=self.model.name, num_prompt_tokens=num_prompt, seed=sampling.seed)
+        yield inference_pb2.GenerateResponse(events=[started])
+        reason = common_pb2.FINISH_REASON_LENGTH
+        async with aclosing(generation.batches()) as batches:
+            async for batch in batches:
+                if isinstance(batch, worker_pb2.GenerateFinished):
+                    reason = batch.reason
+                    break
+                yield inference_pb2.GenerateResponse(
+                    events=events.tokens(batch.token_ids, batch.logprobs), token_ids=batch.token_ids
+                )
+                if events.output_is_over:
+                    break
+        told, output = events.output_ended(reason)
+        usage = events_pb2.Usage(
+            num_prompt_tokens=num_prompt,
+            num_cached_tokens=generation.account.num_cached,
+            num_output_tokens=output.num_tokens,
+            num_reasoning_tokens=output.num_reasoning_tokens,
+        )
+        receipt = generation.account.receipt(num_prompt=num_prompt, num_output=output.num_tokens)
+        yield inference_pb2.GenerateResponse(events=[*told, *events.finished(output.reason, usage, receipt)])

@@ -1,0 +1,193 @@
+"""The ranks as one router sees them: who is alive, by the directory; what they are doing, by their own streams."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from contextlib import suppress
+from dataclasses import dataclass, field
+
+import grpc
+
+from seamount.router.directory import Role
+from seamount.router.placement import RankLoad
+from seamount.router.rank_client import RankClient, RankLost
+from seamount.router.watcher import DirectoryWatcher, Peer
+from seamount.v1 import worker_pb2, worker_pb2_grpc
+from seamount.wire import limits
+from seamount.wire.credentials import bearer
+from seamount.wire.ids import RankId
+
+_LOG = logging.getLogger(__name__)
+_RECONNECT_S = 0.25
+_RANK_ROLES = (Role.PREFILL, Role.DECODE)
+_CHANNEL_OPTIONS = [
+    ("grpc.max_receive_message_length", limits.MAX_MESSAGE_BYTES),
+    ("grpc.max_send_message_length", limits.MAX_MESSAGE_BYTES),
+    ("grpc.initial_reconnect_backoff_ms", 100),
+    ("grpc.max_reconnect_backoff_ms", 1000),
+    ("grpc.use_local_subchannel_pool", 1),
+]
+
+
+@dataclass(slots=True, kw_only=True)
+class _Link:
+    """What this router holds of one rank's process."""
+
+    instance: str
+    channel: grpc.aio.Channel
+    client: RankClient
+    watch: asyncio.Task[None] | None = None
+    state: worker_pb2.RankState | None = None
+
+
+@dataclass(slots=True, kw_only=True)
+class Ranks:
+    """Channels, state streams and liveness of all ranks. ``start`` before use, ``stop`` at the end."""
+
+    watcher: DirectoryWatcher
+    worker_token: str | None
+    call_timeout_s: float
+    progress_timeout_s: float
+    _links: dict[RankId, _Link] = field(default_factory=dict)
+    _task: asyncio.Task[None] | None = None
+    _changed: asyncio.Event = field(default_factory=asyncio.Event)
+    _closing: set[asyncio.Task[None]] = field(default_factory=set)
+
+    async def start(self) -> None:
+        """Follow the directory from now on; its watcher has been started."""
+        self._sync()
+        self._task = asyncio.create_task(self._follow(), name="ranks")
+
+    async def stop(self) -> None:
+        """Close every channel; calls in flight end. Harmless to repeat."""
+        if self._task is not None:
+            self._task.cancel()
+            with suppress(asyncio.CancelledError):
+                await self._task
+            self._task = None
+        closing = [self._close(self._links.pop(rank_id)) for rank_id in list(self._links)]
+        await asyncio.gather(*closing, *self._closing)
+
+    def loads(self, pool: Role) -> list[RankLoad]:
+        """Ranks of a pool (``PREFILL``, ``DECODE``) that are alive, healthy, not leaving, of known state; by id."""
+        return [
+            _load(peer, state)
+            for peer in self.watcher.peers(pool)
+            if (state := self._state(peer)) is not None and state.healthy and not state.draining
+        ]
+
+    def load(self, rank_id: RankId) -> RankLoad | None:
+        """One rank's load; None where ``loads`` would leave it out."""
+        return next((load for pool in _RANK_ROLES for load in self.loads(pool) if load.rank_id == rank_id), None)
+
+    def client(self, rank_id: RankId) -> RankClient:
+        """Raises ``RankLost`` for a rank that left meanwhile."""
+        link = self._links.get(rank_id)
+        if link is None:
+            raise RankLost(f"rank {rank_id} left", reason="RANK_LOST", retry_after_s=1.0)
+        return link.client
+
+    def all(self) -> list[tuple[Peer, worker_pb2.RankState | None]]:
+        """Every registered rank, dead ones too, with its last known state; by id."""
+        return [(peer, self._state(peer)) for peer in self.watcher.peers(*_RANK_ROLES, alive_only=False)]
+
+    def mark_lost(self, rank_id: RankId) -> None:
+        """A call to the rank broke: it is dead until its counter moves and its stream stands again."""
+        self.watcher.mark_broken(rank_id)
+        link = self._links.get(rank_id)
+        if link is not None:
+            link.state = None
+            if link.watch is not None:
+                link.watch.cancel()
+            link.watch = asyncio.create_task(self._watch(rank_id, link), name=f"watch {rank_id}")
+
+    async def wait_for_change(self, timeout_s: float) -> None:
+        """Wait until a rank's state comes in or changes, at most ``timeout_s``."""
+        with suppress(TimeoutError):
+            async with asyncio.timeout(timeout_s):
+                await self._changed.wait()
+
+    def _state(self, peer: Peer) -> worker_pb2.RankState | None:
+        link = self._links.get(RankId(peer.record.peer_id))
+        return link.state if link is not None and link.instance == peer.record.instance else None
+
+    async def _follow(self) -> None:
+        while True:
+            await self.watcher.wait_changed(_RECONNECT_S)
+            self._sync()
+
+    def _sync(self) -> None:
+        """Links for who is registered, none for who left or came back as another process."""
+        peers = {RankId(p.record.peer_id): p for p in self.watcher.peers(*_RANK_ROLES, alive_only=False)}
+        for rank_id in list(self._links):
+            peer = peers.get(rank_id)
+            if peer is None or peer.record.instance != self._links[rank_id].instance:
+                closing = asyncio.create_task(self._close(self._links.pop(rank_id)))
+                self._closing.add(closing)
+                closing.add_done_callback(self._closing.discard)
+        for rank_id, peer in peers.items():
+            if rank_id not in self._links:
+                self._links[rank_id] = self._open(rank_id, peer)
+
+    def _open(self, rank_id: RankId, peer: Peer) -> _Link:
+        channel = grpc.aio.insecure_channel(peer.record.address, options=_CHANNEL_OPTIONS)
+        client = RankClient(
+            rank_id,
+            peer.record.address,
+            channel,
+            metadata=bearer(self.worker_token),
+            call_timeout_s=self.call_timeout_s,
+            progress_timeout_s=self.progress_timeout_s,
+        )
+        link = _Link(instance=peer.record.instance, channel=channel, client=client)
+        link.watch = asyncio.create_task(self._watch(rank_id, link), name=f"watch {rank_id}")
+        return link
+
+    async def _watch(self, rank_id: RankId, link: _Link) -> None:
+        """Hold the rank's state stream; when it breaks, the rank is dead at once."""
+        stub = worker_pb2_grpc.WorkerServiceStub(link.channel)
+        while True:
+            call = stub.WatchState(worker_pb2.WatchStateRequest(), metadata=bearer(self.worker_token))
+            try:
+                async for response in call:
+                    if link.state is None:
+                        self.watcher.mark_connected(rank_id)
+                    link.state = response.state
+                    self._tell()
+            except grpc.RpcError as error:
+                _LOG.info("rank_stream_broken", extra={"rank_id": rank_id, "code": str(error.code())})
+            finally:
+                call.cancel()
+            if link.state is not None:
+                link.state = None
+                self.watcher.mark_broken(rank_id)
+                self._tell()
+            await asyncio.sleep(_RECONNECT_S)
+
+    def _tell(self) -> None:
+        self._changed.set()
+        self._changed = asyncio.Event()
+
+    async def _close(self, link: _Link) -> None:
+        if link.watch is not None:
+            link.watch.cancel()
+            with suppress(asyncio.CancelledError):
+                await link.watch
+        await link.channel.close()
+
+
+def _load(peer: Peer, state: worker_pb2.RankState) -> RankLoad:
+    return RankLoad(
+        rank_id=RankId(peer.record.peer_id),
+        address=peer.record.address,
+        num_free_pages=state.num_free_pages,
+        num_cached_pages=state.num_cached_pages,
+        num_running=state.num_running,
+        num_waiting=state.num_waiting,
+        num_queued_prefill_tokens=state.num_queued_prefill_tokens,
+        prefill_tokens_per_s=state.prefill_tokens_per_s,
+        pull_bytes_per_s=state.pull_bytes_per_s,
+        push_bytes_per_s=state.push_bytes_per_s,
+        kv_bytes_per_token=state.kv_bytes_per_token,
+    )

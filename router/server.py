@@ -1,0 +1,171 @@
+"""A router: everything that one process needs to serve clients, put together and taken down in order."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+from contextlib import AsyncExitStack, suppress
+from importlib.metadata import version
+
+import grpc
+from grpc_health.v1 import health, health_pb2, health_pb2_grpc
+from grpc_reflection.v1alpha import reflection
+
+from seamount.router.admin_service import AdminService
+from seamount.router.directory import PeerRecord, Role, new_instance
+from seamount.router.inference_service import InferenceService
+from seamount.router.model import ServedModel
+from seamount.router.ranks import Ranks
+from seamount.router.session_service import SessionService
+from seamount.router.sessions import Sessions, load_or_create_secret
+from seamount.router.spec import RouterSpec
+from seamount.router.store import Store
+from seamount.router.tenants import read_api_keys, router_interceptors
+from seamount.router.turns import Turns
+from seamount.router.watcher import Directory, DirectoryWatcher, Registration
+from seamount.v1 import (
+    admin_pb2,
+    admin_pb2_grpc,
+    inference_pb2,
+    inference_pb2_grpc,
+    session_pb2,
+    session_pb2_grpc,
+)
+from seamount.wire import limits
+from seamount.wire.credentials import server_credentials
+
+_LOG = logging.getLogger(__name__)
+_HEALTH_POLL_S = 0.25
+_SERVICES = (
+    session_pb2.DESCRIPTOR.services_by_name["SessionService"].full_name,
+    inference_pb2.DESCRIPTOR.services_by_name["InferenceService"].full_name,
+    admin_pb2.DESCRIPTOR.services_by_name["AdminService"].full_name,
+)
+
+
+class RouterServer:
+    """One router. ``start`` once, ``stop`` at the end; the parts it owns are closed in the reverse order."""
+
+    def __init__(self, spec: RouterSpec) -> None:
+        self.spec = spec
+        self._health = health.aio.HealthServicer()
+        self._parts = AsyncExitStack()
+        self._turns: Turns | None = None
+        self._ranks: Ranks | None = None
+        self._health_task: asyncio.Task[None] | None = None
+
+    async def start(self) -> str:
+        """Connect to Redis, follow the directory, serve; returns ``host:port``.
+
+        Raises typed errors for an unusable checkpoint, key file or Redis; nothing stays open then.
+        """
+        try:
+            return await self._start()
+        except BaseException:
+            await self._parts.aclose()
+            raise
+
+    async def stop(self, grace_s: float) -> None:
+        """NOT_SERVING, let turns end for ``grace_s``, close. Idempotent; also after a failed start."""
+        await self._health.enter_graceful_shutdown()
+        if self._health_task is not None:
+            self._health_task.cancel()
+            with suppress(asyncio.CancelledError):
+                await self._health_task
+            self._health_task = None
+        if self._turns is not None:
+            await self._turns.stop(grace_s)
+        await self._parts.aclose()
+
+    async def leave_and_stop(self, grace_s: float) -> None:
+        """``stop``, under the name that all processes have."""
+        await self.stop(grace_s)
+
+    def healthy(self) -> bool:
+        """Whether the router can answer at all; that a decode rank is alive shows in its gRPC health."""
+        return self._health_task is not None and not self._health_task.done()
+
+    async def _start(self) -> str:
+        spec, parts = self.spec, self._parts
+        keys = read_api_keys(spec.api_key_file) if spec.api_key_file is not None else None
+        model = ServedModel.load(spec.model_path, name=spec.model_name, max_context_tokens=spec.max_context_tokens)
+        store = await Store.open(spec.redis_url, command_timeout_s=spec.redis_timeout_s)
+        parts.push_async_callback(store.close)
+        secret = await load_or_create_secret(store)
+        sessions = Sessions(store, secret=secret, router_id=spec.router_id)
+        parts.push_async_callback(sessions.close)
+        directory = Directory(store, spec.cluster_name)
+        watcher = DirectoryWatcher(directory, dead_after_s=spec.dead_after_s)
+        await watcher.start()
+        parts.push_async_callback(watcher.stop)
+        ranks = Ranks(
+            watcher=watcher,
+            worker_token=spec.worker_token,
+            call_timeout_s=spec.call_timeout_s,
+            progress_timeout_s=spec.progress_timeout_s,
+        )
+        await ranks.start()
+        parts.push_async_callback(ranks.stop)
+        turns = Turns(spec=spec, model=model, sessions=sessions, ranks=ranks, watcher=watcher, secret=secret)
+        self._turns, self._ranks = turns, ranks
+
+        server = grpc.aio.server(interceptors=router_interceptors(keys), options=_server_options())
+        session_pb2_grpc.add_SessionServiceServicer_to_server(
+            SessionService(model=model, sessions=sessions, turns=turns), server
+        )
+        inference_pb2_grpc.add_InferenceServiceServicer_to_server(
+            InferenceService(spec=spec, model=model, ranks=ranks, secret=secret), server
+        )
+        admin_pb2_grpc.add_AdminServiceServicer_to_server(AdminService(ranks=ranks), server)
+        health_pb2_grpc.add_HealthServicer_to_server(self._health, server)
+        reflection.enable_server_reflection((*_SERVICES, health.SERVICE_NAME, reflection.SERVICE_NAME), server)
+        port = self._listen(server)
+        await self._health.set("", health_pb2.HealthCheckResponse.NOT_SERVING)
+        await server.start()
+        parts.push_async_callback(server.stop, 0.5)
+        address = f"{spec.host}:{port}"
+        registration = Registration(directory, self._record(address), interval_s=spec.beat_s)
+        await registration.start()
+        parts.push_async_callback(registration.stop)
+        self._health_task = asyncio.create_task(self._follow_health(ranks), name="health")
+        _LOG.info("router_ready", extra={"router_id": spec.router_id, "port": port})
+        return address
+
+    def _listen(self, server: grpc.aio.Server) -> int:
+        spec = self.spec
+        address = f"{spec.host}:{spec.port}"
+        if spec.tls_certificate_file is None or spec.tls_key_file is None:
+            return server.add_insecure_port(address)
+        credentials = server_credentials(
+            spec.tls_certificate_file, spec.tls_key_file, client_ca_file=spec.client_ca_file
+        )
+        return server.add_secure_port(address, credentials)
+
+    def _record(self, address: str) -> PeerRecord:
+        return PeerRecord(
+            peer_id=self.spec.router_id,
+            role=Role.ROUTER,
+            address=address,
+            version=version("seamount"),
+            process_id=os.getpid(),
+            instance=new_instance(),
+        )
+
+    async def _follow_health(self, ranks: Ranks) -> None:
+        """SERVING exactly while a decode rank can answer."""
+        while True:
+            serving = bool(ranks.loads(Role.DECODE))
+            status = health_pb2.HealthCheckResponse.SERVING if serving else health_pb2.HealthCheckResponse.NOT_SERVING
+            await self._health.set("", status)
+            await asyncio.sleep(_HEALTH_POLL_S)
+
+
+def _server_options() -> list[tuple[str, int]]:
+    return [
+        ("grpc.max_receive_message_length", limits.MAX_MESSAGE_BYTES),
+        ("grpc.max_send_message_length", limits.MAX_MESSAGE_BYTES),
+        ("grpc.so_reuseport", 1),  # routers on one node share the port
+        ("grpc.http2.min_recv_ping_interval_without_data_ms", 5_000),  # clients may ping every 10 s
+        ("grpc.keepalive_permit_without_calls", 1),
+    ]

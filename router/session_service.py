@@ -1,0 +1,95 @@
+"""``SessionService``: durable conversations. Bodies of a few lines; ``turns.py`` and ``sessions.py`` do the work."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from dataclasses import dataclass
+
+import grpc
+
+from seamount.router.messages import message_from_proto, message_to_proto, thinking_mode_from_proto
+from seamount.router.model import ServedModel
+from seamount.router.parameters import check_sampling
+from seamount.router.sessions import Sessions
+from seamount.router.tenants import caller
+from seamount.router.turns import Turns
+from seamount.v1 import common_pb2, session_pb2, session_pb2_grpc
+from seamount.wire.errors import InvalidArgument
+from seamount.wire.ids import SessionId
+
+FORCED_TOKENS_KEY = "seamount-forced-token-ids"
+"""Call metadata: comma-separated ids to take instead of sampled ones; tests of plain processes only."""
+
+Context = grpc.aio.ServicerContext[object, object]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SessionService(session_pb2_grpc.SessionServiceServicer):
+    """The tenant is the authenticated caller, never a field."""
+
+    model: ServedModel
+    sessions: Sessions
+    turns: Turns
+
+    async def CreateSession(
+        self, request: session_pb2.CreateSessionRequest, context: Context
+    ) -> session_pb2.CreateSessionResponse:
+        self.model.check_name(request.model)
+        thinking_mode_from_proto(request.thinking_mode)
+        check_sampling(request.defaults, field="defaults", vocab_size=self.model.vocab_size)
+        session = await self.sessions.create(caller().tenant, request, model=self.model.name)
+        return session_pb2.CreateSessionResponse(session=session)
+
+    async def GetSession(
+        self, request: session_pb2.GetSessionRequest, context: Context
+    ) -> session_pb2.GetSessionResponse:
+        tenant, session_id = caller().tenant, SessionId(request.session_id)
+        if not request.include_messages:
+            view = await self.sessions.get(tenant, session_id)
+            return session_pb2.GetSessionResponse(session=view.session)
+        view, history = await self.sessions.read(tenant, session_id)
+        messages: list[common_pb2.Message] = []
+        for record in history.records:
+            messages += record.input
+            if record.HasField("output"):
+                messages.append(message_to_proto(message_from_proto(record.output.message)))
+        receipts = [record.receipt for record in history.records if record.HasField("receipt")]
+        return session_pb2.GetSessionResponse(session=view.session, messages=messages, receipts=receipts)
+
+    async def ListSessions(
+        self, request: session_pb2.ListSessionsRequest, context: Context
+    ) -> session_pb2.ListSessionsResponse:
+        sessions, next_page_token = await self.sessions.list(
+            caller().tenant, page_size=request.page_size, page_token=request.page_token
+        )
+        return session_pb2.ListSessionsResponse(sessions=sessions, next_page_token=next_page_token)
+
+    async def DeleteSession(
+        self, request: session_pb2.DeleteSessionRequest, context: Context
+    ) -> session_pb2.DeleteSessionResponse:
+        await self.turns.delete(caller().tenant, SessionId(request.session_id))
+        return session_pb2.DeleteSessionResponse()
+
+    async def RunTurn(
+        self, request: session_pb2.RunTurnRequest, context: Context
+    ) -> AsyncIterator[session_pb2.RunTurnResponse]:
+        stream = await self.turns.open(caller().tenant, request, forced_token_ids=forced_token_ids(context))
+        async for events in stream.follow():
+            yield session_pb2.RunTurnResponse(events=events)
+
+    async def CancelTurn(
+        self, request: session_pb2.CancelTurnRequest, context: Context
+    ) -> session_pb2.CancelTurnResponse:
+        cancelled = await self.turns.cancel(caller().tenant, SessionId(request.session_id), request.turn_id)
+        return session_pb2.CancelTurnResponse(cancelled=cancelled)
+
+
+def forced_token_ids(context: Context) -> list[int]:
+    """Ids of the call's metadata; empty without it. Raises ``InvalidArgument`` for anything but numbers."""
+    for key, value in context.invocation_metadata() or ():
+        if key == FORCED_TOKENS_KEY:
+            try:
+                return [int(part) for part in str(value).split(",")]
+            except ValueError:
+                raise InvalidArgument("forced token ids are comma-separated numbers", field=FORCED_TOKENS_KEY) from None
+    return []

@@ -1,0 +1,276 @@
+"""A rank: model, caches, engine, transfer and their gRPC server, put together and taken down in order."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+from collections.abc import AsyncIterator, Callable
+from contextlib import suppress
+from dataclasses import dataclass
+
+import grpc
+import torch
+from grpc_health.v1 import health, health_pb2, health_pb2_grpc
+
+from seamount.kernels.layout import CachePlanes
+from seamount.v1 import transfer_pb2_grpc, worker_pb2, worker_pb2_grpc
+from seamount.wire import limits
+from seamount.wire.errors import SeamountError
+from seamount.wire.interceptors import rank_interceptors
+from seamount.workers.cache.reservations import Reservations
+from seamount.workers.engine import Engine
+from seamount.workers.experts.dispatch import ExpertParallel, GangExperts, LocalExperts
+from seamount.workers.gang import Gang
+from seamount.workers.model.config import ModelConfig
+from seamount.workers.model.transformer import Transformer
+from seamount.workers.model.weights import load_model, model_fingerprint
+from seamount.workers.prefill import Prefill
+from seamount.workers.scheduler import EngineLimits
+from seamount.workers.service import WorkerService
+from seamount.workers.spec import RankSpec
+from seamount.workers.transfer.service import Transfer
+from seamount.workers.vocabulary import vocabulary_size
+
+_LOG = logging.getLogger(__name__)
+_POOLS = {"prefill": worker_pb2.POOL_PREFILL, "decode": worker_pb2.POOL_DECODE}
+WATCH_EVERY_S = 0.1
+HOUSEKEEPING_S = 1.0
+DTYPES = {"float32": torch.float32, "float64": torch.float64, "bfloat16": torch.bfloat16}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Rendezvous:
+    """Where a gang meets. Rank 0 opens the store and tells ``on_listening`` its port; the others know host and port."""
+
+    host: str
+    port: int = 0
+    on_listening: Callable[[int], None] | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Core:
+    """What is built off the event loop: it takes seconds, and the gang's meeting blocks."""
+
+    model: Transformer
+    planes: CachePlanes
+    fingerprint: str
+    reservations: Reservations
+    engine: Engine
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Parts:
+    """What exists once the rank has started."""
+
+    core: _Core
+    transfer: Transfer
+    service: WorkerService
+
+
+class RankServer:
+    """One rank. ``on_fatal``: called once, on any thread, when the engine cannot go on: end the process at once."""
+
+    def __init__(self, spec: RankSpec, *, on_fatal: Callable[[SeamountError], None]) -> None:
+        self.spec = spec
+        self._on_fatal = on_fatal
+        self._parts: _Parts | None = None
+        self._server: grpc.aio.Server | None = None
+        self._health = health.aio.HealthServicer()
+        self._draining = False
+        self._housekeeping: asyncio.Task[None] | None = None
+
+    async def start(self, rendezvous: Rendezvous) -> str:
+        """Meet the gang, load the model, serve; returns ``host:port``.
+
+        Raises typed errors for an unusable checkpoint or a gang that does not form.
+        """
+        self._parts = parts = self._compose(await asyncio.to_thread(self._build, rendezvous))
+        server = grpc.aio.server(
+            interceptors=rank_interceptors(self.spec.worker_token),
+            options=[
+                ("grpc.max_receive_message_length", limits.MAX_MESSAGE_BYTES),
+                ("grpc.max_send_message_length", limits.MAX_MESSAGE_BYTES),
+                ("grpc.so_reuseport", 0),
+            ],
+        )
+        worker_pb2_grpc.add_WorkerServiceServicer_to_server(parts.service, server)
+        transfer_pb2_grpc.add_TransferServiceServicer_to_server(parts.transfer, server)
+        health_pb2_grpc.add_HealthServicer_to_server(self._health, server)
+        port = server.add_insecure_port(f"{self.spec.host}:{self.spec.port}")
+        await server.start()
+        self._server = server
+        parts.core.engine.start()
+        self._housekeeping = asyncio.create_task(self._keep_house())
+        await self._health.set("", health_pb2.HealthCheckResponse.SERVING)
+        _LOG.info("rank_ready", extra={"rank_id": self.spec.rank_id, "pool": self.spec.pool, "port": port})
+        return f"{self.spec.host}:{port}"
+
+    async def stop(self, grace_s: float) -> None:
+        """Refuse new work, let streams end for ``grace_s``, leave the gang, close. Idempotent."""
+        self._draining = True
+        await self._health.enter_graceful_shutdown()
+        if self._housekeeping is not None:
+            self._housekeeping.cancel()
+            with suppress(asyncio.CancelledError):
+                await self._housekeeping
+            self._housekeeping = None
+        parts = self._parts
+        if parts is not None:
+            await self._idle(grace_s)
+            await asyncio.to_thread(parts.core.engine.stop)
+            await parts.transfer.close()
+        if self._server is not None:
+            await self._server.stop(0.5)
+            self._server = None
+
+    def healthy(self) -> bool:
+        """Whether the engine's loop answers; False before ``start``."""
+        return self._parts is not None and self._parts.core.engine.healthy()
+
+    def state(self) -> worker_pb2.RankState:
+        """What routers and operators see; also what ``WatchState`` sends."""
+        assert self._parts is not None
+        spec, core, transfer = self.spec, self._parts.core, self._parts.transfer
+        cache, engine = core.reservations.state(), core.engine.state()
+        return worker_pb2.RankState(
+            rank_id=spec.rank_id,
+            gang_id=spec.gang_id,
+            gang_rank=spec.gang_rank,
+            gang_size=spec.gang_size,
+            pool=_POOLS[spec.pool],
+            healthy=core.engine.healthy(),
+            draining=self._draining,
+            num_pages=cache.num_pages,
+            num_free_pages=cache.num_free,
+            num_cached_pages=cache.num_cached,
+            num_running=engine.num_running,
+            num_waiting=engine.num_waiting,
+            num_queued_prefill_tokens=engine.queued_prefill_tokens,
+            num_steps=engine.num_steps,
+            num_computed_tokens=engine.num_computed_tokens,
+            num_sampled_tokens=engine.num_sampled_tokens,
+            expert_bytes=core.model.expert_bytes,
+            num_reservations=cache.num_reservations,
+            prefill_tokens_per_s=engine.prefill_tokens_per_s,
+            pull_bytes_per_s=transfer.pull_bytes_per_s,
+            push_bytes_per_s=transfer.push_bytes_per_s,
+            session_ids=core.reservations.sessions()[: limits.MAX_LISTED_SESSIONS],
+            layout=core.model.layout.signature,
+            fingerprint=core.fingerprint,
+            process_id=os.getpid(),
+            kv_bytes_per_token=transfer.kv_bytes_per_token,
+        )
+
+    def _build(self, rendezvous: Rendezvous) -> _Core:
+        spec = self.spec
+        torch.set_num_threads(spec.num_threads)
+        gang = Gang.join(
+            store_host=rendezvous.host,
+            store_port=rendezvous.port,
+            gang_id=spec.gang_id,
+            rank=spec.gang_rank,
+            size=spec.gang_size,
+            timeout_s=spec.step_timeout_s,
+            host_store=spec.gang_rank == 0,
+            bind_host=spec.host,
+            on_listening=rendezvous.on_listening,
+        )
+        try:
+            return self._build_with(gang)
+        except BaseException:
+            gang.close()
+            raise
+
+    def _build_with(self, gang: Gang) -> _Core:
+        spec = self.spec
+        config = ModelConfig.from_json(spec.model_path)
+        model = load_model(
+            spec.model_path, dtype=DTYPES[spec.dtype], layout_name=spec.layout, experts=_experts(config, gang)
+        )
+        fingerprint = model_fingerprint(spec.model_path)
+        planes = model.layout.allocate(config.num_hidden_layers, spec.num_pages)
+        reservations = Reservations(num_pages=spec.num_pages, fingerprint=fingerprint, layout=model.layout.signature)
+        engine = Engine(
+            model=model,
+            planes=planes,
+            reservations=reservations,
+            gang=gang,
+            eos_token_id=config.eos_token_id,
+            vocab_limit=min(vocabulary_size(spec.model_path), config.vocab_size),
+            limits=EngineLimits(
+                max_batch_tokens=spec.max_batch_tokens,
+                max_running=spec.max_running,
+                prefill_chunk_tokens=spec.prefill_chunk_tokens,
+                max_context_tokens=spec.max_context_tokens,
+            ),
+            health_timeout_s=spec.step_timeout_s,
+            on_fatal=self._on_fatal,
+        )
+        return _Core(model=model, planes=planes, fingerprint=fingerprint, reservations=reservations, engine=engine)
+
+    def _compose(self, core: _Core) -> _Parts:
+        spec = self.spec
+        transfer = Transfer(
+            rank_id=spec.rank_id,
+            host=spec.host,
+            reservations=core.reservations,
+            planes=core.planes,
+            layout=core.model.layout,
+            fingerprint=core.fingerprint,
+            worker_token=spec.worker_token,
+            timeout_s=spec.transfer_timeout_s,
+            max_links=spec.max_links,
+        )
+
+        def abort(reservation_id: str) -> None:
+            core.engine.abort(reservation_id)
+            transfer.abort(reservation_id)
+
+        core.reservations.on_abort = abort
+        prefill = Prefill(
+            spec=spec,
+            reservations=core.reservations,
+            engine=core.engine,
+            transfer=transfer,
+            num_layers=len(core.planes.latent),
+        )
+        service = WorkerService(
+            spec=spec, reservations=core.reservations, engine=core.engine, prefill=prefill, watch=self._watch
+        )
+        return _Parts(core=core, transfer=transfer, service=service)
+
+    async def _watch(self) -> AsyncIterator[worker_pb2.RankState]:
+        """The state now, at every change (looked for each ``WATCH_EVERY_S``), and once a second."""
+        last, unchanged_s = None, 0.0
+        while True:
+            state = self.state()
+            unchanged_s += WATCH_EVERY_S
+            if state != last or unchanged_s >= HOUSEKEEPING_S:
+                yield state
+                last, unchanged_s = state, 0.0
+            await asyncio.sleep(WATCH_EVERY_S)
+
+    async def _keep_house(self) -> None:
+        assert self._parts is not None
+        while True:
+            await asyncio.sleep(HOUSEKEEPING_S)
+            for reservation_id in tuple(self._parts.service.active):
+                with suppress(SeamountError):  # superseded meanwhile
+                    self._parts.core.reservations.renew(reservation_id)
+            self._parts.core.reservations.expire()
+
+    async def _idle(self, grace_s: float) -> None:
+        """Wait until no stream is generating, at most ``grace_s``."""
+        assert self._parts is not None
+        with suppress(TimeoutError):
+            async with asyncio.timeout(grace_s):
+                while self._parts.service.active:  # noqa: ASYNC110 - streams end in several places
+                    await asyncio.sleep(0.05)
+
+
+def _experts(config: ModelConfig, gang: Gang) -> ExpertParallel:
+    if gang.size == 1:
+        return LocalExperts(config.n_routed_experts)
+    assert gang.group is not None
+    return GangExperts(gang.group, config.n_routed_experts)

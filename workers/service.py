@@ -1,0 +1,157 @@
+"""``WorkerService``: what routers ask of a rank. Thin: the caches answer Reserve and Release, the engine computes."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Callable
+from dataclasses import dataclass, field
+
+import grpc
+
+from seamount.v1 import common_pb2, worker_pb2, worker_pb2_grpc
+from seamount.wire import limits
+from seamount.wire.errors import Aborted, FailedPrecondition, InvalidArgument
+from seamount.workers.cache.reservation import Reservation
+from seamount.workers.cache.reservations import Reservations
+from seamount.workers.engine import Engine
+from seamount.workers.engine_stream import duration, run_request
+from seamount.workers.events import EngineEvent, Failed, Finished, FinishReason, Progress, TokenLogprobs, Tokens
+from seamount.workers.prefill import Prefill
+from seamount.workers.requests import EngineRequest, SamplingParams
+from seamount.workers.spec import RankSpec
+
+_REASONS: dict[FinishReason, common_pb2.FinishReason] = {
+    "stop": common_pb2.FINISH_REASON_STOP,
+    "stop_sequence": common_pb2.FINISH_REASON_STOP_SEQUENCE,
+    "length": common_pb2.FINISH_REASON_LENGTH,
+    "cancelled": common_pb2.FINISH_REASON_CANCELLED,
+}
+
+Context = grpc.aio.ServicerContext[object, object]
+
+
+@dataclass(slots=True, kw_only=True)
+class WorkerService(worker_pb2_grpc.WorkerServiceServicer):
+    """One rank's service. ``watch`` yields its state, now and at every change; all else belongs to other parts."""
+
+    spec: RankSpec
+    reservations: Reservations
+    engine: Engine
+    prefill: Prefill
+    watch: Callable[[], AsyncIterator[worker_pb2.RankState]]
+    active: set[str] = field(default_factory=set)
+    """Reservations with a Generate in progress here; they are renewed while it lasts."""
+
+    async def Reserve(self, request: worker_pb2.ReserveRequest, context: Context) -> worker_pb2.ReserveResponse:
+        limits.check_length(
+            request.token_ids, field="token_ids", low=1, high=self.spec.max_context_tokens, unit="tokens"
+        )
+        reservation = self.reservations.reserve(
+            session_id=request.session_id,
+            turn_id=request.turn_id,
+            epoch=request.epoch,
+            attempt=request.attempt,
+            salt=request.cache_salt,
+            token_ids=request.token_ids,
+            time_to_live_s=request.time_to_live.ToTimedelta().total_seconds(),
+        )
+        return worker_pb2.ReserveResponse(
+            reservation_id=reservation.id, cached_len=reservation.cached_len, common_len=reservation.common_len
+        )
+
+    async def Prefill(
+        self, request: worker_pb2.PrefillRequest, context: Context
+    ) -> AsyncIterator[worker_pb2.PrefillResponse]:
+        async for frame in self.prefill.run(request):
+            yield frame
+
+    async def Generate(
+        self, request: worker_pb2.WorkerServiceGenerateRequest, context: Context
+    ) -> AsyncIterator[worker_pb2.WorkerServiceGenerateResponse]:
+        reservation = self.reservations.get(request.reservation_id)
+        self._check_generate(reservation, request)
+        async for event in run_request(
+            self.engine,
+            lambda sink: EngineRequest(
+                id=reservation.id,
+                reservation=reservation,
+                sampling=_sampling(request.sampling),
+                forced_token_ids=tuple(request.forced_token_ids),
+                sink=sink,
+            ),
+            active=self.active,
+        ):
+            yield _frame(event)
+
+    async def Release(self, request: worker_pb2.ReleaseRequest, context: Context) -> worker_pb2.ReleaseResponse:
+        self.engine.abort(request.reservation_id)
+        self.reservations.release(request.reservation_id, request.keep_len if request.HasField("keep_len") else None)
+        return worker_pb2.ReleaseResponse()
+
+    async def WatchState(
+        self, request: worker_pb2.WatchStateRequest, context: Context
+    ) -> AsyncIterator[worker_pb2.WatchStateResponse]:
+        async for state in self.watch():
+            yield worker_pb2.WatchStateResponse(state=state)
+
+    def _check_generate(self, reservation: Reservation, request: worker_pb2.WorkerServiceGenerateRequest) -> None:
+        if request.epoch != reservation.epoch:
+            raise Aborted(
+                f"epoch {request.epoch} does not own reservation {reservation.id}",
+                reason="STALE_EPOCH",
+                metadata={"epoch": str(reservation.epoch)},
+            )
+        if reservation.id in self.active:
+            raise FailedPrecondition("this reservation generates already", reason="ALREADY_GENERATING")
+        if request.forced_token_ids and not self.spec.allow_forced_tokens:
+            raise InvalidArgument(
+                "forced_token_ids are for tests: this rank was not started for them", field="forced_token_ids"
+            )
+
+
+def _sampling(resolved: worker_pb2.ResolvedSampling) -> SamplingParams:
+    return SamplingParams(
+        temperature=resolved.temperature,
+        top_p=resolved.top_p,
+        top_k=resolved.top_k,
+        seed=resolved.seed,
+        max_output_tokens=resolved.max_output_tokens,
+        stop_token_ids=frozenset(resolved.stop_token_ids),
+        num_logprobs=resolved.num_logprobs,
+        first_output_index=resolved.first_output_index,
+    )
+
+
+def _frame(event: EngineEvent) -> worker_pb2.WorkerServiceGenerateResponse:
+    match event:
+        case Progress():
+            return worker_pb2.WorkerServiceGenerateResponse(
+                progress=worker_pb2.GenerateProgress(num_computed_tokens=event.num_computed)
+            )
+        case Tokens():
+            return worker_pb2.WorkerServiceGenerateResponse(
+                tokens=worker_pb2.TokenBatch(
+                    first_index=event.first_index,
+                    token_ids=event.token_ids,
+                    logprobs=[_logprobs(item) for item in event.logprobs],
+                )
+            )
+        case Finished():
+            return worker_pb2.WorkerServiceGenerateResponse(
+                finished=worker_pb2.GenerateFinished(
+                    reason=_REASONS[event.reason],
+                    num_computed_tokens=event.num_computed,
+                    num_preemptions=event.num_preemptions,
+                    queue_time=duration(event.queue_s),
+                    prefill_time=duration(event.prefill_s),
+                    decode_time=duration(event.decode_s),
+                )
+            )
+        case Failed():
+            raise event.error
+
+
+def _logprobs(item: TokenLogprobs) -> common_pb2.TokenLogprobs:
+    return common_pb2.TokenLogprobs(
+        sampled=item.sampled,
+        top=[common_pb2.TokenLogprob(token_id=token_id, logprob=logprob) for token_id, logprob in item.top],
+    )
