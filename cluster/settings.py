@@ -308,6 +308,17 @@ def client_environment(environ: Mapping[str, str] | None = None) -> ClientEnviro
     return ClientEnvironment(address=environ.get(ADDRESS_VARIABLE) or None, api_key=SecretStr(key) if key else None)
 
 
+def client_address(settings: Settings) -> str:
+    """Where clients of this machine reach the router."""
+    host = settings.router.host
+    try:
+        anywhere = ipaddress.ip_address(host).is_unspecified
+    except ValueError:
+        anywhere = False
+    host = "127.0.0.1" if anywhere else host
+    return f"[{host}]:{settings.router.port}" if ":" in host else f"{host}:{settings.router.port}"
+
+
 def _find(path: Path | None, environ: Mapping[str, str]) -> Path | None:
     if path is None and environ.get(CONFIG_VARIABLE):
         path = Path(environ[CONFIG_VARIABLE])

@@ -1,0 +1,55 @@
+"""What the commands share in front of a terminal: progress of a start, text of a model, where to connect."""
+
+from __future__ import annotations
+
+import unicodedata
+from types import TracebackType
+from typing import Self
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TaskID, TextColumn, TimeElapsedColumn
+
+
+class StartDisplay:
+    """One bar a part on a terminal, one line a change elsewhere. Call ``show`` with each news."""
+
+    def __init__(self, console: Console) -> None:
+        self._console = console
+        self._tasks: dict[str, TaskID] = {}
+        self._progress = Progress(
+            SpinnerColumn(finished_text="[green]✓"),
+            TextColumn("{task.description:8}"),
+            BarColumn(bar_width=24),
+            MofNCompleteColumn(),
+            TimeElapsedColumn(),
+            TextColumn("[dim]{task.fields[detail]}"),
+            console=console,
+            disable=not console.is_terminal,
+        )
+
+    def show(self, part: str, num_ready: int, num_wanted: int, detail: str) -> None:
+        """num_wanted may be 0: the part is not used."""
+        if not self._console.is_terminal:
+            self._console.print(f"{part} {num_ready}/{num_wanted} {detail}".rstrip(), markup=False, highlight=False)
+            return
+        if part not in self._tasks:
+            self._tasks[part] = self._progress.add_task(part, total=num_wanted, detail=detail)
+        self._progress.update(self._tasks[part], completed=num_ready, total=num_wanted, detail=printable(detail))
+
+    def __enter__(self) -> Self:
+        self._progress.start()
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        self.stop()
+
+    def stop(self) -> None:
+        """Leave the display as it is; repeating it is harmless."""
+        self._progress.stop()
+
+
+def printable(text: str) -> str:
+    """Text from elsewhere without what would steer a terminal: control and format characters but newline and tab."""
+    return "".join(
+        char if char in "\n\t" or unicodedata.category(char) not in ("Cc", "Cf", "Cs") else "\ufffd" for char in text
+    )
