@@ -1,0 +1,370 @@
+"""Any order of calls against simulated planes: every entry that the caches call present is really there, unspoilt.
+
+The model is the memory itself: each slot holds a fingerprint of (salt, the tokens up to its position), as a real entry
+does. Receives and steps write to it at any time between their begin and their end, also after the reservation is dead:
+had a page been reused too early, a reader would find another sequence's entries.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import random
+import threading
+from collections.abc import Sequence
+
+import pytest
+from hypothesis import HealthCheck, settings
+from hypothesis import strategies as st
+from hypothesis.stateful import (
+    RuleBasedStateMachine,
+    initialize,
+    invariant,
+    precondition,
+    rule,
+    run_state_machine_as_test,
+)
+
+from seamount.wire.errors import Aborted, AlreadyExists, FailedPrecondition, NotFound, OutOfRange, ResourceExhausted
+from seamount.workers.cache import holdings, reservations
+from seamount.workers.cache.reservation import Reservation, ReservationState
+from seamount.workers.cache.reservations import Reservations
+
+SIZE = 4
+SALTS = [b"a" * 32, b"b" * 32]
+picks = st.integers(0, 1 << 16)
+"""Which of the reservations, receives or steps there are at that moment."""
+prompts = st.tuples(st.integers(0, 22), st.lists(st.integers(0, 1), min_size=1, max_size=4)).map(
+    lambda parts: [0] * parts[0] + parts[1]  # many common prefixes
+)
+
+
+class CacheMachine(RuleBasedStateMachine):
+    @initialize(num_pages=st.integers(7, 14))
+    def start(self, num_pages: int) -> None:
+        self.now = 0.0
+        self.aborted: list[str] = []
+        self.memory: dict[int, object] = {}
+        self.salts: dict[str, bytes] = {}
+        self.receives: list[tuple[Reservation, int, int]] = []
+        self.steps: list[tuple[Reservation, int, list[int]]] = []
+        self.ids: set[str] = set()
+        self.epochs: dict[str, tuple[int, int]] = {}
+        self.left: dict[str, tuple[bytes, list[int]]] = {}
+        self.caches = Reservations(
+            num_pages=num_pages,
+            page_size=SIZE,
+            fingerprint="f",
+            layout="l",
+            clock=lambda: self.now,
+            on_abort=self.aborted.append,
+        )
+
+    # ---- the simulated planes
+
+    def _entry(self, reservation: Reservation, position: int) -> tuple[bytes, tuple[int, ...]]:
+        return (self.salts[reservation.id], tuple(reservation.token_ids[: position + 1]))
+
+    def _write(self, reservation: Reservation, first: int, end: int, *, spoilt: bool = False) -> None:
+        for position, slot in zip(range(first, end), reservation.slots(first, end), strict=True):
+            self.memory[slot] = object() if spoilt else self._entry(reservation, position)
+
+    def _live(self, pick: int) -> Reservation:
+        live = list(self.caches._live.values())
+        return live[pick % len(live)]
+
+    # ---- rules
+
+    @rule(
+        session=st.sampled_from(["", "x", "y", "z"]),
+        salt=st.sampled_from(SALTS),
+        prompt=prompts,
+        step=st.sampled_from(["epoch", "attempt", "stale"]),
+        extend=st.booleans(),
+    )
+    def reserve(self, session: str, salt: bytes, prompt: list[int], step: str, extend: bool) -> None:
+        epoch, attempt = self.epochs.get(session, (1, 0))
+        if extend and session in self.left:
+            salt, prompt = self.left[session][0], (self.left[session][1] + prompt)[:26]
+        if step == "stale":
+            epoch -= 1
+        elif step == "epoch":
+            epoch, attempt = epoch + 1, 0
+        else:
+            attempt += 1
+        turn = f"t{len(self.ids)}" if not session else f"t{epoch}"
+        before, num_aborted = self.caches.state(), len(self.aborted)
+        try:
+            reservation = self.caches.reserve(
+                session_id=session,
+                turn_id=turn,
+                epoch=epoch,
+                attempt=attempt,
+                salt=salt,
+                token_ids=prompt,
+                time_to_live_s=5,
+            )
+        except Aborted:
+            assert step == "stale"
+            assert session in self.epochs
+            return
+        except ResourceExhausted:
+            if len(self.aborted) == num_aborted:
+                assert self.caches.state() == before
+            self.epochs[session] = (epoch, attempt)
+            return
+        if session:
+            assert step != "stale" or session not in self.epochs
+            self.epochs[session] = (epoch, attempt)
+        assert reservation.id not in self.ids
+        assert len(reservation.pages) == len(prompt) // SIZE + 1
+        assert reservation.cached_len == reservation.computed_len <= len(prompt) - 1
+        self.ids.add(reservation.id)
+        self.salts[reservation.id] = salt
+
+    @precondition(lambda self: self.caches._live)
+    @rule(pick=picks, change=st.booleans())
+    def repeat(self, pick: int, change: bool) -> None:
+        reservation = self._live(pick)
+        prompt = reservation.token_ids[: reservation.prompt_len]
+        prompt[-1] += change
+        key = reservation.key
+        try:
+            again = self.caches.reserve(
+                session_id=key[0],
+                turn_id=key[1],
+                epoch=key[2],
+                attempt=key[3],
+                salt=self.salts[reservation.id],
+                token_ids=prompt,
+                time_to_live_s=5,
+            )
+        except AlreadyExists:
+            assert change
+            return
+        assert again is reservation
+        assert not change
+        assert again.expires_at == self.now + 5
+
+    @precondition(lambda self: self.caches._live)
+    @rule(pick=picks, count=st.integers(1, 9))
+    def compute(self, pick: int, count: int) -> None:
+        reservation = self._live(pick)
+        if reservation.state is not ReservationState.ACTIVE or reservation.num_uses:
+            return
+        first = reservation.computed_len
+        end = min(first + count, len(reservation.token_ids), reservation.capacity)
+        self._write(reservation, first, end)
+        self.caches.advance(reservation.id, end)
+        assert reservation.computed_len == end
+
+    @precondition(lambda self: self.caches._live)
+    @rule(pick=picks, token_id=st.integers(0, 1))
+    def append(self, pick: int, token_id: int) -> None:
+        reservation = self._live(pick)
+        if reservation.state is not ReservationState.ACTIVE or len(reservation.token_ids) >= 26:
+            return
+        if self.caches.ensure_capacity(reservation.id, len(reservation.token_ids) + 1):
+            self.caches.append_token(reservation.id, token_id)
+        else:
+            assert self.caches.state().num_free + self.caches.state().num_cached == 0
+
+    @precondition(lambda self: self.caches._live)
+    @rule(pick=picks)
+    def preempt(self, pick: int) -> None:
+        reservation = self._live(pick)
+        assert self.caches.preempt(reservation.id) == (reservation.num_uses == 0)
+
+    @precondition(lambda self: self.caches._live)
+    @rule(pick=picks)
+    def resume(self, pick: int) -> None:
+        reservation = self._live(pick)
+        if self.caches.resume(reservation.id):
+            assert reservation.capacity > len(reservation.token_ids) - 1
+
+    @precondition(lambda self: self.caches._live)
+    @rule(pick=picks, first=st.integers(-3, 2), length=st.integers(1, 12))
+    def begin_receive(self, pick: int, first: int, length: int) -> None:
+        reservation = self._live(pick)
+        first += reservation.computed_len
+        end = min(first + length, len(reservation.token_ids))
+        try:
+            self.caches.begin_receive(reservation.id, first, end)
+        except (NotFound, OutOfRange, FailedPrecondition):
+            return
+        self._write(reservation, reservation.computed_len, end, spoilt=True)
+        self.receives.append((reservation, first, end))
+
+    @precondition(lambda self: self.receives)
+    @rule(pick=picks, at=st.integers(0, 25))
+    def spoil(self, pick: int, at: int) -> None:
+        """Bytes arrive that are not (yet) what they should be, perhaps for a dead reservation."""
+        reservation, first, end = self.receives[pick % len(self.receives)]
+        if reservation.receive == (first, end) and at >= max(first, reservation.computed_len) and at < end:
+            self._write(reservation, at, at + 1, spoilt=True)
+
+    @precondition(lambda self: self.receives)
+    @rule(pick=picks, share=st.floats(0, 1))
+    def end_receive(self, pick: int, share: float) -> None:
+        reservation, first, end = self.receives.pop(pick % len(self.receives))
+        verified = first + int(share * (end - first))
+        self._write(reservation, first, verified)
+        self.caches.end_receive(reservation.id, verified)
+
+    @precondition(lambda self: self.caches._live)
+    @rule(pick=picks)
+    def begin_step(self, pick: int) -> None:
+        reservation = self._live(pick)
+        try:
+            self.caches.begin_use(reservation.id)
+        except (NotFound, FailedPrecondition):
+            return
+        self.steps.append((reservation, reservation.computed_len, list(reservation.pages)))
+
+    @precondition(lambda self: self.steps)
+    @rule(pick=picks, count=st.integers(0, 9))
+    def end_step(self, pick: int, count: int) -> None:
+        reservation, first, pages = self.steps.pop(pick % len(self.steps))
+        assert reservation.pages[: len(pages)] == pages, "pages changed under a step"
+        if first == reservation.computed_len and reservation.receive is None:
+            end = min(first + count, len(reservation.token_ids), reservation.capacity)
+            self._write(reservation, first, end)
+            self.caches.advance(reservation.id, end)
+        self.caches.end_use(reservation.id)
+
+    @precondition(lambda self: self.caches._live)
+    @rule(pick=picks, cut=st.none() | st.integers(-2, 9))
+    def release(self, pick: int, cut: int | None) -> None:
+        reservation = self._live(pick)
+        keep_len = None if cut is None else max(0, reservation.computed_len - cut)
+        if reservation.session_id:
+            self.left[reservation.session_id] = (self.salts[reservation.id], list(reservation.token_ids[:keep_len]))
+        self.caches.release(reservation.id, keep_len)
+
+    @rule(elapsed_s=st.sampled_from([1.0, 3.0, 6.0]))
+    def wait(self, elapsed_s: float) -> None:
+        self.now += elapsed_s
+        for reservation_id in self.caches.expire():
+            assert reservation_id in self.aborted
+
+    # ---- what must hold
+
+    @invariant()
+    def nothing_is_lost_or_spoilt(self) -> None:
+        self.caches.check_invariants()
+        held = [*self.caches._live.values(), *self.caches._ending.values()]
+        for reservation in held:
+            for position, slot in enumerate(reservation.slots(0, reservation.computed_len)):
+                assert self.memory[slot] == self._entry(reservation, position)
+        sessions = [reservation.session_id for reservation in self.caches._live.values() if reservation.session_id]
+        assert len(set(sessions)) == len(sessions)
+        assert len(self.aborted) == len(set(self.aborted))
+
+    def teardown(self) -> None:
+        if not hasattr(self, "caches"):
+            return
+        caches = self.caches
+        for reservation in [*caches._live.values(), *caches._ending.values()]:
+            caches.release(reservation.id)
+            if reservation.receive is not None:
+                caches.end_receive(reservation.id, 0)
+            while reservation.num_uses:
+                caches.end_use(reservation.id)
+        caches.check_invariants()
+        state = caches.state()
+        assert state.num_reservations == 0
+        assert state.num_free + state.num_cached == state.num_pages
+        whole = caches.reserve(
+            session_id="last",
+            turn_id="t",
+            epoch=1,
+            attempt=0,
+            salt=b"c" * 32,
+            token_ids=[1] * (state.num_pages * SIZE - 1),
+            time_to_live_s=1,
+        )
+        assert sorted(whole.pages) == list(range(state.num_pages)), "a cached page could not be evicted"
+        caches.check_invariants()
+        assert caches.sessions() == ["last"]
+
+
+QUICK = settings(
+    max_examples=150, stateful_step_count=50, deadline=None, suppress_health_check=list(HealthCheck), derandomize=False
+)
+TestCaches = CacheMachine.TestCase
+TestCaches.settings = QUICK
+
+
+def test_pages_with_colliding_hashes_are_never_served_for_each_other(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The same machine with hashes of three values: most pages collide."""
+
+    def weak_hashes(parent: bytes, token_ids: Sequence[int], page_size: int) -> list[bytes]:
+        digests: list[bytes] = []
+        for start in range(0, len(token_ids) - page_size + 1, page_size):
+            page = bytes(list(token_ids[start : start + page_size]))
+            parent = bytes([hashlib.sha256(parent + page).digest()[0] % 3])
+            digests.append(parent)
+        return digests
+
+    monkeypatch.setattr(holdings, "page_hashes", weak_hashes)
+    monkeypatch.setattr(reservations, "page_hashes", weak_hashes)
+    run_state_machine_as_test(CacheMachine, settings=settings(QUICK, max_examples=60))
+
+
+def test_threads_reserve_compute_receive_and_release_at_once() -> None:
+    """Sessions on several threads over one small pool: no error but refusals, every page back."""
+    caches = Reservations(num_pages=40, page_size=SIZE, fingerprint="f", layout="l")
+    epochs = itertools.count(1)
+    num_done = [0] * 4
+    errors: list[BaseException] = []
+
+    def serve(worker: int) -> None:
+        rng = random.Random(worker)
+        for turn in range(300):
+            session = f"s{rng.randrange(3)}"  # shared between threads: they supersede each other
+            prompt = [rng.randrange(2) for _ in range(rng.randrange(1, 50))]
+            try:
+                reservation = caches.reserve(
+                    session_id=session,
+                    turn_id=f"{worker}/{turn}",
+                    epoch=next(epochs),
+                    attempt=0,
+                    salt=SALTS[0],
+                    token_ids=prompt,
+                    time_to_live_s=60,
+                )
+            except (Aborted, ResourceExhausted):
+                continue
+            try:
+                half = (reservation.cached_len + len(prompt)) // 2
+                if reservation.computed_len < half:
+                    caches.begin_receive(reservation.id, reservation.computed_len, half)
+                    caches.end_receive(reservation.id, half)
+                caches.begin_use(reservation.id)
+                caches.advance(reservation.id, len(prompt))
+                caches.append_token(reservation.id, 1)
+                caches.end_use(reservation.id)
+                caches.check_invariants()
+                num_done[worker] += 1
+            except NotFound:
+                pass
+            caches.release(reservation.id, rng.choice([None, len(prompt)]))
+
+    def run(worker: int) -> None:
+        try:
+            serve(worker)
+        except BaseException as error:
+            errors.append(error)
+
+    threads = [threading.Thread(target=run, args=(worker,)) for worker in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(30)
+    assert not errors, errors
+    assert not any(thread.is_alive() for thread in threads)
+    assert sum(num_done) > 100, num_done
+    caches.check_invariants()
+    state = caches.state()
+    assert state.num_reservations == 0
+    assert state.num_free + state.num_cached == 40
