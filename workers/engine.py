@@ -39,7 +39,7 @@ Outcome = tuple[scheduling.Sequence, EngineEvent]
 class EngineState:
     """Counters since the start, and what is there now.
 
-    num_computed_tokens: prompt tokens, recomputation included; num_queued_prefill_tokens: still to compute, of running
+    num_computed_tokens: prompt tokens, recomputation included; queued_prefill_tokens: still to compute, of running
     and waiting requests; prefill_tokens_per_s: over recent steps that only computed prompts, 0 before the first.
     """
 
@@ -48,7 +48,7 @@ class EngineState:
     num_sampled_tokens: int
     num_running: int
     num_waiting: int
-    num_queued_prefill_tokens: int
+    queued_prefill_tokens: int
     prefill_tokens_per_s: float
 
 
@@ -167,14 +167,14 @@ class Engine:
     def state(self) -> EngineState:
         """A snapshot; fields may be a step apart from each other."""
         submitted = self._inbox.waiting()
-        queued = self._scheduler.num_queued_prefill_tokens + sum(sequence.num_missing for sequence in submitted)
+        queued = self._scheduler.queued_prefill_tokens + sum(sequence.num_missing for sequence in submitted)
         return EngineState(
             num_steps=self._num_steps,
             num_computed_tokens=self._num_computed_tokens,
             num_sampled_tokens=self._num_sampled_tokens,
             num_running=len(self._scheduler.running),
             num_waiting=len(self._scheduler.waiting) + len(submitted),
-            num_queued_prefill_tokens=queued,
+            queued_prefill_tokens=queued,
             prefill_tokens_per_s=self._recent_prefill_tokens / (self._recent_prefill_s or 1.0),
         )
 

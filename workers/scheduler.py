@@ -197,7 +197,7 @@ class Scheduler:
         return len(self.waiting) + len(self.running)
 
     @property
-    def num_queued_prefill_tokens(self) -> int:
+    def queued_prefill_tokens(self) -> int:
         """Prompt tokens still to compute, of running and waiting sequences."""
         return sum(sequence.num_missing for sequence in list(self) if not sequence.decodes)
 
@@ -254,7 +254,7 @@ class Scheduler:
         end by themselves.
         """
         holders = sorted((s for s in self if not s.is_preempted and s.arrival >= needy.arrival), key=_by_arrival)
-        if holders and self.running[0] is needy:
+        if self.running and self.running[0] is needy:
             holders = [s for s in holders if s is not needy]
         return any(self._preempt(victim) for victim in reversed(holders))
 
@@ -276,8 +276,10 @@ class Scheduler:
         while self.waiting and len(self.running) < self.limits.max_running:
             sequence = self.waiting[0]
             try:
-                if not self.reservations.resume(sequence.request.id):
-                    return
+                while not self.reservations.resume(sequence.request.id):
+                    # With nobody running, only those behind it can make room; else somebody will end.
+                    if self.running or not self._preempt_youngest(sequence):
+                        return
             except SeamountError as error:
                 lost.append((sequence, error))
                 del self.waiting[0]
