@@ -70,9 +70,9 @@ class Chat:
             self._console.print("\n[yellow]cancelled")
             return None
         except SeamountError as error:
-            self._console.print(f"\n[red]{error.reason}[/red]", error.message, markup=True, highlight=False)
+            self._console.print(f"\n{error.reason}: {error.message}", style="red", markup=False, highlight=False)
             return None
-        self._console.print(receipt_line(turn.receipt), style="dim", highlight=False)
+        self._console.print(receipt_line(turn.receipt), style="dim", markup=False, highlight=False, soft_wrap=True)
         return turn
 
 

@@ -283,7 +283,7 @@ def _make_default_checkpoint(settings: Settings, console: Console) -> None:
 def _connect(
     config: Path | None, address: str | None, ca_file: Path | None, certificate_file: Path | None, key_file: Path | None
 ) -> Client:
-    from seamount.router.client import Client, Tls
+    from seamount.router.client import Client, Retries, Tls
 
     environment = client_environment()
     where = address or environment.address or client_address(load_settings(config))
@@ -292,6 +292,7 @@ def _connect(
         where,
         api_key=environment.api_key.get_secret_value() if environment.api_key else None,
         tls=Tls(ca_file=ca_file, certificate_file=certificate_file, key_file=key_file) if given else None,
+        retries=Retries(max_attempts=2),
     )
 
 

@@ -70,7 +70,9 @@ def _conversation(client: Client, console: Console) -> Iterator[Check]:
     say.heading("Turn 1: a question, with a tool at hand")
     opening = [system("You are a helpful assistant. Call a tool where one helps.", tools=[WEATHER])]
     first = say.turn([*opening, user("Hello! I am going to Lisbon tomorrow.")], "demo-1")
-    yield _computed("turn 1 computes its whole prompt", first.receipt, num_cached=0)
+    yield check_receipt(
+        "turn 1 goes to a prefill rank and computes its whole prompt", first.receipt, num_cached=0, remote=True
+    )
     again = client.run_turn(
         session.id,
         [*opening, user("Hello! I am going to Lisbon tomorrow.")],
@@ -99,11 +101,11 @@ def _conversation(client: Client, console: Console) -> Iterator[Check]:
         figures=f"{len(waiting.pending_tool_calls)} call pending",
     )
     second = say.turn([tool_result(CALL, '{"sky": "clear", "celsius": 21}')], "demo-3")
-    yield _computed("turn 2 computes only what is new", second.receipt, num_cached=_known(first))
+    yield check_receipt("turn 2 computes only what is new", second.receipt, num_cached=_known(first))
 
     say.heading("Turn 3: one more question")
     third = say.turn([user("Thank you! What should I pack?")], "demo-4")
-    yield _computed("turn 3 computes only what is new", third.receipt, num_cached=_known(second))
+    yield check_receipt("turn 3 computes only what is new", third.receipt, num_cached=_known(second))
     yield _history_check(client, session.id)
     client.delete_session(session.id)
     yield _pages_check(client)
@@ -130,7 +132,7 @@ class _Narrator:
         self._console.print("[bold]assistant>[/]", end=" ")
         with self._client.run_turn(self._session_id, messages, sampling=SAMPLING, idempotency_key=key) as stream:
             turn = print_turn(stream, self._console)
-        self._console.print(receipt_line(turn.receipt), style="dim", markup=False, highlight=False)
+        self._console.print(receipt_line(turn.receipt), style="dim", markup=False, highlight=False, soft_wrap=True)
         return turn
 
 
@@ -139,15 +141,23 @@ def _known(before: Turn) -> int:
     return before.receipt.num_prompt_tokens + before.receipt.num_output_tokens - 1
 
 
-def _computed(claim: str, receipt: events_pb2.Receipt, *, num_cached: int) -> Check:
+def check_receipt(claim: str, receipt: events_pb2.Receipt, *, num_cached: int, remote: bool | None = None) -> Check:
+    """Whether a turn found ``num_cached`` tokens and computed exactly the others, once.
+
+    remote: True = on a prefill rank, all but the last token; None = wherever placement put it.
+    """
     computed = receipt.num_decode_computed_tokens + receipt.num_prefill_computed_tokens
-    remote = receipt.path == events_pb2.PREFILL_PATH_REMOTE
+    was_remote = receipt.path == events_pb2.PREFILL_PATH_REMOTE
+    where = "on a prefill rank, all but the last token" if was_remote else "on the decode rank"
     return Check(
-        claim=claim + (" (a prefill rank does, all but the last token)" if remote else " (the decode rank does)"),
+        claim=claim,
         holds=receipt.num_cached_tokens == num_cached
         and computed == receipt.num_prompt_tokens - num_cached
-        and (receipt.num_decode_computed_tokens == 1 or not remote),
-        figures=f"{receipt.num_prompt_tokens} prompt = {receipt.num_cached_tokens} cached + {computed} computed",
+        and (not was_remote or receipt.num_decode_computed_tokens == 1)
+        and remote in (None, was_remote),
+        figures=f"{receipt.num_prompt_tokens} prompt = {num_cached} cached + {computed} computed {where}"
+        if receipt.num_cached_tokens == num_cached
+        else f"{receipt.num_cached_tokens} cached instead of {num_cached}",
     )
 
 
