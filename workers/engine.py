@@ -1,4 +1,4 @@
-"""The step loop of a rank: schedule, run the model, sample, commit (DESIGN: engine).
+"""The step loop of a rank: schedule, run the model, sample, commit.
 
 ``Engine.step`` is the whole story. One thread owns it, and with it the scheduler, the model, the gang's collectives and
 every call of a sink; ``submit``, ``abort``, ``healthy`` and ``state`` may come from any other thread and never wait for

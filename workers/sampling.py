@@ -104,12 +104,15 @@ def _pick(scaled: Array, weights: Tensor, group: Sequence[int], draws: Sequence[
     if whole:
         selection = weights if len(whole) == len(group) else weights[[index for index, _ in whole]]
         cumulative = selection.cumsum(dim=1).numpy()
-        picked.extend((row, _place(cumulative[i], draws[row])) for i, (_, row) in enumerate(whole))
+        picked.extend(
+            zip((row for _, row in whole), _places(cumulative, [draws[row] for _, row in whole]), strict=True)
+        )
     for index, row in drawn:
         if _is_truncated(draws[row].params, weights.shape[1]):
             shares = weights[index].numpy()
             ids = _truncate(scaled[index], shares, draws[row].params)
-            picked.append((row, int(ids[_place(np.cumsum(shares[ids]), draws[row])])))
+            (place,) = _places(np.cumsum(shares[ids])[None], [draws[row]])
+            picked.append((row, int(ids[place])))
     return picked
 
 
@@ -117,11 +120,13 @@ def _is_truncated(params: SamplingParams, num_ids: int) -> bool:
     return params.top_p < 1 or 0 < params.top_k < num_ids
 
 
-def _place(cumulative: Array, draw: Draw) -> int:
-    """Index of the first cumulative share that exceeds the draw. cumulative: [K] float64, K >= 1."""
-    total = cumulative[-1]
-    target = min(uniform(draw.params.seed, draw.output_index) * total, np.nextafter(total, 0))  # never rounded to total
-    return int(np.searchsorted(cumulative, target, side="right"))
+def _places(cumulative: Array, draws: Sequence[Draw]) -> list[int]:
+    """Index in each row of the first cumulative share beyond the row's draw. cumulative: [R, K] float64, K >= 1."""
+    totals = cumulative[:, -1]
+    targets = totals * [uniform(draw.params.seed, draw.output_index) for draw in draws]
+    np.minimum(targets, np.nextafter(totals, 0), out=targets)  # never rounded up to the total
+    places: list[int] = np.count_nonzero(cumulative <= targets[:, None], axis=1).tolist()
+    return places
 
 
 def _truncate(scaled: Array, weights: Array, params: SamplingParams) -> Ids:

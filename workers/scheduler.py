@@ -207,23 +207,29 @@ class Scheduler:
         stalled, preempted = self._make_room(lost)
         if not preempted:
             self._admit(lost)
-        ready = [sequence for sequence in self.running if sequence not in stalled]
-        decode = tuple(
-            Chunk(sequence=s, first=s.first_missing, end=s.target_len, samples=True) for s in ready if s.decodes
-        )
+        decode: list[Chunk] = []
+        prompts: list[Sequence] = []
+        complete: list[Sequence] = []
+        for sequence in self.running:
+            if sequence in stalled:
+                continue
+            first, end = sequence.first_missing, sequence.target_len
+            if sequence.samples and end - first == 1:
+                decode.append(Chunk(sequence=sequence, first=first, end=end, samples=True))
+            else:
+                (prompts if first < end else complete).append(sequence)
         budget = self.limits.max_batch_tokens - len(decode)
         if decode:
             budget = min(budget, self.limits.prefill_chunk_tokens)
         prefill: list[Chunk] = []
-        for sequence in ready:
-            size = min(sequence.num_missing, self.limits.prefill_chunk_tokens, budget)
-            if size > 0 and not sequence.decodes:
-                end = sequence.first_missing + size
-                samples = sequence.samples and end == sequence.target_len
-                prefill.append(Chunk(sequence=sequence, first=sequence.first_missing, end=end, samples=samples))
+        for sequence in prompts:
+            first = sequence.first_missing
+            size = min(sequence.target_len - first, self.limits.prefill_chunk_tokens, budget)
+            if size > 0:
+                samples = sequence.samples and first + size == sequence.target_len
+                prefill.append(Chunk(sequence=sequence, first=first, end=first + size, samples=samples))
                 budget -= size
-        complete = tuple(sequence for sequence in self.running if sequence.num_missing == 0)
-        return Schedule(decode=decode, prefill=tuple(prefill), complete=complete, lost=tuple(lost))
+        return Schedule(decode=tuple(decode), prefill=tuple(prefill), complete=tuple(complete), lost=tuple(lost))
 
     def _make_room(self, lost: list[tuple[Sequence, SeamountError]]) -> tuple[list[Sequence], bool]:
         """Pages for the next token of all that decode, oldest first; the youngest give theirs back if none are left.
@@ -233,6 +239,8 @@ class Scheduler:
         stalled: list[Sequence] = []
         any_preempted = False
         for sequence in list(self.running):
+            if sequence.request.reservation.capacity >= sequence.target_len:
+                continue
             try:
                 while sequence in self.running and not self.reservations.ensure_capacity(
                     sequence.request.id, sequence.target_len
