@@ -1,0 +1,240 @@
+"""The system on three simulated Ray nodes: both ranks of the decode gang on nodes of their own, prefill on the third.
+
+One deployment serves the whole file; the tests run in order and leave it up for the next.
+"""
+
+from __future__ import annotations
+
+import logging
+import random
+import secrets
+import shutil
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+
+from seamount.cluster.app import Deployment, PoolProgress, deploy
+from seamount.cluster.settings import Settings, validate
+from seamount.router.byte_tokenizer import write_byte_tokenizer
+from seamount.router.client import Client, Sampling, user
+from seamount.router.store import Store
+from seamount.router.watcher import Directory
+from seamount.v1 import admin_pb2, events_pb2, worker_pb2
+from seamount.workers.model.random_checkpoint import write_random_checkpoint
+
+pytestmark = [pytest.mark.cluster, pytest.mark.timeout(240)]
+
+DECODE, PREFILL = worker_pb2.POOL_DECODE, worker_pb2.POOL_PREFILL
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class System:
+    settings: Settings
+    deployment: Deployment
+    raylets: dict[int, str]  # process id -> what the node is for
+    temp_dir: Path
+    progress: list[list[PoolProgress]]
+
+
+@pytest.fixture(scope="module")
+def system(redis_url: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[System]:
+    folder = tmp_path_factory.mktemp("ray")
+    settings = validate(
+        {
+            "cluster_name": f"test-{secrets.token_hex(4)}",
+            "run_dir": str(folder / "run"),
+            "model": {"path": str(_checkpoint(folder))},
+            "cache": {"num_pages": 64},
+            "engine": {"max_context_tokens": 2048},
+            "router": {"port": 0},
+            "placement": {"path": "remote"},
+            "pools": {
+                "decode": {"gangs": 1, "expert_parallel": 2, "resources": {"decode": 1}},
+                "prefill": {"gangs": 1, "expert_parallel": 1, "resources": {"prefill": 1}},
+            },
+        }
+    )
+    temp_dir = Path(tempfile.mkdtemp(prefix="smt-"))
+    (temp_dir / "ray").mkdir()  # where Ray notes its address
+    with _three_nodes(temp_dir) as raylets:
+        progress: list[list[PoolProgress]] = []
+        deployment = deploy(settings, redis_url=redis_url, on_progress=progress.append, timeout_s=90.0)
+        yield System(settings=settings, deployment=deployment, raylets=raylets, temp_dir=temp_dir, progress=progress)
+        deployment.stop()
+    left = [process for process in psutil.process_iter(["cmdline"]) if str(temp_dir) in str(process.info["cmdline"])]
+    _, left = psutil.wait_procs(left, timeout=10.0)
+    assert not left
+    shutil.rmtree(temp_dir)
+
+
+class _three_nodes:
+    """Ray's own test cluster: a head with the router and prefill, two nodes with room for one decode rank each."""
+
+    def __init__(self, temp_dir: Path) -> None:
+        self._temp_dir = temp_dir
+        self._cluster: Any = None
+        self._environment = pytest.MonkeyPatch()
+
+    def __enter__(self) -> dict[int, str]:
+        chosen = {
+            "RAY_TMPDIR": str(self._temp_dir),
+            "RAY_AUTH_MODE": "token",
+            "RAY_AUTH_TOKEN": secrets.token_hex(32),
+            "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",  # nodes have the address 127.0.0.1
+            "RAY_USAGE_STATS_ENABLED": "0",
+        }
+        for name, value in chosen.items():
+            self._environment.setenv(name, value)
+        import ray
+        from ray.cluster_utils import Cluster
+
+        self._cluster = Cluster(shutdown_at_exit=True)
+        common = {"num_cpus": 2, "object_store_memory": 80 << 20, "include_dashboard": False}
+        head = self._cluster.add_node(
+            temp_dir=str(self._temp_dir), resources={"prefill": 1, "router": 1}, wait=False, **common
+        )
+        nodes = [self._cluster.add_node(resources={"decode": 1}, **common) for _ in range(2)]
+        ray.init(address=self._cluster.address, log_to_driver=False, logging_level=logging.ERROR)
+        names = ["prefill", "decode-a", "decode-b"]
+        return {_raylet_pid(node): name for node, name in zip([head, *nodes], names, strict=True)}
+
+    def __exit__(self, *_: object) -> None:
+        import ray
+
+        ray.shutdown()
+        self._cluster.shutdown()
+        self._environment.undo()
+
+
+def _raylet_pid(node: Any) -> int:
+    (raylet,) = node.all_processes["raylet"]
+    return int(raylet.process.pid)
+
+
+def _checkpoint(folder: Path) -> Path:
+    tokenizer = folder / "tokenizer"
+    tokenizer.mkdir()
+    vocab_size = write_byte_tokenizer(tokenizer)
+    files = {file.name: file.read_bytes() for file in tokenizer.iterdir()}
+    seed = random.SystemRandom().randrange(1 << 31)
+    print(f"checkpoint seed {seed}")
+    write_random_checkpoint(folder / "model", seed=seed, geometry="test", vocab_size=vocab_size, extra_files=files)
+    return folder / "model"
+
+
+def ranks(client: Client, pool: worker_pb2.Pool) -> list[admin_pb2.Rank]:
+    return [rank for rank in client.list_ranks(pool) if rank.alive and rank.state.healthy]
+
+
+def node_of(system: System, pid: int) -> str:
+    """A worker process is a child of its node's raylet."""
+    for ancestor in psutil.Process(pid).parents():
+        if ancestor.pid in system.raylets:
+            return system.raylets[ancestor.pid]
+    raise AssertionError(f"process {pid} belongs to no node")
+
+
+def replica_pids(application: str) -> set[int]:
+    """Serve names a replica's process after its application."""
+    found = set()
+    for process in psutil.process_iter(["pid", "cmdline"]):
+        line = " ".join(process.info["cmdline"] or ())
+        if f"ray::ServeReplica:{application}:" in line:
+            found.add(process.info["pid"])
+    return found
+
+
+def wait_for(what: str, true: Callable[[], bool], timeout_s: float = 30.0) -> None:
+    begun = time.monotonic()
+    while not true():
+        assert time.monotonic() - begun < timeout_s, f"{what}: not within {timeout_s:g} s"
+        time.sleep(0.1)
+    print(f"{what}: {time.monotonic() - begun:.1f} s")
+
+
+def say(client: Client, session_id: str, text: str) -> events_pb2.Receipt:
+    turn = client.run_turn(session_id, [user(text)], sampling=Sampling(max_output_tokens=6), deadline_s=40.0).result()
+    assert turn.receipt.num_output_tokens > 0
+    return turn.receipt
+
+
+@pytest.fixture
+def client(system: System) -> Iterator[Client]:
+    with Client(system.deployment.router_address) as client:
+        yield client
+
+
+def test_every_rank_of_the_gang_has_a_node_of_its_own(system: System, client: Client) -> None:
+    assert [pool.num_ready for pool in system.progress[-1]] == [1, 1]
+    wait_for("ranks seen by the router", lambda: len(ranks(client, DECODE)) == 2 and len(ranks(client, PREFILL)) == 1)
+    decode, prefill = ranks(client, DECODE), ranks(client, PREFILL)
+    assert {node_of(system, rank.state.process_id) for rank in decode} == {"decode-a", "decode-b"}
+    assert [node_of(system, rank.state.process_id) for rank in prefill] == ["prefill"]
+    assert len({rank.state.gang_id for rank in decode}) == 1
+    assert sorted(rank.state.gang_rank for rank in decode) == [0, 1]
+    assert decode[0].state.expert_bytes == decode[1].state.expert_bytes == prefill[0].state.expert_bytes // 2
+
+
+def test_a_conversation_goes_through_both_pools(client: Client) -> None:
+    session = client.create_session()
+    first = say(client, session.id, "Where does the sea begin? " * 12)
+    assert first.path == events_pb2.PREFILL_PATH_REMOTE
+    assert first.num_decode_computed_tokens == 1
+    second = say(client, session.id, "And where does it end?")
+    assert second.num_cached_tokens > 0
+    assert second.decode_rank == first.decode_rank
+    assert len(client.get_history(session.id).messages) == 4
+
+
+def test_a_killed_fleet_comes_back_and_leaves_the_gangs_alone(client: Client) -> None:
+    gangs = [replica_pids(name) for name in ("decode-0", "prefill-0")]
+    assert [len(pids) for pids in gangs] == [2, 1]
+    (fleet,) = replica_pids("fleet")
+    psutil.Process(fleet).kill()
+    wait_for("fleet replaced", lambda: bool(replica_pids("fleet") - {fleet}))
+    time.sleep(3.0)  # several passes of the new one
+    assert [replica_pids(name) for name in ("decode-0", "prefill-0")] == gangs
+    assert not replica_pids("decode-1")
+    say(client, client.create_session().id, "Still there?")
+
+
+def test_a_killed_decode_rank_has_its_gang_replaced_and_the_session_goes_on(client: Client) -> None:
+    session = client.create_session()
+    before = say(client, session.id, "Remember the number seven. " * 8)
+    old = ranks(client, DECODE)
+    victim = next(rank for rank in old if rank.state.rank_id == before.decode_rank)
+    psutil.Process(victim.state.process_id).kill()
+    old_gang = victim.state.gang_id
+    wait_for(
+        "gang replaced",
+        lambda: [rank.state.gang_id != old_gang for rank in ranks(client, DECODE)] == [True, True],
+    )
+    assert not any(psutil.pid_exists(rank.state.process_id) for rank in old)
+    after = say(client, session.id, "Which number was it?")
+    assert after.decode_rank != before.decode_rank
+    assert after.num_prompt_tokens > before.num_prompt_tokens
+    assert len(client.get_history(session.id).messages) == 4
+
+
+async def test_a_graceful_stop_leaves_no_process(system: System, redis_url: str) -> None:
+    with Client(system.deployment.router_address) as client:
+        present = [rank for rank in client.list_ranks() if rank.alive]
+    processes = [psutil.Process(rank.state.process_id) for rank in present]
+    processes += [psutil.Process(pid) for name in ("fleet", "router") for pid in replica_pids(name)]
+    assert len(processes) == 5
+    begun = time.monotonic()
+    system.deployment.stop()
+    print(f"stopped in {time.monotonic() - begun:.1f} s")
+    _, left = psutil.wait_procs(processes, timeout=10.0)
+    assert not left
+    store = await Store.open(redis_url)
+    entries = await Directory(store, system.settings.cluster_name).read()
+    await store.close()
+    assert not entries.keys() & {rank.state.rank_id for rank in present}  # each one has taken itself out
+    system.deployment.stop()  # nothing left to stop: harmless
