@@ -77,7 +77,7 @@ class DsmlBlock:
         self._end += len(_MARKER)
         if self._read == self._read_value_end:
             self._resume_value()
-            self._advance()
+            self._read_value()
         if self._read == self._read_value:
             self._mark_in_value()
         elif self._read == self._read_gap and self._buffer in ("<", "</"):
