@@ -60,7 +60,7 @@ def test_chunk_size_changes_nothing(make_rank: MakeRank, rng: random.Random, chu
 
 
 def test_a_tiny_pool_preempts_and_changes_nothing(make_rank: MakeRank, rng: random.Random) -> None:
-    work = [(prompt(rng, rng.randrange(20, 60)), sampling(rng, max_output_tokens=100)) for _ in range(4)]
+    work = [(prompt(rng, rng.randrange(20, 60)), sampling(rng, max_output_tokens=70)) for _ in range(4)]
     roomy = make_rank()
     expected = [roomy.generate(ids, params) for ids, params in work]
     tight = make_rank(num_pages=5)

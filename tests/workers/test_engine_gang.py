@@ -150,7 +150,7 @@ def test_failures_of_one_rank_leave_its_peer_alone(
     assert hooked.failed().error.reason == "STEP_FAILED"
     with monkeypatch.context() as patch:
         patch.setattr(first.reservations, "ensure_capacity", broken)
-        assert first.ask([7], SamplingParams(max_output_tokens=50)).failed().error.reason == "STEP_FAILED"
+        assert first.ask([7], SamplingParams(max_output_tokens=100)).failed().error.reason == "STEP_FAILED"
     damaged = first.ask([7], SamplingParams(max_output_tokens=5000))
     assert damaged.first_token.wait(10)
     token_ids = damaged.reservation.token_ids
