@@ -27,6 +27,8 @@ class ReservationState(Enum):
 class Reservation:
     """The live object. Only ``Reservations`` changes it; the engine thread may read it without the lock.
 
+    Its repr has no tokens, nor hashes of them: it may end up in a log.
+
     token_ids: the prompt, then what was appended; pages: physical pages in order; computed_len: tokens whose entries
     are present, from the first on; common_len: first position at which the prompt differs from what the session left
     here (the length of the shorter if none does, 0 if it left nothing); cached_len_at_first: ``cached_len`` when made;
@@ -43,18 +45,18 @@ class Reservation:
     turn_id: str
     epoch: int
     attempt: int
-    root: bytes
-    token_ids: list[int]
+    root: bytes = field(repr=False)
+    token_ids: list[int] = field(repr=False)
     prompt_len: int
-    prompt_digest: bytes
-    digests: list[bytes]
+    prompt_digest: bytes = field(repr=False)
+    digests: list[bytes] = field(repr=False)
     page_size: int
     time_to_live_s: float
     expires_at: float = 0.0
     common_len: int = 0
     state: ReservationState = ReservationState.ACTIVE
     pages: list[int] = field(default_factory=list)
-    nodes: list[PageNode] = field(default_factory=list)
+    nodes: list[PageNode] = field(default_factory=list, repr=False)
     num_found: int = 0
     computed_len: int = 0
     cached_len_at_first: int = 0

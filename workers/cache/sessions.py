@@ -13,7 +13,7 @@ MAX_RECORDS = 4_096
 """Sessions whose left ids are remembered."""
 
 
-@dataclass(slots=True, eq=False, kw_only=True)
+@dataclass(slots=True, eq=False, repr=False, kw_only=True)
 class Tail:
     """A session's last, partly filled page while no reservation uses it.
 
@@ -27,7 +27,7 @@ class Tail:
     token_ids: array[int]
 
 
-@dataclass(slots=True, eq=False, kw_only=True)
+@dataclass(slots=True, eq=False, repr=False, kw_only=True)
 class SessionRecord:
     """left, left_root: the ids whose entries the session's last reservation left here, and the root of their chain.
 

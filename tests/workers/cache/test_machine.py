@@ -77,12 +77,15 @@ class CacheMachine(RuleBasedStateMachine):
 
     @rule(
         session=st.sampled_from(["", "x", "y", "z"]),
-        salt=st.sampled_from(SALTS),
+        salt=st.sampled_from([SALTS[0], *SALTS]),
         prompt=prompts,
-        step=st.sampled_from(["epoch", "attempt", "stale"]),
+        step=st.sampled_from(["epoch", "epoch", "attempt", "stale"]),
         extend=st.booleans(),
     )
     def reserve(self, session: str, salt: bytes, prompt: list[int], step: str, extend: bool) -> None:
+        self._reserve(session, salt, prompt, step, extend)
+
+    def _reserve(self, session: str, salt: bytes, prompt: list[int], step: str, extend: bool) -> Reservation | None:
         epoch, attempt = self.epochs.get(session, (1, 0))
         if extend and session in self.left:
             salt, prompt = self.left[session][0], (self.left[session][1] + prompt)[:26]
@@ -107,12 +110,12 @@ class CacheMachine(RuleBasedStateMachine):
         except Aborted:
             assert step == "stale"
             assert session in self.epochs
-            return
+            return None
         except ResourceExhausted:
             if len(self.aborted) == num_aborted:
                 assert self.caches.state() == before
             self.epochs[session] = (epoch, attempt)
-            return
+            return None
         if session:
             assert step != "stale" or session not in self.epochs
             self.epochs[session] = (epoch, attempt)
@@ -121,6 +124,24 @@ class CacheMachine(RuleBasedStateMachine):
         assert reservation.cached_len == reservation.computed_len <= len(prompt) - 1
         self.ids.add(reservation.id)
         self.salts[reservation.id] = salt
+        return reservation
+
+    @rule(
+        session=st.sampled_from(["", "x", "y", "z"]),
+        prompt=prompts,
+        extend=st.booleans(),
+        share=st.sampled_from([0.5, 1.0, 1.0]),
+        cut=st.none() | st.integers(0, 9),
+    )
+    def turn(self, session: str, prompt: list[int], extend: bool, share: float, cut: int | None) -> None:
+        """A whole turn at once: so that the others meet caches with something in them."""
+        reservation = self._reserve(session, SALTS[0], prompt, "epoch", extend)
+        if reservation is not None:
+            first, end = reservation.computed_len, int(share * len(reservation.token_ids))
+            self._write(reservation, first, end)
+            self.caches.advance(reservation.id, end)
+            self.caches.check_invariants()
+            self._release(reservation, cut)
 
     @precondition(lambda self: self.caches._live)
     @rule(pick=picks, change=st.booleans())
@@ -147,7 +168,7 @@ class CacheMachine(RuleBasedStateMachine):
         assert again.expires_at == self.now + 5
 
     @precondition(lambda self: self.caches._live)
-    @rule(pick=picks, count=st.integers(1, 9))
+    @rule(pick=picks, count=st.sampled_from([1, 5, 26]))
     def compute(self, pick: int, count: int) -> None:
         reservation = self._live(pick)
         if reservation.state is not ReservationState.ACTIVE or reservation.num_uses:
@@ -235,13 +256,15 @@ class CacheMachine(RuleBasedStateMachine):
     @precondition(lambda self: self.caches._live)
     @rule(pick=picks, cut=st.none() | st.integers(-2, 9))
     def release(self, pick: int, cut: int | None) -> None:
-        reservation = self._live(pick)
+        self._release(self._live(pick), cut)
+
+    def _release(self, reservation: Reservation, cut: int | None) -> None:
         keep_len = None if cut is None else max(0, reservation.computed_len - cut)
         if reservation.session_id:
             self.left[reservation.session_id] = (self.salts[reservation.id], list(reservation.token_ids[:keep_len]))
         self.caches.release(reservation.id, keep_len)
 
-    @rule(elapsed_s=st.sampled_from([1.0, 3.0, 6.0]))
+    @rule(elapsed_s=st.sampled_from([0.2, 0.5, 6.0]))
     def wait(self, elapsed_s: float) -> None:
         self.now += elapsed_s
         for reservation_id in self.caches.expire():

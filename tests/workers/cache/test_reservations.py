@@ -84,6 +84,13 @@ def test_a_salt_of_its_own_finds_nothing(cache: Any) -> None:
     cache.release(other)
 
 
+def test_a_salt_of_its_own_finds_no_tail_either(cache: Any) -> None:
+    cache.leave([1, 2, 3])  # no full page before it: only the root tells the chains apart
+    other = cache.reserve([1, 2, 3, 4], epoch=2, salt=b"b" * 32)
+    assert (other.cached_len, other.common_len) == (0, 0)
+    cache.release(other)
+
+
 def test_a_tail_is_used_up_to_the_first_id_that_differs(cache: Any) -> None:
     cache.leave([0, 1, 2, 3, 4, 5, 6])
     changed = cache.reserve([0, 1, 2, 3, 4, 9, 6, 7], epoch=2)
@@ -410,6 +417,15 @@ def test_truncation_leaves_shared_pages_in_the_tree(cache: Any) -> None:
     assert cache.caches.state().num_cached == 3
 
 
+def test_truncation_does_not_free_what_others_left(cache: Any) -> None:
+    cache.leave(list(range(8)), session="a")
+    failed = cache.reserve([*range(8), 9, 9], session="b")
+    cache.release(failed, keep_len=0)
+    again = cache.reserve([*range(8), 5], session="c")
+    assert again.cached_len == 8
+    cache.release(again)
+
+
 # ---- preemption
 
 
@@ -599,6 +615,16 @@ def test_sessions_are_most_recent_first_and_leave_with_their_pages(make_cache: M
 
 
 # ---- beside
+
+
+def test_no_repr_shows_tokens(cache: Any) -> None:
+    reservation = cache.reserve([987654, 987655, 987656, 987657, 987658])
+    cache.caches.advance(reservation.id, 5)
+    shown = repr(reservation) + repr(reservation.nodes)
+    assert reservation.id in shown
+    assert "98765" not in shown
+    assert repr(reservation.digests[0]) not in shown
+    cache.release(reservation)
 
 
 def test_common_prefix_len_agrees_with_a_loop(rng: random.Random) -> None:
