@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -23,7 +24,7 @@ from seamount.router.client import (
     tool_result,
     user,
 )
-from seamount.v1 import common_pb2, events_pb2, session_pb2, worker_pb2
+from seamount.v1 import admin_pb2, common_pb2, events_pb2, session_pb2, worker_pb2
 
 WEATHER = Tool(
     function_json=json.dumps(
@@ -35,6 +36,7 @@ WEATHER = Tool(
     )
 )
 CALL = ToolCall(id="call-1", name="get_weather", arguments_json='{"city": "Lisbon"}')
+STATE_TIMEOUT_S = 5.0
 SAMPLING = Sampling(temperature=1.0, seed=7, max_output_tokens=24)
 
 
@@ -170,18 +172,18 @@ def _history_check(client: Client, session_id: str) -> Check:
 
 
 def _pages_check(client: Client) -> Check:
-    ranks = client.list_ranks()
-    idle = all(
-        rank.alive
-        and rank.state.healthy
-        and rank.state.num_reservations == 0
-        and rank.state.num_free_pages + rank.state.num_cached_pages == rank.state.num_pages
-        for rank in ranks
-    )
+    deadline = time.monotonic() + STATE_TIMEOUT_S
+    while not all(map(_is_idle, ranks := client.list_ranks())) and time.monotonic() < deadline:
+        time.sleep(0.1)  # a router hears of a rank's state at least once a second
     pools = [worker_pb2.Pool.Name(rank.state.pool).removeprefix("POOL_").lower() for rank in ranks]
-    counts = ", ".join(f"{pools.count(pool)} {pool}" for pool in sorted(set(pools)))
     return Check(
         claim="all ranks are healthy and every page is back",
-        holds=idle and "decode" in pools,
-        figures=f"ranks: {counts}",
+        holds=all(map(_is_idle, ranks)) and {"decode", "prefill"} <= set(pools),
+        figures="ranks: " + ", ".join(f"{pools.count(pool)} {pool}" for pool in sorted(set(pools))),
     )
+
+
+def _is_idle(rank: admin_pb2.Rank) -> bool:
+    state = rank.state
+    pages_are_back = state.num_free_pages + state.num_cached_pages == state.num_pages
+    return rank.alive and state.healthy and state.num_reservations == 0 and pages_are_back

@@ -16,6 +16,7 @@ class StartDisplay:
     def __init__(self, console: Console) -> None:
         self._console = console
         self._tasks: dict[str, TaskID] = {}
+        self._lines: dict[str, str] = {}
         self._progress = Progress(
             SpinnerColumn(finished_text="[green]✓"),
             TextColumn("{task.description:8}"),
@@ -30,7 +31,10 @@ class StartDisplay:
     def show(self, part: str, num_ready: int, num_wanted: int, detail: str) -> None:
         """num_wanted may be 0: the part is not used."""
         if not self._console.is_terminal:
-            self._console.print(f"{part} {num_ready}/{num_wanted} {detail}".rstrip(), markup=False, highlight=False)
+            line = f"{part} {num_ready}/{num_wanted} {detail}".rstrip()
+            if self._lines.get(part) != line:
+                self._lines[part] = line
+                self._console.print(line, markup=False, highlight=False)
             return
         if part not in self._tasks:
             self._tasks[part] = self._progress.add_task(part, total=num_wanted, detail=detail)
