@@ -340,6 +340,18 @@ class Sessions:
         )
         return view_of(tenant, session_id, session)
 
+    async def abandon_turn(self, turn: BegunTurn) -> None:
+        """Give back a session whose turn was refused after all: head and key as if it had never begun."""
+        await self._store.fail(
+            turn.tenant,
+            turn.session_id,
+            key=turn.key,
+            turn_id=turn.turn_id,
+            epoch=turn.epoch,
+            event=b"",
+            budget_s=_ABANDON_BUDGET_S,
+        )
+
     async def _begin_or_abandon(
         self, tenant: TenantId, session_id: SessionId, arguments: BeginArguments
     ) -> Begun | Done | Ended | RunningTurn:

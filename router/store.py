@@ -10,7 +10,8 @@ from __future__ import annotations
 import asyncio
 import logging
 import re
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -210,8 +211,9 @@ class Store:
 
         async def attempt() -> _T:
             try:
-                async with asyncio.timeout(self._command_timeout_s):
-                    return await call()
+                with _kept_cancellation():
+                    async with asyncio.timeout(self._command_timeout_s):
+                        return await call()
             except (redis_errors.AuthenticationError, redis_errors.NoPermissionError) as error:
                 raise _refused_access(error) from error
             except redis_errors.ResponseError as error:
@@ -232,6 +234,23 @@ class Store:
         if _CODE.encode() in _flattened(listed):
             return
         await self._send(("FUNCTION", "LOAD", "REPLACE", _CODE))
+
+
+@contextmanager
+def _kept_cancellation() -> Iterator[None]:
+    """Raise the cancellation that came during the block, should the block have lost it: before Python 3.12
+    ``asyncio.wait_for``, which the client uses for every command, drops one that comes together with its result."""
+    task = asyncio.current_task()
+    assert task is not None
+    before = task.cancelling()
+    try:
+        yield
+    except Exception as error:
+        if task.cancelling() > before:
+            raise asyncio.CancelledError from error
+        raise
+    if task.cancelling() > before:
+        raise asyncio.CancelledError
 
 
 def check_server(facts: dict[str, Any]) -> ServerFacts:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import random
+import statistics
 import time
 from collections.abc import AsyncIterator
 
@@ -503,6 +505,19 @@ async def test_records_swapped_between_sessions_are_found(sessions: Sessions, st
         await begin(cold, one, "k")  # nor is it replayed
 
 
+async def test_a_changed_session_record_is_found_also_where_the_history_is_cached(
+    sessions: Sessions, store: Store
+) -> None:
+    session_id = await created(sessions)
+    await committed(sessions, session_id, "k")
+    stored = record_pb2.SessionRecord.FromString(await store.command("HGET", meta_key(store, session_id), "record"))
+    stored.model = "another"
+    await store.command("HSET", meta_key(store, session_id), "record", stored.SerializeToString())
+    for reader in (sessions, Sessions(store, secret=SECRET, router_id=RouterId("cold"))):
+        with pytest.raises(DataLoss):
+            await reader.read(ALICE, session_id)
+
+
 async def test_a_damaged_history_does_not_stay_taken(sessions: Sessions, store: Store) -> None:
     session_id = await created(sessions)
     for index in range(2):
@@ -557,24 +572,31 @@ def test_body_hashes_tell_requests_apart() -> None:
     assert body_hash(session_pb2.GetSessionRequest()) != body_hash(session_pb2.DeleteSessionRequest())
 
 
-async def test_latency(sessions: Sessions, capsys: pytest.CaptureFixture[str]) -> None:
-    """begin_turn's median stays under 1.5 ms with a file synced before every answer and a history in the cache."""
+async def test_latency(sessions: Sessions, store: Store, capsys: pytest.CaptureFixture[str]) -> None:
+    """With a file synced before every answer and the history in the cache, begin_turn's median is under 1.5 ms on a
+    machine that has a core to spare, and within 3 plain SETs of the same moment on any."""
     session_id = await created(sessions)
-    begins, commits = [], []
-    for index in range(200):
+    times: dict[str, list[float]] = {"begin_turn": [], "commit_turn": [], "SET": []}
+    load = os.getloadavg()[0]
+    for index in range(300):
         start = time.perf_counter()
         turn = await begun(sessions, session_id, f"k{index}")
-        begins.append(time.perf_counter() - start)
+        times["begin_turn"].append(time.perf_counter() - start)
         made = record(turn, 444)
         start = time.perf_counter()
         await sessions.commit_turn(turn, made, rank="", num_context_tokens=0)
-        commits.append(time.perf_counter() - start)
-    begins.sort()
-    commits.sort()
+        times["commit_turn"].append(time.perf_counter() - start)
+        start = time.perf_counter()
+        await store.command("SET", store.key("x"), b"x" * 1500)
+        times["SET"].append(time.perf_counter() - start)
+    medians = {name: statistics.median(elapsed) * 1e3 for name, elapsed in times.items()}
     with capsys.disabled():
-        for name, times in (("begin_turn", begins), ("commit_turn", commits)):
-            print(f"\n{name}, appendfsync always: p50 {times[100] * 1e3:.2f} ms, p99 {times[197] * 1e3:.2f} ms", end="")
-    assert begins[100] < 1.5e-3
+        print(f"\nappendfsync always, {len(times['SET'])} turns, load average {load:.1f} on {os.cpu_count()} cores:")
+        for name, elapsed in times.items():
+            print(f"  {name}: p50 {medians[name]:.2f} ms, p99 {sorted(elapsed)[len(elapsed) * 99 // 100] * 1e3:.2f} ms")
+    assert medians["begin_turn"] < 3 * medians["SET"]
+    if load < (os.cpu_count() or 1) - 1:
+        assert medians["begin_turn"] < 1.5
 
 
 async def test_random_walk_agrees_with_a_model(sessions: Sessions, store: Store) -> None:

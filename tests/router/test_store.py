@@ -138,6 +138,21 @@ async def test_cancelled_calls_never_get_each_others_replies(redis_url: str, nam
     await store.close()
 
 
+async def test_a_cancellation_is_never_lost(store: Store) -> None:
+    """Whoever cancels a task in the middle of a call may wait for its end."""
+
+    async def forever() -> None:
+        while True:
+            await store.command("PING")
+
+    for _ in range(300):
+        task = asyncio.create_task(forever())
+        await asyncio.sleep(random.random() * 0.002)
+        task.cancel()
+        await asyncio.wait({task}, timeout=2.0)
+        assert task.cancelled()
+
+
 async def test_a_full_store_refuses_new_work_and_lets_running_work_end(tmp_path: Path) -> None:
     with RedisServer(maxmemory_bytes=256 << 20) as server:
         store = await Store.open(server.start(tmp_path))
