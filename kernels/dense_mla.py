@@ -31,7 +31,7 @@ def dense_mla(q: Tensor, kv: Tensor, visible: Tensor, scale: float, value_dim: i
     tile = max(1, _TILE_ELEMENTS // max(1, heads * kv.shape[0]))
     for start in range(0, num_rows, tile):
         rows = slice(start, start + tile)
-        scores = (q[rows].flatten(0, 1) @ kv.T).view(-1, heads, kv.shape[0])
+        scores = (q[rows].flatten(0, 1) @ kv.T).view(*q[rows].shape[:2], kv.shape[0])
         probabilities, lse[rows] = masked_softmax(scores, ~visible[rows].unsqueeze(1), scale)
         out[rows] = probabilities @ kv[:, :value_dim]
     return out, lse

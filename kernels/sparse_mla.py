@@ -32,7 +32,7 @@ def sparse_mla_decode(
     lse = q.new_empty((batch, heads))
     for rows in _tiles(batch, slots.shape[1] * layout.latent_dim):
         latents = unpack_latent(gather_slots(plane, slots[rows].clamp(min=0).flatten(), layout, "latent"), layout)
-        latents = latents.view(-1, slots.shape[1], layout.latent_dim)
+        latents = latents.view(*slots[rows].shape, layout.latent_dim)
         out[rows], lse[rows] = _attend(q[rows], latents, slots[rows] < 0, scale, layout.kv_lora_rank)
     return out, lse
 
@@ -48,7 +48,7 @@ def sparse_mla_prefill(q: Tensor, kv: Tensor, indices: Tensor, scale: float, val
     out = q.new_empty((num_rows, heads, value_dim))
     lse = q.new_empty((num_rows, heads))
     for rows in _tiles(num_rows, indices.shape[1] * kv.shape[1]):
-        latents = kv.index_select(0, indices[rows].clamp(min=0).flatten()).view(-1, indices.shape[1], kv.shape[1])
+        latents = kv.index_select(0, indices[rows].clamp(min=0).flatten()).view(*indices[rows].shape, kv.shape[1])
         out[rows], lse[rows] = _attend(q[rows], latents, indices[rows] < 0, scale, value_dim)
     return out, lse
 
