@@ -126,7 +126,7 @@ def test_any_tokenisation_gives_the_same_message(
     assert parse(tokenizer, single_bytes, OutputMode.of(mode))[1].message == answer
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=25, deadline=None)
 @given(data=st.data(), mode=st.sampled_from(list(ThinkingMode)))
 def test_truncation_at_any_token_loses_no_text(
     data: st.DataObject, mode: ThinkingMode, strategies: Any, tokenizer: Tokenizer
