@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import subprocess
@@ -101,16 +102,20 @@ def test_it_dies_with_a_killed_parent_but_not_with_the_thread_that_started_it(tm
     time.sleep(0.2)
     assert psutil.pid_exists(pid)
     assert "server" in psutil.Process(pid).name()
-    os.kill(pid, signal.SIGSTOP)
-    parent.kill()
-    parent.wait()
-    parent.stdout.close()
-    with RedisServer() as server:
-        with pytest.raises(FailedPrecondition):  # for as long as the orphan lives, it owns the directory
+    try:
+        os.kill(pid, signal.SIGSTOP)
+        parent.kill()
+        parent.wait()
+        parent.stdout.close()
+        with RedisServer() as server:
+            with pytest.raises(FailedPrecondition):  # for as long as the orphan lives, it owns the directory
+                server.start(tmp_path)
+            os.kill(pid, signal.SIGCONT)
+            assert gone(pid)
             server.start(tmp_path)
-        os.kill(pid, signal.SIGCONT)
-        assert gone(pid)
-        server.start(tmp_path)
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
 
 
 def test_a_stopped_server_is_ended_too(tmp_path: Path) -> None:
