@@ -16,7 +16,7 @@ from typing import Any
 
 from pydantic import SecretStr
 
-from seamount.cluster.fleet import PASS_S, Phase, RunningGang, WantedPool, running_gangs
+from seamount.cluster.fleet import PASS_S, Phase, RunningGang, WantedPool, running_gangs, wanted_pools
 from seamount.cluster.local_ray import LocalRay
 from seamount.cluster.settings import Settings
 from seamount.wire.errors import DeadlineExceeded, SeamountError, Unavailable
@@ -122,8 +122,6 @@ def _run_applications(settings: Settings, redis_url: str) -> str:
 
 
 def _wait_for_pools(settings: Settings, on_progress: Callable[[list[PoolProgress]], None], timeout_s: float) -> None:
-    from seamount.cluster.pools import wanted_pools
-
     wanted = wanted_pools(settings)
     deadline = time.monotonic() + timeout_s
     told: list[PoolProgress] = []

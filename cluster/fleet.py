@@ -10,6 +10,8 @@ An older fleet that is still about is fenced off: see ``fleet_state``.
 
 from __future__ import annotations
 
+import hashlib
+import json
 import logging
 import re
 import threading
@@ -22,11 +24,14 @@ from typing import Any, Protocol
 import redis
 
 from seamount.cluster.fleet_state import FleetState
+from seamount.cluster.settings import Settings
+from seamount.cluster.specs import pool_settings
 from seamount.wire.errors import Aborted
 from seamount.workers.spec import PoolName
 
 logger = logging.getLogger("seamount.fleet")
 
+POOL_NAMES: tuple[PoolName, ...] = ("decode", "prefill")
 PASS_S = 0.5
 """Pause between two looks at what runs."""
 STALLED_AFTER_S = 60.0
@@ -132,6 +137,34 @@ def _plan_pool(wanted: WantedPool, gangs: Sequence[RunningGang], *, given_up: bo
 
 def _delete(gang: RunningGang) -> Delete:
     return Delete(name=gang.name, pool=gang.pool, version=gang.version, failed=gang.phase is Phase.FAILED)
+
+
+def wanted_pools(settings: Settings) -> list[WantedPool]:
+    """What the settings ask the fleet for."""
+    wanted = []
+    for name in POOL_NAMES:
+        pool = pool_settings(settings, name)
+        wanted.append(
+            WantedPool(
+                pool=name,
+                num_gangs=pool.gangs,
+                expert_parallel=pool.expert_parallel,
+                version=gang_version(settings, name),
+            )
+        )
+    return wanted
+
+
+def gang_version(settings: Settings, pool: PoolName) -> str:
+    """Digest of everything in the settings that a rank of the pool depends on; the number of gangs is not in it."""
+    told = settings.model_dump(
+        mode="json",
+        include={"cluster_name", "model", "cache", "engine", "directory", "transfer", "redis"},
+    )
+    told["host"] = settings.pools.host
+    told["token_file"] = str(settings.router.worker_token_file)
+    told["pool"] = pool_settings(settings, pool).model_dump(mode="json", exclude={"gangs"})
+    return "v" + hashlib.sha256(json.dumps([pool, told], sort_keys=True).encode()).hexdigest()[:10]
 
 
 def running_gangs(applications: Mapping[str, Any]) -> list[RunningGang]:

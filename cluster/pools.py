@@ -7,9 +7,6 @@ processes alone.
 
 from __future__ import annotations
 
-import hashlib
-import json
-
 import ray.util
 from ray import serve
 from ray.serve.api import RunTarget
@@ -24,7 +21,6 @@ from seamount.wire.errors import Unavailable
 from seamount.wire.ids import GangId
 from seamount.workers.spec import PoolName
 
-POOL_NAMES: tuple[PoolName, ...] = ("decode", "prefill")
 DRAIN_S = 10.0
 """What a leaving rank has to end its streams."""
 HEALTH_PERIOD_S = 1.0
@@ -83,34 +79,6 @@ class ServeGangs:
 
     def delete(self, name: str) -> None:
         serve.delete(name, _blocking=False)
-
-
-def wanted_pools(settings: Settings) -> list[WantedPool]:
-    """What the settings ask the fleet for."""
-    wanted = []
-    for name in POOL_NAMES:
-        pool = pool_settings(settings, name)
-        wanted.append(
-            WantedPool(
-                pool=name,
-                num_gangs=pool.gangs,
-                expert_parallel=pool.expert_parallel,
-                version=gang_version(settings, name),
-            )
-        )
-    return wanted
-
-
-def gang_version(settings: Settings, pool: PoolName) -> str:
-    """Digest of everything in the settings that a rank of the pool depends on; the number of gangs is not in it."""
-    told = settings.model_dump(
-        mode="json",
-        include={"cluster_name", "model", "cache", "engine", "directory", "transfer", "redis"},
-    )
-    told["host"] = settings.pools.host
-    told["token_file"] = str(settings.router.worker_token_file)
-    told["pool"] = pool_settings(settings, pool).model_dump(mode="json", exclude={"gangs"})
-    return "v" + hashlib.sha256(json.dumps([pool, told], sort_keys=True).encode()).hexdigest()[:10]
 
 
 def gang_application(settings: Settings, wanted: WantedPool) -> Application:

@@ -8,14 +8,13 @@ import ray
 from ray import serve
 from ray.serve.deployment import Application
 
-from seamount.cluster.fleet import Reconciler
+from seamount.cluster.fleet import Reconciler, wanted_pools
 from seamount.cluster.fleet_state import FleetState, connect
 from seamount.cluster.pools import (
     HEALTH_PERIOD_S,
     HEALTH_TIMEOUT_S,
     IDLE_CPUS,
     ServeGangs,
-    wanted_pools,
 )
 from seamount.cluster.settings import Settings
 from seamount.cluster.specs import router_spec
