@@ -121,7 +121,9 @@ class LocalCluster:
     async def _start_all(self) -> None:
         pools: tuple[PoolName, ...] = ("decode", "prefill")
         gangs = [self.start_gang(pool, gang_id) for pool in pools for gang_id in gang_ids(self.settings, pool)]
-        await asyncio.gather(*gangs, *(self.start_router(number) for number in range(self.num_routers)))
+        await asyncio.gather(*gangs)
+        # Routers last: each begins with the state of every rank that is there.
+        await asyncio.gather(*(self.start_router(number) for number in range(self.num_routers)))
 
     def _common(self) -> dict[str, Any]:
         return {

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import time
 from contextlib import suppress
 from dataclasses import dataclass, field
 
@@ -20,6 +21,8 @@ from seamount.wire.ids import RankId
 
 _LOG = logging.getLogger(__name__)
 _RECONNECT_S = 0.25
+FIRST_LOOK_S = 1.0
+"""How long a starting router waits for the states of registered ranks; some of them may be dead."""
 _RANK_ROLES = (Role.PREFILL, Role.DECODE)
 _CHANNEL_OPTIONS = [
     ("grpc.max_receive_message_length", limits.MAX_MESSAGE_BYTES),
@@ -55,8 +58,11 @@ class Ranks:
     _closing: set[asyncio.Task[None]] = field(default_factory=set)
 
     async def start(self) -> None:
-        """Follow the directory from now on; its watcher has been started."""
+        """Follow the directory, whose watcher has been started; a first look at the ranks' states is waited for."""
         self._sync()
+        until = time.monotonic() + FIRST_LOOK_S
+        while any(link.state is None for link in self._links.values()) and time.monotonic() < until:
+            await self.wait_for_change(_RECONNECT_S)
         self._task = asyncio.create_task(self._follow(), name="ranks")
 
     async def stop(self) -> None:

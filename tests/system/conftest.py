@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import pytest
+
 from seamount.cluster.checkpoint import init_checkpoint
 from seamount.cluster.local import LocalCluster
 from seamount.cluster.settings import Settings, validate

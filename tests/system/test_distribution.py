@@ -99,9 +99,7 @@ def single_process(path: Path, cases: list[Case], dtype: torch.dtype) -> list[li
         sampling = SamplingParams(
             temperature=case.temperature, top_p=0.95, seed=case.seed, max_output_tokens=MAX_OUTPUT
         )
-        engine.submit(
-            EngineRequest(id=reservation.id, reservation=reservation, sampling=sampling, sink=sink(index))
-        )
+        engine.submit(EngineRequest(id=reservation.id, reservation=reservation, sampling=sampling, sink=sink(index)))
     for event in done:
         assert event.wait(120)
     engine.stop()
@@ -112,9 +110,7 @@ async def served(client: AsyncClient, cases: list[Case]) -> list[list[int]]:
     """The tokens of the cluster, all prompts in flight together."""
 
     async def one(case: Case) -> list[int]:
-        sampling = Sampling(
-            temperature=case.temperature, top_p=0.95, seed=case.seed, max_output_tokens=MAX_OUTPUT
-        )
+        sampling = Sampling(temperature=case.temperature, top_p=0.95, seed=case.seed, max_output_tokens=MAX_OUTPUT)
         turn = await client.generate(case.prompt, sampling=sampling).result()
         path_counts[turn.receipt.path] = path_counts.get(turn.receipt.path, 0) + 1
         return list(turn.token_ids)

@@ -1,0 +1,124 @@
+"""A dead prefill rank costs time, never the turn; a dead decode rank is replaced under the same stream."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import AbstractAsyncContextManager
+
+import pytest
+import pytest_asyncio
+
+from seamount.cluster.local import LocalCluster
+from seamount.router.client import AsyncClient, Sampling, user
+from seamount.v1 import events_pb2
+
+pytestmark = [pytest.mark.asyncio(loop_scope="module"), pytest.mark.cluster]
+
+StartCluster = Callable[..., AbstractAsyncContextManager[LocalCluster]]
+PagesAreBack = Callable[[AsyncClient], Awaitable[None]]
+SHORT = Sampling(max_output_tokens=8, temperature=0.0)
+
+
+@pytest_asyncio.fixture(scope="module", loop_scope="module")
+async def cluster(start_cluster: StartCluster) -> AsyncIterator[LocalCluster]:
+    # One rank a decode gang, so that a gang can be killed and started alone; small chunks, so that pushes last.
+    overrides = {
+        "pools": {"decode": {"gangs": 2, "expert_parallel": 1}},
+        "engine": {"prefill_chunk_tokens": 32, "max_batch_tokens": 96},
+        "directory": {"beat_s": 0.2, "dead_after_s": 1.0},
+    }
+    async with start_cluster(overrides) as running:
+        yield running
+
+
+@pytest_asyncio.fixture(loop_scope="module")
+async def client(cluster: LocalCluster, pages_are_back: PagesAreBack) -> AsyncIterator[AsyncClient]:
+    async with AsyncClient(cluster.address) as opened:
+        yield opened
+        await pages_are_back(opened)
+
+
+async def undisturbed(client: AsyncClient, text: str, sampling: Sampling) -> tuple[str, str]:
+    """What the turn says when nobody is killed: the same session state, so the same tokens."""
+    session = await client.create_session()
+    turn = await client.run_turn(session.id, [user(text)], sampling=sampling).result()
+    return turn.reasoning, turn.content
+
+
+async def test_prefill_killed_between_turns(cluster: LocalCluster, client: AsyncClient) -> None:
+    session = await client.create_session()
+    first = await client.run_turn(session.id, [user("word " * 30)], sampling=SHORT).result()
+    assert first.receipt.path == events_pb2.PREFILL_PATH_REMOTE
+    await cluster.kill("prefill-0.0")
+    second = await client.run_turn(session.id, [user("more " * 30)], sampling=SHORT).result()
+    assert second.usage.num_output_tokens == 8
+    assert second.receipt.path == events_pb2.PREFILL_PATH_LOCAL
+    assert second.receipt.num_decode_computed_tokens > 100
+    await cluster.start_gang("prefill", "prefill-0")
+    await until_alive(client, "prefill")
+    third = await client.run_turn(session.id, [user("again " * 30)], sampling=SHORT).result()
+    assert third.receipt.path == events_pb2.PREFILL_PATH_REMOTE
+
+
+async def test_prefill_killed_during_a_push(cluster: LocalCluster, client: AsyncClient) -> None:
+    text = "a long question " * 110
+    prefill = cluster.processes["prefill-0.0"]
+    before = await computed(client, "prefill")
+    session = await client.create_session()
+    turn = asyncio.create_task(client.run_turn(session.id, [user(text)], sampling=SHORT).result())
+    while await computed(client, "prefill") < before + 128:
+        assert not turn.done(), "the turn was over before the push was on its way"
+        await asyncio.sleep(0.02)
+    await cluster.kill("prefill-0.0")
+    assert prefill.process.returncode == -9
+    answered = await turn
+    assert answered.usage.num_output_tokens == 8
+    assert answered.receipt.num_retries >= 1
+    computed_here = answered.receipt.num_decode_computed_tokens
+    num_prompt = answered.receipt.num_prompt_tokens
+    print(f"of {num_prompt} prompt tokens {num_prompt - computed_here} had arrived when the prefill rank was killed")
+    assert computed_here > 1
+    assert (await undisturbed(client, text, SHORT)) == (answered.reasoning, answered.content)
+    await cluster.start_gang("prefill", "prefill-0")
+    await until_alive(client, "prefill")
+
+
+async def test_decode_killed_under_a_stream(cluster: LocalCluster, client: AsyncClient) -> None:
+    sampling = Sampling(max_output_tokens=60, temperature=0.8, seed=11)
+    expected = await undisturbed(client, "tell me a story", sampling)
+    session = await client.create_session()
+    stream = client.run_turn(session.id, [user("tell me a story")], sampling=sampling)
+    killed = ""
+    async for event in stream:
+        if not killed and event.WhichOneof("event") == "reasoning_delta" and event.sequence > 8:
+            busy = [
+                rank
+                for rank in await client.list_ranks()
+                if rank.state.num_reservations and "decode" in rank.state.gang_id
+            ]
+            (rank,) = busy
+            killed = next(name for name, p in cluster.processes.items() if p.pid == rank.state.process_id)
+            await cluster.kill(killed)
+    turn = await stream.result()
+    assert killed
+    assert (turn.reasoning, turn.content) == expected
+    assert turn.receipt.num_retries == 1
+    assert turn.usage.num_output_tokens == 60
+    await cluster.start_gang("decode", killed.split(".")[0])
+
+
+async def until_alive(client: AsyncClient, pool: str) -> None:
+    for _ in range(100):
+        if any(rank.alive and rank.state.gang_id.startswith(pool) for rank in await client.list_ranks()):
+            return
+        await asyncio.sleep(0.1)
+    raise AssertionError(f"no {pool} rank came up")
+
+
+async def computed(client: AsyncClient, pool: str) -> int:
+    return sum(
+        rank.state.num_computed_tokens
+        for rank in await client.list_ranks()
+        if rank.alive and rank.state.gang_id.startswith(pool)
+    )
