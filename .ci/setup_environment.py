@@ -12,6 +12,7 @@ import subprocess
 import sys
 import tempfile
 import tomllib
+import urllib.request
 import venv
 from pathlib import Path
 
@@ -45,30 +46,46 @@ def main() -> None:
 
 
 def install_torch() -> None:
-    """First and by itself: a plain resolution takes the CUDA build, of several GB, wherever it can."""
+    """First and by itself: asked for by another package, pip takes the CUDA build, of several GB, wherever it can."""
     (pin,) = re.findall(r"(?m)^torch==\S+$", CONSTRAINTS.read_text())
-    sources: list[str] = []
-    if not has_gpu() and cuda_packages_planned(pin, sources):
-        sources = ["--extra-index-url", CPU_INDEX]  # its builds are named +cpu, which counts as newer than plain
-        if found := cuda_packages_planned(pin, sources):
-            fail(
-                f"no GPU here, and pip would install {', '.join(found[:3])} ... with {pin}, for {CPU_INDEX} cannot be "
-                "reached. Give pip a folder with the CPU build (pip config set global.find-links FOLDER) and try again"
-            )
-    say(f"installing {pin}{' (CPU build)' if not has_gpu() else ''}")
+    cpu_only = sys.platform == "linux" and not has_gpu()  # elsewhere there is no CUDA to avoid
+    sources = cpu_sources(pin) if cpu_only else []
+    say(f"installing {pin}{' (CPU build)' if cpu_only else ''}")
     pip("install", "-c", str(CONSTRAINTS), *sources, pin)
+
+
+def cpu_sources(pin: str) -> list[str]:
+    """Where pip finds the CPU build: its builds are named +cpu, which counts as newer than the plain version."""
+    sources = ["--extra-index-url", CPU_INDEX] if is_reachable(f"{CPU_INDEX}/torch/") else []
+    if found := cuda_requirements(pin, sources):
+        fail(
+            f"no GPU here, and with {pin} pip would install {', '.join(found[:3])} ...: {CPU_INDEX} cannot be reached. "
+            "Give pip a folder with the CPU build (pip config set global.find-links FOLDER) and try again"
+        )
+    return sources
 
 
 def has_gpu() -> bool:
     return Path("/dev/nvidia0").exists() or shutil.which("nvidia-smi") is not None
 
 
-def cuda_packages_planned(pin: str, sources: list[str]) -> list[str]:
+def is_reachable(url: str) -> bool:
+    try:
+        with urllib.request.urlopen(url, timeout=5):
+            return True
+    except OSError:
+        return False
+
+
+def cuda_requirements(pin: str, sources: list[str]) -> list[str]:
+    """What of CUDA the build that pip would choose asks for."""
     with tempfile.TemporaryDirectory() as folder:
         report = Path(folder) / "plan.json"
-        pip("install", "-c", str(CONSTRAINTS), "--dry-run", "--report", str(report), *sources, pin)
+        pip("install", "-c", str(CONSTRAINTS), "--dry-run", "--no-deps", "--report", str(report), *sources, pin)
         plan = json.loads(report.read_text())["install"]
-    return sorted(name for item in plan if OF_CUDA.fullmatch(name := item["metadata"]["name"]))
+    requires = [requirement for item in plan for requirement in item["metadata"].get("requires_dist", [])]
+    names = {re.split(r"[^A-Za-z0-9._-]", requirement)[0] for requirement in requires if "extra ==" not in requirement}
+    return sorted(name for name in names if OF_CUDA.fullmatch(name))
 
 
 def cuda_packages_installed() -> list[str]:
