@@ -154,8 +154,8 @@ async def test_malformed_messages_are_invalid_arguments(garbage: bytes) -> None:
         for call in (
             channel.unary_unary("/seamount.v1.WorkerService/Reserve")(garbage, timeout=5),
             channel.unary_stream("/seamount.v1.WorkerService/Generate")(garbage, timeout=5).read(),
-            channel.stream_stream("/grpc.reflection.v1alpha.ServerReflection/ServerReflectionInfo")(
-                iter([garbage]), timeout=5
+            channel.unary_stream("/grpc.reflection.v1alpha.ServerReflection/ServerReflectionInfo")(
+                garbage, timeout=5
             ).read(),
         ):
             with pytest.raises(grpc.aio.AioRpcError) as caught:
