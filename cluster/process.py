@@ -15,6 +15,7 @@ import signal
 import sys
 from typing import Annotated, Literal, Protocol
 
+import uvloop
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter
 
 from seamount.cluster.settings import Settings, validate
@@ -70,7 +71,7 @@ def main() -> None:
     start = _START.validate_json(sys.stdin.buffer.read())
     _end_with(start.parent_pid)
     logs.configure()
-    asyncio.run(_serve(start))
+    uvloop.run(_serve(start))  # what Ray Serve's replicas run on, too
 
 
 def _end_with(parent_pid: int) -> None:

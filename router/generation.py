@@ -118,10 +118,16 @@ class Generation:
 
     async def release(self, keep_len: int | None) -> None:
         """End the reservation, keeping the first ``keep_len`` cached tokens. Best effort: a reservation expires."""
-        if self._decode is not None and self._reservation_id is not None:
+        decode, reservation_id = self._decode, self._reservation_id
+        if decode is not None and reservation_id is not None:
+            self._forget_reservation()
             with suppress(SeamountError):
-                await self._decode.release(self._reservation_id, keep_len=keep_len)
-            self._reservation_id = None
+                await decode.release(reservation_id, keep_len=keep_len)
+
+    def _forget_reservation(self) -> None:
+        if self._decode is not None and self._reservation_id is not None:
+            self.ranks.unassign(self._decode.rank_id)
+        self._reservation_id = None
 
     def _work(self) -> Work:
         return Work(
@@ -151,6 +157,7 @@ class Generation:
 
     def _note_reservation(self, load: RankLoad, reserved: worker_pb2.ReserveResponse) -> None:
         self._reservation_id = ReservationId(reserved.reservation_id)
+        self.ranks.assign(load.rank_id)
         self.account.decode_rank = load.rank_id
         if self.account.num_retries == 0:
             self.account.num_cached = reserved.cached_len
@@ -278,7 +285,8 @@ class Generation:
         if self._decode is not None:
             self._excluded.add(self._decode.rank_id)
             self.ranks.mark_lost(self._decode.rank_id)
-        self._decode, self._reservation_id = None, None
+        self._forget_reservation()
+        self._decode = None
 
 
 def _duration(seconds: float) -> duration_pb2.Duration:

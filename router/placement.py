@@ -18,14 +18,18 @@ PathPolicy = Literal["auto", "local", "remote"]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RankLoad:
-    """What placement needs to know of one live rank. Rates are 0 where nothing was measured."""
+    """What placement needs to know of one live rank. Rates are 0 where nothing was measured.
+
+    num_answers: answers in the making there, those that this router placed a moment ago included: the rank's own counts
+    are older, and turns that start together must not all see the same idle rank.
+    """
 
     rank_id: RankId
     address: str
     num_free_pages: int
     num_cached_pages: int
     num_running: int
-    num_waiting: int
+    num_answers: int
     num_queued_prefill_tokens: int
     prefill_tokens_per_s: float
     pull_bytes_per_s: float
@@ -57,7 +61,7 @@ def choose_decode_rank(
 
 def _busyness(rank: RankLoad) -> tuple[int, int, str]:
     usable_pages = rank.num_free_pages + rank.num_cached_pages
-    return rank.num_running + rank.num_waiting, -usable_pages, rank.rank_id
+    return rank.num_answers, -usable_pages, rank.rank_id
 
 
 def choose_path(
@@ -105,8 +109,10 @@ def remote_s(prefill: RankLoad, num_cached: int, num_missing: int) -> float | No
     if prefill.prefill_tokens_per_s <= 0:
         return None
     compute_s = (prefill.num_queued_prefill_tokens + num_missing) / prefill.prefill_tokens_per_s
-    return compute_s + _move_s(prefill, num_cached, prefill.pull_bytes_per_s) + _move_s(
-        prefill, num_missing, prefill.push_bytes_per_s
+    return (
+        compute_s
+        + _move_s(prefill, num_cached, prefill.pull_bytes_per_s)
+        + _move_s(prefill, num_missing, prefill.push_bytes_per_s)
     )
 
 

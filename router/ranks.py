@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
+from collections import Counter, deque
 from contextlib import suppress
 from dataclasses import dataclass, field
 
@@ -23,6 +24,7 @@ _LOG = logging.getLogger(__name__)
 _RECONNECT_S = 0.25
 FIRST_LOOK_S = 1.0
 """How long a starting router waits for the states of registered ranks; some of them may be dead."""
+_NUM_FOREIGN_LOOKS = 4
 _RANK_ROLES = (Role.PREFILL, Role.DECODE)
 _CHANNEL_OPTIONS = [
     ("grpc.max_receive_message_length", limits.MAX_MESSAGE_BYTES),
@@ -42,6 +44,8 @@ class _Link:
     client: RankClient
     watch: asyncio.Task[None] | None = None
     state: worker_pb2.RankState | None = None
+    foreign: deque[int] = field(default_factory=lambda: deque([0], maxlen=_NUM_FOREIGN_LOOKS))
+    """Answers at the rank, as its last states came in, that were not this router's."""
 
 
 @dataclass(slots=True, kw_only=True)
@@ -56,6 +60,7 @@ class Ranks:
     _task: asyncio.Task[None] | None = None
     _changed: asyncio.Event = field(default_factory=asyncio.Event)
     _closing: set[asyncio.Task[None]] = field(default_factory=set)
+    _num_assigned: Counter[RankId] = field(default_factory=Counter)
 
     async def start(self) -> None:
         """Follow the directory, whose watcher has been started; a first look at the ranks' states is waited for."""
@@ -78,7 +83,7 @@ class Ranks:
     def loads(self, pool: Role) -> list[RankLoad]:
         """Ranks of a pool (``PREFILL``, ``DECODE``) that are alive, healthy, not leaving, of known state; by id."""
         return [
-            _load(peer, state)
+            self._load(peer, state)
             for peer in self.watcher.peers(pool)
             if (state := self._state(peer)) is not None and state.healthy and not state.draining
         ]
@@ -97,6 +102,16 @@ class Ranks:
     def all(self) -> list[tuple[Peer, worker_pb2.RankState | None]]:
         """Every registered rank, dead ones too, with its last known state; by id."""
         return [(peer, self._state(peer)) for peer in self.watcher.peers(*_RANK_ROLES, alive_only=False)]
+
+    def assign(self, rank_id: RankId) -> None:
+        """An answer of this router goes to the rank; ``unassign`` when it is over."""
+        self._num_assigned[rank_id] += 1
+
+    def unassign(self, rank_id: RankId) -> None:
+        """The inverse of ``assign``."""
+        self._num_assigned[rank_id] -= 1
+        if not self._num_assigned[rank_id]:
+            del self._num_assigned[rank_id]
 
     def mark_lost(self, rank_id: RankId) -> None:
         """A call to the rank broke: it is dead until its counter moves and its stream stands again."""
@@ -117,6 +132,23 @@ class Ranks:
     def _state(self, peer: Peer) -> worker_pb2.RankState | None:
         link = self._links.get(RankId(peer.record.peer_id))
         return link.state if link is not None and link.instance == peer.record.instance else None
+
+    def _load(self, peer: Peer, state: worker_pb2.RankState) -> RankLoad:
+        rank_id = RankId(peer.record.peer_id)
+        return RankLoad(
+            rank_id=rank_id,
+            address=peer.record.address,
+            num_free_pages=state.num_free_pages,
+            num_cached_pages=state.num_cached_pages,
+            num_running=state.num_running,
+            # The least of a few looks: an answer of ours that just ended may still stand in the rank's state.
+            num_answers=min(self._links[rank_id].foreign) + self._num_assigned[rank_id],
+            num_queued_prefill_tokens=state.num_queued_prefill_tokens,
+            prefill_tokens_per_s=state.prefill_tokens_per_s,
+            pull_bytes_per_s=state.pull_bytes_per_s,
+            push_bytes_per_s=state.push_bytes_per_s,
+            kv_bytes_per_token=state.kv_bytes_per_token,
+        )
 
     async def _follow(self) -> None:
         while True:
@@ -160,6 +192,8 @@ class Ranks:
                     if link.state is None:
                         self.watcher.mark_connected(rank_id)
                     link.state = response.state
+                    num_answers = response.state.num_running + response.state.num_waiting
+                    link.foreign.append(max(0, num_answers - self._num_assigned[rank_id]))
                     self._tell()
             except grpc.RpcError as error:
                 _LOG.info("rank_stream_broken", extra={"rank_id": rank_id, "code": str(error.code())})
@@ -181,19 +215,3 @@ class Ranks:
             with suppress(asyncio.CancelledError):
                 await link.watch
         await link.channel.close()
-
-
-def _load(peer: Peer, state: worker_pb2.RankState) -> RankLoad:
-    return RankLoad(
-        rank_id=RankId(peer.record.peer_id),
-        address=peer.record.address,
-        num_free_pages=state.num_free_pages,
-        num_cached_pages=state.num_cached_pages,
-        num_running=state.num_running,
-        num_waiting=state.num_waiting,
-        num_queued_prefill_tokens=state.num_queued_prefill_tokens,
-        prefill_tokens_per_s=state.prefill_tokens_per_s,
-        pull_bytes_per_s=state.pull_bytes_per_s,
-        push_bytes_per_s=state.push_bytes_per_s,
-        kv_bytes_per_token=state.kv_bytes_per_token,
-    )

@@ -37,7 +37,9 @@ class SessionService(session_pb2_grpc.SessionServiceServicer):
         self.model.check_name(request.model)
         thinking_mode_from_proto(request.thinking_mode)
         check_sampling(request.defaults, field="defaults", vocab_size=self.model.vocab_size)
-        session = await self.sessions.create(caller().tenant, request, model=self.model.name)
+        tenant = caller().tenant
+        session = await self.sessions.create(tenant, request, model=self.model.name)
+        self.turns.remember(tenant, session)
         return session_pb2.CreateSessionResponse(session=session)
 
     async def GetSession(

@@ -97,6 +97,12 @@ class Turns:
             case RunningTurn():
                 return self._attach(begun)
 
+    def remember(self, tenant: TenantId, session: session_pb2.Session) -> None:
+        """A session of this deployment's model was made or read: its first turn here need not read it again."""
+        self._defaults[tenant, SessionId(session.id)] = session.defaults
+        if len(self._defaults) > MAX_KNOWN_DEFAULTS:
+            self._defaults.popitem(last=False)
+
     async def cancel(self, tenant: TenantId, session_id: SessionId, turn_id: str) -> bool:
         """End a running turn, wherever it runs; False where no such turn is running (any more)."""
         view = await self.sessions.get(tenant, session_id)
@@ -179,9 +185,7 @@ class Turns:
                     reason="MODEL_NOT_SERVED",
                 )
             known = view.session.defaults
-            self._defaults[tenant, session_id] = known
-            if len(self._defaults) > MAX_KNOWN_DEFAULTS:
-                self._defaults.popitem(last=False)
+            self.remember(tenant, view.session)
         return known
 
     async def _begin(

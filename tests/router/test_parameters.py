@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 
 import pytest
+
 from seamount.router.parameters import check_sampling, fit_context, resolve
 from seamount.router.spec import SamplingDefaults
 from seamount.v1.common_pb2 import SamplingParameters

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 import pytest
+
 from seamount.router.placement import (
     PathRules,
     RankLoad,
@@ -21,7 +22,7 @@ BASE = RankLoad(
     num_free_pages=100,
     num_cached_pages=0,
     num_running=0,
-    num_waiting=0,
+    num_answers=0,
     num_queued_prefill_tokens=0,
     prefill_tokens_per_s=1000.0,
     pull_bytes_per_s=1e6,
@@ -39,11 +40,11 @@ def load(name: str, **changes: object) -> RankLoad:
     [
         ([], None, (), None),
         ([load("a"), load("b")], None, (), "a"),
-        ([load("a", num_running=1), load("b")], None, (), "b"),
-        ([load("a", num_waiting=1), load("b", num_running=2)], None, (), "a"),
+        ([load("a", num_answers=1), load("b")], None, (), "b"),
+        ([load("a", num_answers=1), load("b", num_answers=2)], None, (), "a"),
         ([load("a", num_free_pages=1), load("b", num_free_pages=2)], None, (), "b"),
         ([load("a", num_free_pages=1, num_cached_pages=5), load("b", num_free_pages=2)], None, (), "a"),
-        ([load("a"), load("b", num_running=9)], "b", (), "b"),
+        ([load("a"), load("b", num_answers=9)], "b", (), "b"),
         ([load("a"), load("b")], "b", ("b",), "a"),
         ([load("a"), load("b")], "gone", (), "a"),
         ([load("a")], "a", ("a",), None),

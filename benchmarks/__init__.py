@@ -1,0 +1,1 @@
+"""Programs that measure; each prints a ratio and writes rows to results/."""
