@@ -1,15 +1,42 @@
-"""A real Valkey for every test that wants one: one server a run, one namespace a test."""
+"""A real Valkey for every test that wants one: one server a run, one namespace a test. Figures at the end of a run."""
 
 from __future__ import annotations
 
 import uuid
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Generator, Iterator
 from pathlib import Path
 
 import pytest
 
 from seamount.cluster.redis_server import RedisServer
 from seamount.router.store import Store
+
+
+_figures = pytest.StashKey[list[tuple[str, str]]]()
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.stash[_figures] = []
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(
+    item: pytest.Item, call: pytest.CallInfo[None]
+) -> Generator[None, pytest.TestReport, pytest.TestReport]:
+    report = yield
+    if report.when == "call" and report.passed and item.get_closest_marker("figures") and report.capstdout:
+        item.config.stash[_figures].append((item.nodeid, report.capstdout))
+    return report
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
+    """Repeat what tests marked ``figures`` printed: a passing run shows its measurements, too."""
+    if config.stash[_figures]:
+        terminalreporter.section("figures")
+        for name, text in config.stash[_figures]:
+            terminalreporter.write_line(name)
+            for line in text.strip().splitlines():
+                terminalreporter.write_line(f"    {line}")
 
 
 @pytest.fixture(scope="session")

@@ -28,7 +28,8 @@ class JsonFormatter(logging.Formatter):
             "part": record.name,
             "event": record.getMessage(),
         }
-        line |= {key: value for key, value in vars(record).items() if key not in _OWN_FIELDS}
+        extra = {key: value for key, value in vars(record).items() if key not in _OWN_FIELDS}
+        line |= {key: value for key, value in extra.items() if not key.startswith("_")}  # Ray adds some of its own
         if record.exc_info and record.exc_info[1] is not None:
             error = record.exc_info[1]
             line["error"] = type(error).__name__

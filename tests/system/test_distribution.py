@@ -127,6 +127,7 @@ async def exact_cluster(start_cluster: StartCluster) -> AsyncIterator[LocalClust
         yield cluster
 
 
+@pytest.mark.figures
 async def test_the_same_tokens_as_one_process(
     exact_cluster: LocalCluster,
     checkpoint: Path,
@@ -141,6 +142,7 @@ async def test_the_same_tokens_as_one_process(
         await pages_are_back(client)
 
 
+@pytest.mark.figures
 async def test_the_default_dtype_reports_its_first_divergence(
     start_cluster: StartCluster, checkpoint: Path, cases: list[Case]
 ) -> None:

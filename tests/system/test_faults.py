@@ -61,6 +61,7 @@ async def test_prefill_killed_between_turns(cluster: LocalCluster, client: Async
     assert third.receipt.path == events_pb2.PREFILL_PATH_REMOTE
 
 
+@pytest.mark.figures
 async def test_prefill_killed_during_a_push(cluster: LocalCluster, client: AsyncClient) -> None:
     text = "a long question " * 110
     prefill = cluster.processes["prefill-0.0"]

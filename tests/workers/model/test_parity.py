@@ -23,6 +23,8 @@ INDEX_TOPK = 16
 TOLERANCE = 1e-4
 MIN_MARGIN = 2e-5
 
+pytestmark = pytest.mark.figures
+
 
 def _reference(seed: int, *, index_heads: int = 32, **overrides: Any) -> Any:
     config = transformers.DeepseekV32Config(
