@@ -19,14 +19,14 @@ from collections.abc import Callable
 
 from seamount.router import strict_json
 from seamount.router.deltas import CallArguments, CallFinished, CallStarted, ParsedDelta
-from seamount.router.messages import MAX_PARAMETER_NAME_BYTES, ToolCall, is_name
+from seamount.router.messages import ToolCall, is_name
 from seamount.router.tokenizer import Control
 from seamount.wire import limits
 
 _MARKER = Control.DSML.value
 _NAME_END = '">'
 _PARAMETER_ENDS = {'" string="true">': True, '" string="false">': False}
-_MAX_HEADER_CHARS = MAX_PARAMETER_NAME_BYTES + max(map(len, _PARAMETER_ENDS))
+_MAX_HEADER_CHARS = limits.MAX_PARAMETER_NAME_BYTES + max(map(len, _PARAMETER_ENDS))
 
 
 class BlockState(enum.Enum):
@@ -147,7 +147,7 @@ class DsmlBlock:
             return self._need_more_header(_MAX_HEADER_CHARS)
         at, end = min(found)
         key = self._buffer[:at]
-        if key in self._keys or len(key.encode()) > MAX_PARAMETER_NAME_BYTES:
+        if key in self._keys or len(key.encode()) > limits.MAX_PARAMETER_NAME_BYTES:
             self._fail()
             return False
         self._buffer = self._buffer[at + len(end) :]

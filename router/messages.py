@@ -15,8 +15,6 @@ from seamount.v1 import common_pb2
 from seamount.wire import limits
 from seamount.wire.errors import FailedPrecondition, InvalidArgument
 
-MAX_PARAMETER_NAME_BYTES = 1_024
-"""Of a call's argument: its name stands in a DSML tag."""
 _PARAMETER_NAME_ENDS = ('" string="true">', '" string="false">')
 
 
@@ -225,7 +223,9 @@ def _check_tool_call(call: ToolCall, field: str) -> None:
     _check_name(call.name, f"{field}.name")
     field = f"{field}.arguments_json"
     for name in _check_object(call.arguments_json, field, max_bytes=limits.MAX_CONTENT_BYTES):
-        limits.check_length(name.encode(), field=f"{field} (a name)", high=MAX_PARAMETER_NAME_BYTES, unit="bytes")
+        limits.check_length(
+            name.encode(), field=f"{field} (a name)", high=limits.MAX_PARAMETER_NAME_BYTES, unit="bytes"
+        )
         if any(end in name for end in _PARAMETER_NAME_ENDS):
             raise InvalidArgument(
                 f"{field} has a name that reads like the end of a DSML tag; rename that argument",

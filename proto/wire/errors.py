@@ -180,25 +180,21 @@ def _make(
     metadata: Mapping[str, str],
 ) -> SeamountError:
     error = cls.__new__(cls)
-    SeamountError.__init__(
-        error, message, reason=reason, field=field, retry_after_s=retry_after_s, metadata=metadata
-    )
+    SeamountError.__init__(error, message, reason=reason, field=field, retry_after_s=retry_after_s, metadata=metadata)
     return error
 
 
 def from_rpc_error(error: grpc.RpcError) -> SeamountError:
     """The typed error behind a failed call; a broken connection or a foreign server's status maps by its code."""
-    trailers = error.trailing_metadata() or ()  # type: ignore[attr-defined]
-    for key, value in trailers:
+    call: Any = error  # every RpcError that gRPC raises is a Call too, which its stubs do not say
+    for key, value in call.trailing_metadata() or ():
         if key == _STATUS_KEY:
             return from_status(status_pb2.Status.FromString(value))
-    code = error.code()  # type: ignore[attr-defined]
+    code: grpc.StatusCode = call.code()
     cls = _BY_CODE.get(code, Internal)
-    return _make(cls, error.details() or code.name, code.name, None, None, {})  # type: ignore[attr-defined]
+    return _make(cls, call.details() or code.name, code.name, None, None, {})
 
 
 def trailing_metadata(error: SeamountError) -> tuple[tuple[str, bytes], ...]:
     """The trailers that carry the Status beside gRPC's own code and message."""
     return ((_STATUS_KEY, to_status(error).SerializeToString()),)
-
-

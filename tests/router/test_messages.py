@@ -9,7 +9,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from seamount.router.messages import (
-    MAX_PARAMETER_NAME_BYTES,
     Message,
     Role,
     ThinkingMode,
@@ -74,7 +73,7 @@ def test_thinking_modes() -> None:
 
 
 NAME = "n" * limits.MAX_NAME_BYTES
-KEY = "k" * MAX_PARAMETER_NAME_BYTES
+KEY = "k" * limits.MAX_PARAMETER_NAME_BYTES
 DEEP = limits.MAX_JSON_DEPTH
 
 
