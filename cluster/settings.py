@@ -91,6 +91,7 @@ class EngineSettings(_Section):
         default=5.0, gt=0, description="A step, or a wait for a peer of the gang, that takes longer fails"
     )
     num_threads: int = Field(default=1, ge=1, description="Threads of torch on each rank")
+    device: Literal["cpu", "cuda"] = Field(default="cpu", description="Where the model and its caches are")
 
 
 class PoolSettings(_Section):

@@ -53,6 +53,7 @@ def rank_spec(
         host=host,
         worker_token=read_token(settings.router.worker_token_file),
         allow_forced_tokens=allow_forced_tokens,
+        device=engine.device,
         num_threads=engine.num_threads,
         transfer_timeout_s=settings.transfer.timeout_s,
         max_links=settings.transfer.max_links,

@@ -51,8 +51,8 @@ class Runner:
     def forward(self, batch: ForwardBatch, chunks: Sequence[Chunk]) -> tuple[Tensor, dict[str, Exception]]:
         """Run the model over what ``lay_out`` made of ``chunks``.
 
-        Returns logits [N, V] of the chunks that sample, in order, and by request id what its ``on_layer`` raised: that
-        request alone has failed then, and its hook is not called again.
+        Returns logits [N, V] of the chunks that sample, in order, on the CPU; and by request id what its ``on_layer``
+        raised: that request alone has failed then, and its hook is not called again.
         """
         hooked = [chunk for chunk in chunks if chunk.sequence.request.on_layer is not None]
         raised: dict[str, Exception] = {}
@@ -68,4 +68,4 @@ class Runner:
                     raised[request.id] = error
 
         logits = self._model.forward(batch, self._planes, on_layer=on_layer if hooked else None)
-        return logits, raised
+        return logits.cpu(), raised

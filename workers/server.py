@@ -16,7 +16,7 @@ from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from seamount.kernels.layout import CachePlanes
 from seamount.v1 import transfer_pb2_grpc, worker_pb2, worker_pb2_grpc
 from seamount.wire import limits
-from seamount.wire.errors import SeamountError
+from seamount.wire.errors import InvalidArgument, SeamountError
 from seamount.wire.interceptors import rank_interceptors
 from seamount.workers.cache.reservations import Reservations
 from seamount.workers.engine import Engine
@@ -185,11 +185,16 @@ class RankServer:
     def _build_with(self, gang: Gang) -> _Core:
         spec = self.spec
         config = ModelConfig.from_json(spec.model_path)
+        device = _device(spec)
         model = load_model(
-            spec.model_path, dtype=DTYPES[spec.dtype], layout_name=spec.layout, experts=_experts(config, gang)
+            spec.model_path,
+            dtype=DTYPES[spec.dtype],
+            layout_name=spec.layout,
+            experts=_experts(config, gang),
+            device=device,
         )
         fingerprint = model_fingerprint(spec.model_path)
-        planes = model.layout.allocate(config.num_hidden_layers, spec.num_pages)
+        planes = model.layout.allocate(config.num_hidden_layers, spec.num_pages, device)
         reservations = Reservations(num_pages=spec.num_pages, fingerprint=fingerprint, layout=model.layout.signature)
         engine = Engine(
             model=model,
@@ -267,6 +272,15 @@ class RankServer:
             async with asyncio.timeout(grace_s):
                 while self._parts.service.active:  # noqa: ASYNC110 - streams end in several places
                     await asyncio.sleep(0.05)
+
+
+def _device(spec: RankSpec) -> torch.device:
+    if spec.device == "cuda" and not torch.cuda.is_available():
+        raise InvalidArgument(
+            "engine.device is cuda, and this process sees no CUDA device; give the rank one, or choose cpu",
+            field="engine.device",
+        )
+    return torch.device("cuda", 0) if spec.device == "cuda" else torch.device("cpu")
 
 
 def _experts(config: ModelConfig, gang: Gang) -> ExpertParallel:

@@ -38,6 +38,8 @@ class RankSpec:
     port: int = 0
     worker_token: str | None = None
     allow_forced_tokens: bool = False
+    device: str = "cpu"
+    """cpu or cuda: where model and caches are; a process sees the one device that it was given."""
     num_threads: int = 1
     """torch's intra-op threads."""
     transfer_timeout_s: float = 10.0

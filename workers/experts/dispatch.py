@@ -143,8 +143,11 @@ class GangExperts:
         return incoming
 
     def _all_to_all(self, output: Tensor, rows: Tensor, received: Sequence[int], sent: Sequence[int]) -> None:
-        # torch's stubs lack this method of the group object.
-        self._group.alltoall_base(output, rows, list(received), list(sent)).wait()  # type: ignore[attr-defined]
+        # gloo reads and writes host memory; torch's stubs lack this method of the group object.
+        host = output if output.device.type == "cpu" else torch.empty_like(output, device="cpu")
+        self._group.alltoall_base(host, rows.cpu(), list(received), list(sent)).wait()  # type: ignore[attr-defined]
+        if host is not output:
+            output.copy_(host)
 
 
 def _sort_by_expert(expert_ids: Tensor, num_experts: int) -> tuple[Tensor, Tensor]:

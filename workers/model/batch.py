@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -30,6 +30,18 @@ class ForwardBatch:
     context_lens: list[int]
     page_tables: list[list[int]]
     logit_rows: Tensor
+
+    def to(self, device: torch.device) -> ForwardBatch:
+        """The same batch with its tensors on ``device``; itself where they are there already."""
+        if self.token_ids.device == device:
+            return self
+        return replace(
+            self,
+            token_ids=self.token_ids.to(device),
+            positions=self.positions.to(device),
+            slots=self.slots.to(device),
+            logit_rows=self.logit_rows.to(device),
+        )
 
     @staticmethod
     def create(

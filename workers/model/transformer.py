@@ -42,6 +42,8 @@ class Transformer:
         kept = {name: value.to(parameter_dtype(name, self.dtype)) for name, value in parameters.items()}
         self.expert_bytes = sum(value.nbytes for name, value in kept.items() if ".mlp.experts." in name)
         """Bytes of the routed experts held here."""
+        self.device = kept["model.embed_tokens.weight"].device
+        """Where the parameters are; batches are moved there, planes must be there."""
         self._embedding = kept["model.embed_tokens.weight"]
         self._layers = [
             DecoderLayer(config, layout, layer, _below(kept, f"model.layers.{layer}."), experts)
@@ -68,6 +70,7 @@ class Transformer:
         Returns [N, vocab] float32 (float64 for a float64 model). With T = 0 all callbacks and all collectives of the
         MoE layers still happen.
         """
+        batch = batch.to(self.device)
         plan = AttentionPlan.create(batch, self.config.index_topk)
         angles = rope_angles(batch.positions, self._frequencies, self.config.rope_amplitude)
         x = embedding(batch.token_ids, self._embedding)

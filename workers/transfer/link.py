@@ -14,9 +14,11 @@ import logging
 import threading
 import time
 from collections import deque
-from concurrent.futures import Future, InvalidStateError
+from collections.abc import Callable
+from concurrent.futures import Future, InvalidStateError, ThreadPoolExecutor
 from contextlib import suppress
 from datetime import timedelta
+from functools import partial
 from typing import Any, Final, Protocol
 
 import torch
@@ -232,9 +234,22 @@ class PairLink:
 
     # ---- the two threads
 
-    def _run(self, loop: Any) -> None:
+    def _run(self, loop: Callable[[], None]) -> None:
         try:
-            loop()
+            self._guarded(loop)
+        finally:
+            with self.changed:
+                self._num_running -= 1
+                if self._num_running == 0:
+                    self._group = None  # the last reference: gloo closes its sockets and thread
+
+    def _take(self, inbound: Inbound, header: FrameHeader, payload: Tensor) -> None:
+        self._guarded(partial(inbound.take, header, payload))
+
+    def _guarded(self, work: Callable[[], None]) -> None:
+        """Whatever goes wrong in ``work`` ends the link, and is told to its transfers."""
+        try:
+            work()
         except SeamountError as error:
             self._fail(error)
         except RuntimeError as error:  # gloo's: the peer is gone, or a wait ran out
@@ -243,11 +258,6 @@ class PairLink:
         except Exception:
             _log.exception("link_failed", extra={"link_id": self.link_id})
             self._fail(Unavailable("a defect ended the link; the log says more", reason="LINK_LOST", retry_after_s=0.0))
-        finally:
-            with self.changed:
-                self._num_running -= 1
-                if self._num_running == 0:
-                    self._group = None  # the last reference: gloo closes its sockets and thread
 
     def _send_loop(self) -> None:
         while True:
@@ -289,8 +299,14 @@ class PairLink:
             work.wait(self._timeout)
 
     def _receive_loop(self) -> None:
+        with ThreadPoolExecutor(1, thread_name_prefix=f"link-take-{self.link_id[:8]}") as taker:
+            self._receive_into(taker)
+
+    def _receive_into(self, taker: ThreadPoolExecutor) -> None:
+        """Verifies and stores one payload while the next one arrives in the other buffer."""
         header_bytes = torch.empty(HEADER_BYTES, dtype=torch.uint8)
-        scratch = torch.empty(self._shape.payload_bytes(MAX_FRAME_TOKENS), dtype=torch.uint8)
+        buffer, other = torch.empty((2, self._shape.payload_bytes(MAX_FRAME_TOKENS)), dtype=torch.uint8)
+        taking: Future[None] = taker.submit(lambda: None)
         while True:
             with self.changed:
                 while self.error is None and not any(inbound.started for inbound in self._inbound.values()):
@@ -310,10 +326,13 @@ class PairLink:
                     f"a frame came for transfer {header.transfer_id}, which nobody awaits", reason="BAD_FRAME"
                 )
             if header.kind is FrameKind.DATA:
-                payload = scratch[: self._shape.payload_bytes(header.count)]
+                payload = buffer[: self._shape.payload_bytes(header.count)]
                 self._group.recv([payload], self._peer, _PAYLOAD_TAG).wait(self._timeout)
-                inbound.take(header, payload)
+                taking.result(self._stall_timeout_s)
+                taking = taker.submit(self._take, inbound, header, payload)
+                buffer, other = other, buffer
             else:
+                taking.result(self._stall_timeout_s)
                 with self.changed:
                     self._inbound.pop(header.transfer_id, None)
                     self._touch()

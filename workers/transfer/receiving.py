@@ -32,7 +32,8 @@ class Receive:
     ) -> None:
         self.verified_len = first
         """Positions from ``first`` to before this one are present and verified in every plane of every layer."""
-        self._planes, self._layout, self._slots = planes, layout, slots
+        self._planes, self._layout = planes, layout
+        self._slots = slots.to(planes.latent[0].device)
         self._first, self._end = first, end
         self._on_progress = on_progress
         self._layer_ends = [first] * len(planes.latent)
@@ -42,8 +43,9 @@ class Receive:
         if first != self._layer_ends[layer] or end > self._end:
             return
         slots = self._slots[first - self._first : end - self._first]
-        scatter_slots(self._planes.latent[layer], slots, latent, self._layout, "latent")
-        scatter_slots(self._planes.index[layer], slots, index, self._layout, "index")
+        device = slots.device
+        scatter_slots(self._planes.latent[layer], slots, latent.to(device), self._layout, "latent")
+        scatter_slots(self._planes.index[layer], slots, index.to(device), self._layout, "index")
         self._layer_ends[layer] = end
         verified_len = min(self._layer_ends)
         if verified_len > self.verified_len:

@@ -8,6 +8,7 @@ from collections.abc import Callable
 
 import grpc
 import torch
+from torch import Tensor
 
 from seamount.kernels.layout import CacheLayout, CachePlanes, gather_slots
 from seamount.v1 import transfer_pb2
@@ -24,9 +25,20 @@ def gather_frame(
     transfer_id: int, layer: int, first: int, slots: list[int], planes: CachePlanes, layout: CacheLayout
 ) -> Frame:
     """The frame of one layer's rows of the positions from ``first`` on, whose slots are given: a copy."""
-    at = torch.tensor(slots, dtype=torch.int64)
-    latent = gather_slots(planes.latent[layer], at, layout, "latent")
-    return data_frame(transfer_id, layer, first, latent, gather_slots(planes.index[layer], at, layout, "index"))
+    at = torch.tensor(slots, dtype=torch.int64, device=planes.latent[layer].device)
+    latent = to_host(gather_slots(planes.latent[layer], at, layout, "latent"))
+    index = to_host(gather_slots(planes.index[layer], at, layout, "index"))
+    return data_frame(transfer_id, layer, first, latent, index)
+
+
+def to_host(rows: Tensor) -> Tensor:
+    """Rows on the CPU: themselves, or a copy through pinned memory, complete when this returns."""
+    if rows.device.type == "cpu":
+        return rows
+    pinned = torch.empty(rows.shape, dtype=rows.dtype, pin_memory=True)
+    pinned.copy_(rows, non_blocking=True)
+    torch.cuda.current_stream(rows.device).synchronize()
+    return pinned
 
 
 def send_slots(
