@@ -114,7 +114,10 @@ def up(config: Config = None, plain: Plain = False) -> None:
 
 
 @app.command()
-def demo(plain: Plain = False) -> None:
+def demo(
+    plain: Plain = False,
+    cuda: Annotated[bool, typer.Option("--cuda", help="All ranks on this machine's GPU; with --plain.")] = False,
+) -> None:
     """Start everything, hold a three-turn conversation with a tool call, check it, stop. Exit code 0 if all holds.
 
     It has settings of its own: one router, one prefill rank, one decode gang of two, everything on loopback, files in
@@ -124,13 +127,16 @@ def demo(plain: Plain = False) -> None:
     Examples:
       seamount demo
       seamount demo --plain
+      seamount demo --plain --cuda
     """
     from seamount.cluster.demo import demo_settings, hold_conversation
     from seamount.cluster.running import running
     from seamount.cluster.terminal import StartDisplay
     from seamount.router.client import Client
 
-    settings = demo_settings()
+    if cuda and not plain:
+        raise InvalidArgument("--cuda goes with --plain: Ray would give each rank a GPU of its own", field="--cuda")
+    settings = demo_settings(cuda=cuda)
     console = Console()
     _make_default_checkpoint(settings, console)
     with StartDisplay(console) as display, running(settings, plain=plain, show=display.show) as system:

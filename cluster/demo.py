@@ -40,11 +40,20 @@ STATE_TIMEOUT_S = 5.0
 SAMPLING = Sampling(temperature=1.0, seed=7, max_output_tokens=24)
 
 
-def demo_settings() -> Settings:
-    """The default deployment, beside whatever else runs here: any free port, files in ``./.demo``, its own Redis."""
-    return validate(
-        {"cluster_name": "demo", "run_dir": ".demo", "redis": {"data_dir": ".demo/redis"}, "router": {"port": 0}}
-    )
+def demo_settings(*, cuda: bool = False) -> Settings:
+    """The default deployment, beside whatever else runs here: any free port, files in ``./.demo``, its own Redis.
+
+    cuda: all ranks share one GPU, with fp8 caches and a bfloat16 model.
+    """
+    chosen: dict[str, object] = {
+        "cluster_name": "demo",
+        "run_dir": ".demo",
+        "redis": {"data_dir": ".demo/redis"},
+        "router": {"port": 0},
+    }
+    if cuda:
+        chosen |= {"engine": {"device": "cuda"}, "cache": {"layout": "fp8", "dtype": "bfloat16"}}
+    return validate(chosen)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
