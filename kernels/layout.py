@@ -134,9 +134,9 @@ def gather_slots(plane: Tensor, slots: Tensor, layout: CacheLayout, which: Plane
     Raises IndexError for a slot outside the plane.
     """
     if which == "index" and layout.quantizes_index:
-        keys, scales = _index_page_parts(plane, layout)
         page, offset = slots // PAGE_SIZE, slots % PAGE_SIZE
-        return torch.cat((keys[page, offset], scales[page, offset]), dim=-1)
+        wide = (_as_wide_integers(part)[0] for part in _index_page_parts(plane, layout))
+        return torch.cat([part[page, offset].view(torch.uint8) for part in wide], dim=-1)
     return plane.view(-1, plane.shape[1] // PAGE_SIZE).index_select(0, slots)
 
 
@@ -145,10 +145,15 @@ def scatter_slots(plane: Tensor, slots: Tensor, rows: Tensor, layout: CacheLayou
     if which == "index" and layout.quantizes_index:
         keys, scales = _index_page_parts(plane, layout)
         page, offset = slots // PAGE_SIZE, slots % PAGE_SIZE
-        keys[page, offset] = rows[:, : layout.index_head_dim]
-        scales[page, offset] = rows[:, layout.index_head_dim :]
+        for part, values in (
+            (keys, rows[:, : layout.index_head_dim]),
+            (scales, rows[:, layout.index_head_dim :]),
+        ):
+            wide_part, wide_values = _as_wide_integers(part, values)
+            wide_part[page, offset] = wide_values
     else:
-        plane.view(-1, plane.shape[1] // PAGE_SIZE).index_copy_(0, slots, rows)
+        wide_plane, wide_rows = _as_wide_integers(plane.view(-1, plane.shape[1] // PAGE_SIZE), rows)
+        wide_plane.index_copy_(0, slots, wide_rows)
 
 
 def pack_latent(latent: Tensor, rope_key: Tensor, layout: CacheLayout) -> Tensor:
@@ -200,6 +205,20 @@ def unpack_index_pages(pages: Tensor, layout: CacheLayout) -> tuple[Tensor, Tens
     key_bytes = PAGE_SIZE * layout.index_head_dim
     keys = decode_e4m3(pages[:, :key_bytes], wide).view(-1, layout.index_head_dim)
     return keys, pages[:, key_bytes:].view(torch.float32).reshape(-1)
+
+
+def _as_wide_integers(*tensors: Tensor) -> tuple[Tensor, ...]:
+    """The same bytes as int64 or int32 where sizes and alignment allow: bytes one by one take four times as long."""
+    for dtype in (torch.int64, torch.int32):
+        if all(_is_multiple(tensor, dtype.itemsize) for tensor in tensors):
+            return tuple(tensor.view(dtype) for tensor in tensors)
+    return tensors
+
+
+def _is_multiple(tensor: Tensor, size: int) -> bool:
+    """Whether a uint8 tensor can be viewed as integers of ``size`` bytes, none of them across two rows."""
+    places = (*tensor.stride()[:-1], tensor.shape[-1], tensor.storage_offset(), tensor.data_ptr())
+    return tensor.stride(-1) == 1 and all(place % size == 0 for place in places)
 
 
 def _index_page_parts(plane: Tensor, layout: CacheLayout) -> tuple[Tensor, Tensor]:

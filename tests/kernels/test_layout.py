@@ -81,6 +81,21 @@ def test_scattered_rows_come_back(name: str, dtype: torch.dtype, count: int, gen
         assert not gather_slots(plane, others, layout, which).any()  # type: ignore[arg-type]
 
 
+@pytest.mark.parametrize("name", ["fp8", "bf16", "exact"])
+@pytest.mark.parametrize("start", [0, 1, 2, 4, 8])
+def test_rows_may_start_at_any_byte(name: str, start: int, generator: torch.Generator) -> None:
+    """As views of a received frame do: wide integers are used only where they fit."""
+    layout = _layout(name, torch.float32)
+    planes = layout.allocate(1, 3)
+    slots = torch.randperm(3 * 64, generator=generator)[:65]
+    for which, width in (("latent", layout.latent_bytes_per_token), ("index", layout.index_bytes_per_token)):
+        plane = planes.get(which)[0]  # type: ignore[arg-type]
+        frame = torch.randint(0, 256, (start + 65 * width,), generator=generator, dtype=torch.uint8)
+        rows = frame[start:].view(65, width)
+        scatter_slots(plane, slots, rows, layout, which)  # type: ignore[arg-type]
+        assert torch.equal(gather_slots(plane, slots, layout, which), rows)  # type: ignore[arg-type]
+
+
 def test_index_page_holds_all_keys_then_all_scales(generator: torch.Generator) -> None:
     layout = _layout("fp8", torch.float32, index=128)
     plane = layout.allocate(1, 2).index[0]
