@@ -24,7 +24,7 @@ from uuid import uuid4
 
 from seamount.cluster.process import GRACE_S, RankStart, RouterStart
 from seamount.cluster.redis_server import serve_redis
-from seamount.cluster.settings import Settings, is_loopback
+from seamount.cluster.settings import NODE_ADDRESS, Settings, is_loopback
 from seamount.cluster.specs import gang_ids, pool_settings
 from seamount.wire.errors import InvalidArgument, Unavailable
 from seamount.workers.spec import PoolName
@@ -71,6 +71,12 @@ class LocalCluster:
         hosts = (self.settings.router.host, self.settings.pools.host)
         if self.allow_forced_tokens and not all(map(is_loopback, hosts)):
             raise InvalidArgument("forced tokens are for tests on loopback only", field="allow_forced_tokens")
+        if self.settings.pools.host == NODE_ADDRESS:
+            raise InvalidArgument(
+                f"pools.host = {NODE_ADDRESS} is Ray's to resolve; plain processes need an address: set pools.host to "
+                "one of this machine",
+                field="pools.host",
+            )
         try:
             self.settings.run_dir.mkdir(parents=True, exist_ok=True)
             url = self.settings.redis_url

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import uuid
-from collections.abc import Iterator
 from pathlib import Path
 
 from seamount.cluster.settings import PoolSettings, Settings
@@ -58,22 +57,6 @@ def rank_spec(
         transfer_timeout_s=settings.transfer.timeout_s,
         max_links=settings.transfer.max_links,
     )
-
-
-def rank_specs(settings: Settings, *, host: str, allow_forced_tokens: bool = False) -> Iterator[RankSpec]:
-    """Every rank of the deployment, gang by gang, all on one host."""
-    pools: tuple[PoolName, ...] = ("decode", "prefill")
-    for pool in pools:
-        for gang_id in gang_ids(settings, pool):
-            for gang_rank in range(pool_settings(settings, pool).expert_parallel):
-                yield rank_spec(
-                    settings,
-                    pool=pool,
-                    gang_id=gang_id,
-                    gang_rank=gang_rank,
-                    host=host,
-                    allow_forced_tokens=allow_forced_tokens,
-                )
 
 
 def router_spec(settings: Settings, *, redis_url: str, port: int, allow_forced_tokens: bool = False) -> RouterSpec:

@@ -273,16 +273,25 @@ class RunEncoder:
         """The prompt of a conversation that starts here, ready to be continued."""
         return list(self.encode(render(messages, mode=mode).pieces()))
 
+    def adopt(self, other: RunEncoder) -> None:
+        """Remember what another encoder of the same tokenizer has encoded."""
+        for text, token_ids in other._ids_of_run.items():
+            self._remember(text, token_ids)
+
     def _run(self, text: str) -> array[int]:
         known = self._ids_of_run.get(text)
         if known is not None:
             self._ids_of_run.move_to_end(text)
             return known
         token_ids = array("I", self.tokenizer.encode(text))
-        if len(text) <= self._max_cached_chars:
-            self._ids_of_run[text] = token_ids
-            self._num_cached_chars += len(text)
-            while self._num_cached_chars > self._max_cached_chars:
-                forgotten, _ = self._ids_of_run.popitem(last=False)
-                self._num_cached_chars -= len(forgotten)
+        self._remember(text, token_ids)
         return token_ids
+
+    def _remember(self, text: str, token_ids: array[int]) -> None:
+        if text in self._ids_of_run or len(text) > self._max_cached_chars:
+            return
+        self._ids_of_run[text] = token_ids
+        self._num_cached_chars += len(text)
+        while self._num_cached_chars > self._max_cached_chars:
+            forgotten, _ = self._ids_of_run.popitem(last=False)
+            self._num_cached_chars -= len(forgotten)

@@ -85,6 +85,10 @@ class TurnEvents:
         """The last event of a turn that failed."""
         return self._event(failed=events_pb2.TurnFailed(status=status))
 
+    def untold(self, last_events: Sequence[events_pb2.TurnEvent]) -> None:
+        """These last events are not told after all: others take their numbers."""
+        self._sequence -= len(last_events)
+
     def _delta(self, delta: ParsedDelta) -> events_pb2.TurnEvent:
         if isinstance(delta, ContentText):
             return self._event(content_delta=events_pb2.ContentDelta(text=delta.text))

@@ -7,74 +7,36 @@ whose prompt is the prompt and the tokens so far, and whose draws go on at the n
 
 from __future__ import annotations
 
+import asyncio
 import time
 from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing, suppress
 from dataclasses import dataclass, field
 
-from google.protobuf import duration_pb2
-
+from seamount.router.account import Account
 from seamount.router.directory import Role
 from seamount.router.placement import PathRules, RankLoad, choose_decode_rank, choose_path
-from seamount.router.rank_client import RankClient, RankLost, Work
+from seamount.router.rank_client import RankClient, RankLost, ReservationGone, Work
 from seamount.router.ranks import Ranks
-from seamount.v1 import common_pb2, events_pb2, worker_pb2
+from seamount.v1 import common_pb2, worker_pb2
 from seamount.wire import limits
-from seamount.wire.errors import ResourceExhausted, SeamountError, Unavailable
+from seamount.wire.errors import DeadlineExceeded, Internal, ResourceExhausted, SeamountError, Unavailable
 from seamount.wire.ids import Epoch, RankId, ReservationId, SessionId, TurnId
 
 PLACEMENT_TIMEOUT_S = 30.0
 """How long a turn waits for a live decode rank: a killed gang is replaced in a few seconds."""
+PREFILL_STALL_S = 60.0
+"""How long a prefill rank may queue or stand still, alive, before the work goes elsewhere."""
 RENEW_EVERY_S = limits.MAX_RESERVATION_S / 3
-
-
-@dataclass(slots=True, kw_only=True)
-class Account:
-    """What the generation cost so far; becomes the receipt."""
-
-    started: float
-    num_cached: int = 0
-    num_decode_computed: int = 0
-    num_prefill_computed: int = 0
-    num_pulled: int = 0
-    num_pushed: int = 0
-    common_len: int = 0
-    decode_rank: str = ""
-    prefill_rank: str = ""
-    queue_s: float = 0.0
-    prefill_s: float = 0.0
-    decode_s: float = 0.0
-    first_token_s: float = 0.0
-    num_retries: int = 0
-
-    def receipt(self, *, num_prompt: int, num_output: int) -> events_pb2.Receipt:
-        """The receipt as of now."""
-        remote = bool(self.prefill_rank)
-        receipt = events_pb2.Receipt(
-            num_prompt_tokens=num_prompt,
-            num_cached_tokens=self.num_cached,
-            num_decode_computed_tokens=self.num_decode_computed,
-            num_prefill_computed_tokens=self.num_prefill_computed,
-            num_pulled_tokens=self.num_pulled,
-            num_pushed_tokens=self.num_pushed,
-            num_output_tokens=num_output,
-            path=events_pb2.PREFILL_PATH_REMOTE if remote else events_pb2.PREFILL_PATH_LOCAL,
-            decode_rank=self.decode_rank,
-            prefill_rank=self.prefill_rank,
-            first_differing_position=self.common_len,
-            queue_time=_duration(self.queue_s),
-            prefill_time=_duration(self.prefill_s),
-            time_to_first_token=_duration(self.first_token_s),
-            decode_time=_duration(self.decode_s),
-            num_retries=self.num_retries,
-        )
-        receipt.finished_at.GetCurrentTime()
-        return receipt
+_CLOCK_SLACK_S = 0.05
 
 
 @dataclass(slots=True, kw_only=True)
 class Generation:
-    """One answer in the making. ``token_ids`` grows as batches are yielded."""
+    """One answer in the making. ``token_ids`` grows as batches are yielded.
+
+    deadline: by ``time.monotonic()``; the ranks are told. max_attempts: decode ranks, and prefill ranks for each.
+    """
 
     ranks: Ranks
     rules: PathRules
@@ -87,11 +49,18 @@ class Generation:
     preferred: RankId | None
     account: Account
     max_attempts: int
+    deadline: float
+    eos_token_id: int
     forced_token_ids: Sequence[int] = ()
     token_ids: list[int] = field(default_factory=list)
     _attempt: int = 0
     _decode: RankClient | None = None
     _reservation_id: ReservationId | None = None
+    _unclaimed: asyncio.Task[worker_pb2.ReserveResponse] | None = None
+    """A Reserve whose answer nobody waited for: what it reserved must be released all the same."""
+    _assigned: RankId | None = None
+    _num_lost: int = 0
+    _is_accounted: bool = False
     _excluded: set[RankId] = field(default_factory=set)
 
     @property
@@ -103,31 +72,48 @@ class Generation:
         """Token batches in order, then ``GenerateFinished``.
 
         Raises ``Unavailable`` after ``max_attempts`` lost ranks or where no decode rank lives, ``ResourceExhausted``
-        where none has room, and a rank's own typed error.
+        where none has room, ``DeadlineExceeded``, and a rank's own typed error.
         """
         while True:
             try:
-                reserved = await self._reserve_somewhere()
-                await self._prefill_remotely(reserved.cached_len)
-                async with aclosing(self._sample()) as frames:
+                cached_len = await self._prefill_remotely((await self._reserve_somewhere()).cached_len)
+                async with aclosing(self._sample(cached_len)) as frames:
                     async for frame in frames:
                         yield frame
                 return
             except RankLost as lost:
-                self._give_up_rank(lost)
+                self._count_loss(lost)
+                await self._give_up_rank(lost)
+            except ReservationGone as gone:
+                self._count_loss(gone)
+                self._forget_reservation()
 
     async def release(self, keep_len: int | None) -> None:
         """End the reservation, keeping the first ``keep_len`` cached tokens. Best effort: a reservation expires."""
-        decode, reservation_id = self._decode, self._reservation_id
-        if decode is not None and reservation_id is not None:
-            self._forget_reservation()
+        try:
             with suppress(SeamountError):
-                await decode.release(reservation_id, keep_len=keep_len)
+                if self._unclaimed is not None:
+                    self._reservation_id = ReservationId((await self._unclaimed).reservation_id)
+                if self._decode is not None and self._reservation_id is not None:
+                    await self._decode.release(self._reservation_id, keep_len=keep_len)
+        finally:
+            self._unclaimed = None
+            self._forget_reservation()
+
+    def _remaining_s(self) -> float:
+        remaining_s = self.deadline - time.monotonic()
+        if remaining_s < _CLOCK_SLACK_S:
+            raise deadline_passed()
+        return remaining_s
 
     def _forget_reservation(self) -> None:
-        if self._decode is not None and self._reservation_id is not None:
-            self.ranks.unassign(self._decode.rank_id)
-        self._reservation_id = None
+        if self._assigned is not None:
+            self.ranks.unassign(self._assigned)
+        self._assigned = self._reservation_id = None
+
+    @property
+    def _num_tokens(self) -> int:
+        return len(self.prompt) + len(self.token_ids)
 
     def _work(self) -> Work:
         return Work(
@@ -146,25 +132,37 @@ class Generation:
             self._attempt += 1
             self._decode = self.ranks.client(load.rank_id)
             try:
-                reserved = await self._decode.reserve(self._work())
+                reserved = await self._reserve()
             except ResourceExhausted:
                 full.add(load.rank_id)
                 if choose_decode_rank(self.ranks.loads(Role.DECODE), preferred=None, excluded=full) is None:
                     raise
                 continue
-            self._note_reservation(load, reserved)
+            self._note_reservation(load.rank_id, reserved)
             return reserved
 
-    def _note_reservation(self, load: RankLoad, reserved: worker_pb2.ReserveResponse) -> None:
-        self._reservation_id = ReservationId(reserved.reservation_id)
-        self.ranks.assign(load.rank_id)
-        self.account.decode_rank = load.rank_id
-        if self.account.num_retries == 0:
+    async def _reserve(self) -> worker_pb2.ReserveResponse:
+        """Reserve at the decode rank, or renew and learn what has arrived. Cancelled: ``release`` sees to the rest."""
+        assert self._decode is not None
+        task = asyncio.create_task(self._decode.reserve(self._work()))
+        try:
+            reserved = await asyncio.shield(task)
+        except asyncio.CancelledError:
+            self._unclaimed = task
+            raise
+        self._reservation_id = ReservationId(reserved.reservation_id)  # a new one where the old one had ended
+        return reserved
+
+    def _note_reservation(self, rank_id: RankId, reserved: worker_pb2.ReserveResponse) -> None:
+        self.ranks.assign(rank_id)
+        self._assigned = self.preferred = rank_id
+        if not self.account.decode_rank:
             self.account.num_cached = reserved.cached_len
             self.account.common_len = reserved.common_len
+        self.account.decode_rank = rank_id
 
     async def _place(self, full: set[RankId]) -> RankLoad:
-        until = time.monotonic() + PLACEMENT_TIMEOUT_S
+        until = time.monotonic() + min(PLACEMENT_TIMEOUT_S, self._remaining_s())
         while True:
             load = choose_decode_rank(
                 self.ranks.loads(Role.DECODE), preferred=self.preferred, excluded=self._excluded | full
@@ -177,12 +175,12 @@ class Generation:
             self._excluded.clear()  # a restarted rank is a new one: its directory entry decides from now on
             await self.ranks.wait_for_change(min(remaining_s, 0.25))
 
-    async def _prefill_remotely(self, cached_len: int) -> None:
-        """Let prefill ranks compute what pays off there; whatever they leave is the decode rank's to append."""
+    async def _prefill_remotely(self, cached_len: int) -> int:
+        """Let prefill ranks compute what pays off there; the rest is the decode rank's to append. Returns the new
+        cached length."""
         assert self._decode is not None
-        total = len(self.prompt) + len(self.token_ids)
         failed: set[RankId] = set()
-        while True:
+        while len(failed) < self.max_attempts:
             decode = self.ranks.load(self._decode.rank_id)
             if decode is None:
                 raise RankLost("the decode rank left", reason="RANK_LOST", retry_after_s=1.0)
@@ -190,21 +188,22 @@ class Generation:
                 decode,
                 self.ranks.loads(Role.PREFILL),
                 num_cached=cached_len,
-                num_missing=total - cached_len,
+                num_missing=self._num_tokens - cached_len,
                 rules=self.rules,
                 excluded=failed,
             )
             if chosen is None:
-                return
+                break
             try:
-                await self._prefill_at(chosen, cached_len)
-                return
+                return cached_len + await self._prefill_at(chosen, cached_len)
             except SeamountError:
                 failed.add(chosen.rank_id)
                 self.account.num_retries += 1
-                cached_len = (await self._decode.reserve(self._work())).cached_len
+                cached_len = (await self._reserve()).cached_len
+        return cached_len
 
-    async def _prefill_at(self, chosen: RankLoad, cached_len: int) -> None:
+    async def _prefill_at(self, chosen: RankLoad, cached_len: int) -> int:
+        """Returns how many tokens arrived at the decode rank."""
         assert self._decode is not None
         work = self._work()
         request = worker_pb2.PrefillRequest(
@@ -219,75 +218,113 @@ class Generation:
             decode_rank_id=self._decode.rank_id,
             decode_address=self._decode.address,
         )
-        renewed = time.monotonic()
-        async with aclosing(self.ranks.client(chosen.rank_id).prefill(request)) as frames:
+        renewed = moved = time.monotonic()
+        progress = worker_pb2.PrefillProgress()
+        frames = self.ranks.client(chosen.rank_id).prefill(request, timeout_s=self._remaining_s())
+        async with aclosing(frames):
             async for frame in frames:
-                if time.monotonic() - renewed > RENEW_EVERY_S:
-                    await self._decode.reserve(work)
-                    renewed = time.monotonic()
+                now = time.monotonic()
                 if frame.WhichOneof("event") == "finished":
-                    self._note_prefill(chosen.rank_id, frame.finished)
+                    self.account.add_prefill(chosen.rank_id, frame.finished)
+                    return frame.finished.num_pushed_tokens
+                if frame.progress != progress:
+                    progress, moved = frame.progress, now
+                elif now - moved > PREFILL_STALL_S:  # alive, but it gets nowhere
+                    break
+                if now - renewed > RENEW_EVERY_S:
+                    await self._reserve()
+                    renewed = now
+        raise RankLost("the prefill rank ended early or got nowhere", reason="RANK_LOST", retry_after_s=1.0)
 
-    def _note_prefill(self, rank_id: RankId, finished: worker_pb2.PrefillFinished) -> None:
-        account = self.account
-        account.prefill_rank = rank_id
-        account.num_prefill_computed += finished.num_computed_tokens
-        account.num_pulled += finished.num_pulled_tokens
-        account.num_pushed += finished.num_pushed_tokens
-        account.queue_s += finished.queue_time.ToTimedelta().total_seconds()
-        account.prefill_s += finished.prefill_time.ToTimedelta().total_seconds()
-
-    async def _sample(self) -> AsyncGenerator[worker_pb2.TokenBatch | worker_pb2.GenerateFinished, None]:
-        assert self._decode is not None
-        first = len(self.token_ids)
-        if first >= self.sampling.max_output_tokens:  # the rank died between its last token and its last frame
+    async def _sample(
+        self, cached_len: int
+    ) -> AsyncGenerator[worker_pb2.TokenBatch | worker_pb2.GenerateFinished, None]:
+        if len(self.token_ids) >= self.sampling.max_output_tokens:  # the rank died between its last token and frame
             yield worker_pb2.GenerateFinished(reason=common_pb2.FINISH_REASON_LENGTH)
             return
+        num_missing = self._num_tokens - cached_len
+        began = time.monotonic()
+        first_token = None
+        try:
+            async with aclosing(self._frames()) as frames:
+                async for frame in frames:
+                    if isinstance(frame, worker_pb2.TokenBatch):
+                        first_token = first_token or time.monotonic()
+                        if not self.token_ids:
+                            self.account.first_token_s = first_token - self.account.started
+                        self.token_ids.extend(frame.token_ids)
+                    yield frame
+        except GeneratorExit:  # the output was over before the rank knew
+            if first_token is not None and not self._is_accounted:
+                self.account.add_cut_decode(
+                    num_computed=num_missing, prefill_s=first_token - began, decode_s=time.monotonic() - first_token
+                )
+            raise
+
+    async def _frames(self) -> AsyncGenerator[worker_pb2.TokenBatch | worker_pb2.GenerateFinished, None]:
+        """What the decode rank sends. Its last batch is held back until its account is there."""
+        assert self._decode is not None
+        call = self._decode.generate(self._generate_request(), timeout_s=self._remaining_s())
+        last = {self.eos_token_id, *self.sampling.stop_token_ids}
+        held: worker_pb2.TokenBatch | None = None
+        async with aclosing(call):
+            async for frame in call:
+                event = frame.WhichOneof("event")
+                if event == "finished":
+                    if frame.finished.reason == common_pb2.FINISH_REASON_CANCELLED:
+                        raise ReservationGone("the rank ended the request", reason="REQUEST_ENDED", retry_after_s=0.1)
+                    self.account.add_decode(frame.finished)
+                    self._is_accounted = True
+                if held is not None:
+                    yield held
+                    held = None
+                if event == "finished":
+                    yield frame.finished
+                    return
+                if event == "tokens" and last.intersection(frame.tokens.token_ids[-1:]):
+                    held = frame.tokens
+                elif event == "tokens":
+                    yield frame.tokens
+        raise RankLost("the rank ended the stream early", reason="RANK_LOST", retry_after_s=1.0)
+
+    def _generate_request(self) -> worker_pb2.WorkerServiceGenerateRequest:
+        first = len(self.token_ids)
         sampling = worker_pb2.ResolvedSampling()
         sampling.CopyFrom(self.sampling)
         sampling.first_output_index = first
         sampling.max_output_tokens = self.sampling.max_output_tokens - first
-        request = worker_pb2.WorkerServiceGenerateRequest(
+        return worker_pb2.WorkerServiceGenerateRequest(
             reservation_id=self._reservation_id or "",
             epoch=self.epoch,
             sampling=sampling,
             forced_token_ids=self.forced_token_ids[first:],
         )
-        async with aclosing(self._decode.generate(request)) as frames:
-            async for frame in frames:
-                match frame.WhichOneof("event"):
-                    case "tokens":
-                        if not self.token_ids:
-                            self.account.first_token_s = time.monotonic() - self.account.started
-                        self.token_ids.extend(frame.tokens.token_ids)
-                        yield frame.tokens
-                    case "finished":
-                        self._note_finished(frame.finished)
-                        yield frame.finished
-                        return
-        raise RankLost("the rank ended the stream early", reason="RANK_LOST", retry_after_s=1.0)
 
-    def _note_finished(self, finished: worker_pb2.GenerateFinished) -> None:
-        account = self.account
-        account.num_decode_computed += finished.num_computed_tokens
-        account.queue_s += finished.queue_time.ToTimedelta().total_seconds()
-        account.prefill_s += finished.prefill_time.ToTimedelta().total_seconds()
-        account.decode_s += finished.decode_time.ToTimedelta().total_seconds()
-
-    def _give_up_rank(self, lost: RankLost) -> None:
+    def _count_loss(self, lost: RankLost | ReservationGone) -> None:
+        self._remaining_s()  # a call that ended with the turn's time says nothing about the rank
         self.account.num_retries += 1
-        if self.account.num_retries >= self.max_attempts:
-            raise Unavailable(
-                f"{self.account.num_retries} ranks were lost in this turn, the last one: {lost.message}",
-                reason="TOO_MANY_RANKS_LOST",
-                retry_after_s=2.0,
-            ) from lost
+        self._num_lost += 1
+        if self._num_lost < self.max_attempts:
+            return
+        if isinstance(lost, RankLost) and isinstance(lost.cause, Internal):
+            raise lost.cause  # ranks that are well fail at this very turn: a retry would, too
+        raise Unavailable(
+            f"{self._num_lost} ranks were lost in this turn, the last one: {lost.message}",
+            reason="TOO_MANY_RANKS_LOST",
+            retry_after_s=2.0,
+        ) from lost
+
+    async def _give_up_rank(self, lost: RankLost) -> None:
         if self._decode is not None:
             self._excluded.add(self._decode.rank_id)
-            self.ranks.mark_lost(self._decode.rank_id)
+            if lost.cause is None:
+                self.ranks.mark_lost(self._decode.rank_id)
+            else:
+                await self.release(None)
         self._forget_reservation()
         self._decode = None
 
 
-def _duration(seconds: float) -> duration_pb2.Duration:
-    return duration_pb2.Duration(seconds=int(seconds), nanos=int(seconds % 1 * 1e9))
+def deadline_passed() -> DeadlineExceeded:
+    """What a turn ends with when its time is over."""
+    return DeadlineExceeded("the turn's deadline passed; set a longer one", reason="TURN_DEADLINE")

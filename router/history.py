@@ -17,7 +17,7 @@ from collections import OrderedDict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-from seamount.router.encoding import ENCODER_VERSION, RunEncoder, render
+from seamount.router.encoding import ENCODER_VERSION, Piece, RunEncoder, render
 from seamount.router.messages import (
     ASKING_ROLES,
     Message,
@@ -83,6 +83,24 @@ class Prompt:
 
 
 @dataclass(frozen=True, slots=True)
+class _Place:
+    """A turn of a history, with what its rendering depends on: the calls before it, and whether a user asks later."""
+
+    record: record_pb2.TurnRecord
+    pending: tuple[ToolCall, ...]
+    user_follows: bool
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Ahead:
+    """What ``History.encoded_ahead`` made: new messages, unknown turns, and the runs of both."""
+
+    token_ids: array[int]
+    turns: Sequence[tuple[_Place, array[int]]]
+    runs: RunEncoder
+
+
+@dataclass(frozen=True, slots=True)
 class _EncodedTurn:
     record: record_pb2.TurnRecord
     pending: tuple[ToolCall, ...]
@@ -104,7 +122,12 @@ class History:
         self._turns: OrderedDict[tuple[str, bool, ThinkingMode], _EncodedTurn] = OrderedDict()
 
     def prompt(
-        self, records: Sequence[record_pb2.TurnRecord], messages: Sequence[Message], mode: ThinkingMode
+        self,
+        records: Sequence[record_pb2.TurnRecord],
+        messages: Sequence[Message],
+        mode: ThinkingMode,
+        *,
+        ahead: Ahead | None = None,
     ) -> Prompt:
         """Token ids of committed turns and new messages, ready to be continued.
 
@@ -112,66 +135,87 @@ class History:
         ``check_messages`` and ``check_turn``.
         """
         asks = any(message.role in ASKING_ROLES for message in messages)
-        pending = tool_calls_from_proto(records[-1].pending_tool_calls) if records else ()
-        new = render(messages, mode=mode, pending_tool_calls=pending, begins=False)
         token_ids = [self._tokenizer.control_id(Control.BOS)]
         for segment in self._segments(records, mode, user_follows=asks):
             token_ids.extend(segment)
-        token_ids.extend(self._encoder.encode(new.pieces()))
+        token_ids.extend(
+            self._encoder.encode(_new_pieces(records, messages, mode)) if ahead is None else ahead.token_ids
+        )
         stale = sum(record.HasField("output") and record.fingerprint != self.fingerprint for record in records)
         return Prompt(token_ids=token_ids, num_reencoded_turns=stale)
 
-    def stateless_prompt(self, messages: Sequence[Message], mode: ThinkingMode) -> list[int]:
-        """Token ids of a conversation that is all there is (checked like ``prompt``'s messages)."""
-        return self.prompt((), messages, mode).token_ids
-
     def num_context_tokens(self, records: Sequence[record_pb2.TurnRecord], mode: ThinkingMode) -> int:
         """Tokens that the committed turns take in the next prompt: with their last reasoning while calls wait."""
-        user_follows = bool(records) and not records[-1].pending_tool_calls
+        user_follows = rests(records)
         return 1 + sum(map(len, self._segments(records, mode, user_follows=user_follows)))
+
+    def unknown(
+        self, records: Sequence[record_pb2.TurnRecord], mode: ThinkingMode, *, user_follows: bool
+    ) -> list[_Place]:
+        """The turns that would have to be encoded now."""
+        return [place for place in _places(records, user_follows) if self._known(place, mode) is None]
+
+    def encoded_ahead(
+        self,
+        unknown: Sequence[_Place],
+        records: Sequence[record_pb2.TurnRecord],
+        messages: Sequence[Message],
+        mode: ThinkingMode,
+    ) -> Ahead:
+        """Encode, on any thread, what ``prompt`` or ``num_context_tokens`` lack. Touches nothing that is remembered."""
+        runs = RunEncoder(self._tokenizer)
+        turns = [(place, self._encode_turn(place, mode, runs)) for place in unknown]
+        return Ahead(token_ids=runs.encode(_new_pieces(records, messages, mode)), turns=turns, runs=runs)
+
+    def learn(self, ahead: Ahead, mode: ThinkingMode) -> None:
+        """Remember what was encoded ahead; on the thread that this history belongs to."""
+        self._encoder.adopt(ahead.runs)
+        for place, token_ids in ahead.turns:
+            self._remember(place, mode, token_ids)
 
     def _segments(
         self, records: Sequence[record_pb2.TurnRecord], mode: ThinkingMode, *, user_follows: bool
     ) -> list[array[int]]:
-        segments: list[array[int]] = []
-        for i in range(len(records) - 1, -1, -1):
-            before = records[i - 1].pending_tool_calls if i else ()
-            segments.append(self._turn(records[i], tool_calls_from_proto(before), mode, user_follows))
-            user_follows = user_follows or any(m.role in _ASKING_ROLE_NUMBERS for m in records[i].input)
-        return segments[::-1]
+        return [self._turn(place, mode) for place in _places(records, user_follows)]
 
-    def _turn(
-        self, record: record_pb2.TurnRecord, pending: tuple[ToolCall, ...], mode: ThinkingMode, user_follows: bool
-    ) -> array[int]:
-        key = (record.turn_id, user_follows, mode)
-        known = self._turns.get(key)
-        # Turn ids need not be unique over sessions: what is remembered is used for the same turn only.
-        if known is not None and known.pending == pending and (known.record is record or known.record == record):
+    def _turn(self, place: _Place, mode: ThinkingMode) -> array[int]:
+        key, known = _key(place, mode), self._known(place, mode)
+        if known is not None:
             self._turns.move_to_end(key)
+            return known
+        token_ids = self._encode_turn(place, mode, self._encoder)
+        self._remember(place, mode, token_ids)
+        return token_ids
+
+    def _known(self, place: _Place, mode: ThinkingMode) -> array[int] | None:
+        known, record = self._turns.get(_key(place, mode)), place.record
+        # Turn ids need not be unique over sessions: what is remembered is used for the same turn only.
+        if known is not None and known.pending == place.pending and (known.record is record or known.record == record):
             return known.token_ids
-        token_ids = self._encode_turn(record, pending, mode, user_follows)
+        return None
+
+    def _remember(self, place: _Place, mode: ThinkingMode, token_ids: array[int]) -> None:
+        key = _key(place, mode)
+        known = self._turns.pop(key, None)
         if known is not None:
             self._num_cached_ids -= len(known.token_ids)
-        self._turns[key] = _EncodedTurn(record, pending, token_ids)
-        self._turns.move_to_end(key)
+        self._turns[key] = _EncodedTurn(place.record, place.pending, token_ids)
         self._num_cached_ids += len(token_ids)
         while self._num_cached_ids > self._max_cached_ids:
             _, forgotten = self._turns.popitem(last=False)
             self._num_cached_ids -= len(forgotten.token_ids)
-        return token_ids
 
-    def _encode_turn(
-        self, record: record_pb2.TurnRecord, pending: tuple[ToolCall, ...], mode: ThinkingMode, user_follows: bool
-    ) -> array[int]:
+    def _encode_turn(self, place: _Place, mode: ThinkingMode, encoder: RunEncoder) -> array[int]:
+        record, user_follows = place.record, place.user_follows
         messages = messages_from_proto(record.input)
         valid = record.fingerprint == self.fingerprint
         if record.HasField("output") and not valid:
             messages = (*messages, message_from_proto(record.output.message))
-        runs = render(messages, mode=mode, pending_tool_calls=pending, user_follows=user_follows, begins=False)
+        runs = render(messages, mode=mode, pending_tool_calls=place.pending, user_follows=user_follows, begins=False)
         if record.HasField("output") and valid:
             cut = user_follows and mode is ThinkingMode.THINKING
             runs.sampled(self._without_reasoning(record.output) if cut else _all_ids(record.output))
-        return self._encoder.encode(runs.pieces())
+        return encoder.encode(runs.pieces())
 
     def _without_reasoning(self, output: record_pb2.SampledMessage) -> array[int]:
         token_ids = _all_ids(output)
@@ -180,6 +224,31 @@ class History:
             if token_ids[i] == end_think:
                 return token_ids[i + 1 :]
         return token_ids[output.num_reasoning_tokens :]  # the thought was ended by EOS
+
+
+def rests(records: Sequence[record_pb2.TurnRecord]) -> bool:
+    """Whether the next message can only be a question, as no calls wait: earlier reasoning is cut then."""
+    return bool(records) and not records[-1].pending_tool_calls
+
+
+def _new_pieces(
+    records: Sequence[record_pb2.TurnRecord], messages: Sequence[Message], mode: ThinkingMode
+) -> list[Piece]:
+    pending = tool_calls_from_proto(records[-1].pending_tool_calls) if records else ()
+    return render(messages, mode=mode, pending_tool_calls=pending, begins=False).pieces()
+
+
+def _places(records: Sequence[record_pb2.TurnRecord], user_follows: bool) -> list[_Place]:
+    places: list[_Place] = []
+    for i in range(len(records) - 1, -1, -1):
+        before = records[i - 1].pending_tool_calls if i else ()
+        places.append(_Place(records[i], tool_calls_from_proto(before), user_follows))
+        user_follows = user_follows or any(m.role in _ASKING_ROLE_NUMBERS for m in records[i].input)
+    return places[::-1]
+
+
+def _key(place: _Place, mode: ThinkingMode) -> tuple[str, bool, ThinkingMode]:
+    return place.record.turn_id, place.user_follows, mode
 
 
 def _all_ids(output: record_pb2.SampledMessage) -> array[int]:

@@ -2,27 +2,29 @@
 
 from __future__ import annotations
 
+import asyncio
 import time
 import uuid
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator, AsyncIterator
 from contextlib import aclosing
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import grpc
 
+from seamount.router.account import Account
 from seamount.router.events import TurnEvents, call_id_prefix
-from seamount.router.generation import Account, Generation
+from seamount.router.generation import Generation
 from seamount.router.messages import (
     ThinkingMode,
-    check_messages,
     check_turn,
-    messages_from_proto,
+    checked_messages,
     thinking_mode_from_proto,
 )
 from seamount.router.model import ServedModel
 from seamount.router.parameters import check_sampling, fit_context, resolve
 from seamount.router.parsing import OutputMode, TurnParser
 from seamount.router.ranks import Ranks
+from seamount.router.rendering import Rendering
 from seamount.router.session_service import forced_token_ids
 from seamount.router.spec import RouterSpec
 from seamount.router.tenants import caller
@@ -34,6 +36,7 @@ from seamount.wire.ids import Epoch, SessionId, TurnId
 
 Context = grpc.aio.ServicerContext[object, object]
 _STATELESS = SessionId("")
+_STOP_POLL_S = 0.05
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -41,7 +44,10 @@ class InferenceService(inference_pb2_grpc.InferenceServiceServicer):
     spec: RouterSpec
     model: ServedModel
     ranks: Ranks
+    rendering: Rendering
     secret: bytes
+    running: set[TurnId] = field(default_factory=set)
+    """Answers in the making."""
 
     async def Generate(
         self, request: inference_pb2.GenerateRequest, context: Context
@@ -51,7 +57,8 @@ class InferenceService(inference_pb2_grpc.InferenceServiceServicer):
         forced = forced_token_ids(context)
         if forced and not self.spec.allow_forced_tokens:
             raise InvalidArgument("forced token ids are for tests", field="forced_token_ids")
-        prompt, mode = self._prompt(request)
+        deadline = time.monotonic() + self._time_s(context)
+        prompt, mode = await self._prompt(request)
         sampling = resolve(request.sampling, common_pb2.SamplingParameters(), self.spec.defaults)
         turn_id = TurnId(f"gen_{uuid.uuid4().hex}")
         generation = Generation(
@@ -68,13 +75,29 @@ class InferenceService(inference_pb2_grpc.InferenceServiceServicer):
             preferred=None,
             account=Account(started=time.monotonic()),
             max_attempts=self.spec.max_attempts,
+            deadline=deadline,
+            eos_token_id=self.model.tokenizer.eos_token_id,
             forced_token_ids=forced,
         )
+        self.running.add(turn_id)
         try:
-            async for response in self._answer(generation, turn_id, mode, sampling):
-                yield response
+            async with aclosing(self._answer(generation, turn_id, mode, sampling)) as responses:
+                async for response in responses:
+                    yield response
         finally:
+            self.running.discard(turn_id)
             await generation.release(None)
+
+    async def stop(self, grace_s: float) -> None:
+        """Let the answers in the making end for ``grace_s``."""
+        until = time.monotonic() + grace_s
+        while self.running and time.monotonic() < until:  # noqa: ASYNC110 - they end in many places
+            await asyncio.sleep(_STOP_POLL_S)
+
+    def _time_s(self, context: Context) -> float:
+        """The call's own deadline, at most a turn's."""
+        remaining_s = context.time_remaining()
+        return self.spec.turn_deadline_s if remaining_s is None else min(remaining_s, self.spec.turn_deadline_s)
 
     async def Tokenize(
         self, request: inference_pb2.TokenizeRequest, context: Context
@@ -82,10 +105,11 @@ class InferenceService(inference_pb2_grpc.InferenceServiceServicer):
         self.model.check_name(request.model)
         match request.WhichOneof("input"):
             case "messages":
-                token_ids = self._rendered(request.messages)
+                token_ids = await self._rendered(request.messages)
             case "text":
-                limits.check_length(request.text.encode(), field="text", high=limits.MAX_CONTENT_BYTES, unit="bytes")
-                token_ids = self.model.tokenizer.encode(request.text)
+                text = request.text
+                limits.check_length(text.encode(), field="text", high=limits.MAX_CONTENT_BYTES, unit="bytes")
+                token_ids = await self.rendering.run(len(text), lambda: self.model.tokenizer.encode(text))
             case _:
                 raise InvalidArgument("input is missing; send messages or text", field="input")
         return inference_pb2.TokenizeResponse(token_ids=token_ids)
@@ -105,11 +129,11 @@ class InferenceService(inference_pb2_grpc.InferenceServiceServicer):
             ]
         )
 
-    def _prompt(self, request: inference_pb2.GenerateRequest) -> tuple[list[int], OutputMode]:
+    async def _prompt(self, request: inference_pb2.GenerateRequest) -> tuple[list[int], OutputMode]:
         match request.WhichOneof("prompt"):
             case "messages":
                 mode = OutputMode.of(thinking_mode_from_proto(request.messages.thinking_mode))
-                return self._rendered(request.messages, generates=True), mode
+                return await self._rendered(request.messages, generates=True), mode
             case "token_ids":
                 token_ids = list(request.token_ids.token_ids)
                 limits.check_length(token_ids, field="token_ids", low=1, high=limits.MAX_CONTEXT_TOKENS, unit="tokens")
@@ -119,10 +143,10 @@ class InferenceService(inference_pb2_grpc.InferenceServiceServicer):
             case _:
                 raise InvalidArgument("prompt is missing; send messages or token_ids", field="prompt")
 
-    def _rendered(self, conversation: inference_pb2.Messages, *, generates: bool = False) -> list[int]:
+    async def _rendered(self, conversation: inference_pb2.Messages, *, generates: bool = False) -> list[int]:
         mode: ThinkingMode = thinking_mode_from_proto(conversation.thinking_mode)
-        messages = messages_from_proto(conversation.messages)
-        check_messages(messages)
+        num_bytes = conversation.ByteSize()
+        messages = await self.rendering.run(num_bytes, lambda: checked_messages(conversation.messages))
         plan = check_turn((), messages)
         if generates and not plan.generates:
             raise InvalidArgument(
@@ -130,11 +154,11 @@ class InferenceService(inference_pb2_grpc.InferenceServiceServicer):
                 "or a tool's",
                 field="messages",
             )
-        return self.model.history.stateless_prompt(messages, mode)
+        return await self.rendering.prompt((), messages, mode, num_bytes=num_bytes)
 
     async def _answer(
         self, generation: Generation, turn_id: TurnId, mode: OutputMode, sampling: common_pb2.SamplingParameters
-    ) -> AsyncIterator[inference_pb2.GenerateResponse]:
+    ) -> AsyncGenerator[inference_pb2.GenerateResponse, None]:
         parser = TurnParser(
             self.model.tokenizer,
             mode,

@@ -142,6 +142,13 @@ def check_messages(messages: Sequence[Message], *, field: str = "messages") -> N
         _check_message(message, f"{field}[{i}]")
 
 
+def checked_messages(protos: Iterable[common_pb2.Message], *, field: str = "messages") -> tuple[Message, ...]:
+    """``messages_from_proto``, then ``check_messages``."""
+    messages = messages_from_proto(protos, field=field)
+    check_messages(messages, field=field)
+    return messages
+
+
 def _check_message(message: Message, field: str) -> None:
     _check_text(message.content, f"{field}.content", limits.MAX_CONTENT_BYTES)
     _check_fields_of_role(message, field)

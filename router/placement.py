@@ -89,11 +89,15 @@ def choose_path(
     local_s = local_append_s(decode, num_missing)
     if local_s is None:
         return best
-    remote = [(cost, rank.rank_id, rank) for rank in candidates if (cost := remote_s(rank, num_cached, num_missing))]
-    if not remote:
+    measured = max(rank.prefill_tokens_per_s for rank in candidates)
+    if measured <= 0:
         return best
-    cost, _, cheapest = min(remote)
-    return cheapest if cost < local_s else None
+
+    def cost_s(rank: RankLoad) -> tuple[float, str]:  # one that has computed nothing yet counts like its peers
+        return remote_s(rank, num_cached, num_missing, tokens_per_s=rank.prefill_tokens_per_s or measured), rank.rank_id
+
+    cheapest = min(candidates, key=cost_s)
+    return cheapest if cost_s(cheapest)[0] < local_s else None
 
 
 def local_append_s(decode: RankLoad, num_missing: int) -> float | None:
@@ -104,11 +108,9 @@ def local_append_s(decode: RankLoad, num_missing: int) -> float | None:
     return alone_s * (1 + decode.num_running)
 
 
-def remote_s(prefill: RankLoad, num_cached: int, num_missing: int) -> float | None:
-    """Seconds until the decode rank has the prompt by way of ``prefill``; None where its speed is not measured."""
-    if prefill.prefill_tokens_per_s <= 0:
-        return None
-    compute_s = (prefill.num_queued_prefill_tokens + num_missing) / prefill.prefill_tokens_per_s
+def remote_s(prefill: RankLoad, num_cached: int, num_missing: int, *, tokens_per_s: float) -> float:
+    """Seconds until the decode rank has the prompt by way of ``prefill``, which computes at ``tokens_per_s``."""
+    compute_s = (prefill.num_queued_prefill_tokens + num_missing) / tokens_per_s
     return (
         compute_s
         + _move_s(prefill, num_cached, prefill.pull_bytes_per_s)

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator, Sequence
+from collections.abc import AsyncGenerator, Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TypeVar
 
@@ -12,7 +13,7 @@ from google.protobuf import duration_pb2
 
 from seamount.v1 import worker_pb2, worker_pb2_grpc
 from seamount.wire import limits
-from seamount.wire.errors import SeamountError, Unavailable, from_rpc_error
+from seamount.wire.errors import NotFound, SeamountError, Unavailable, from_rpc_error
 from seamount.wire.ids import Epoch, RankId, ReservationId, SessionId, TurnId
 
 Request = TypeVar("Request")
@@ -25,13 +26,23 @@ _LOST_CODES = frozenset(
         grpc.StatusCode.UNKNOWN,
         grpc.StatusCode.INTERNAL,
         grpc.StatusCode.DEADLINE_EXCEEDED,
-        grpc.StatusCode.NOT_FOUND,
+        grpc.StatusCode.UNAUTHENTICATED,  # of the router, not of its client
+        grpc.StatusCode.PERMISSION_DENIED,
     }
 )
 
 
 class RankLost(Unavailable):
-    """The rank died, hangs, or no longer knows the reservation: place the work anew."""
+    """Place the work anew, at another rank.
+
+    cause: the rank's own typed error, where it is alive and gave one; None where it died, hangs or left.
+    """
+
+    cause: SeamountError | None = None
+
+
+class ReservationGone(Unavailable):
+    """The rank is well but no longer knows the reservation: reserve again."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -61,6 +72,8 @@ class RankClient:
     ) -> None:
         self.rank_id = rank_id
         self.address = address
+        self.num_calls = 0
+        """Calls in flight: the channel of a rank that left is closed when there is none."""
         self._stub = worker_pb2_grpc.WorkerServiceStub(channel)
         self._metadata = metadata
         self._call_timeout_s = call_timeout_s
@@ -77,47 +90,76 @@ class RankClient:
             token_ids=work.token_ids,
             time_to_live=duration_pb2.Duration(seconds=int(limits.MAX_RESERVATION_S)),
         )
-        try:
+        with self._typed():
             return await self._stub.Reserve(request, timeout=self._call_timeout_s, metadata=self._metadata)
-        except grpc.RpcError as error:
-            raise self._typed(error) from error
 
     async def release(self, reservation_id: ReservationId, *, keep_len: int | None) -> None:
         """End a reservation. Raises as ``reserve`` does."""
         request = worker_pb2.ReleaseRequest(reservation_id=reservation_id, keep_len=keep_len)
-        try:
+        with self._typed():
             await self._stub.Release(request, timeout=self._call_timeout_s, metadata=self._metadata)
-        except grpc.RpcError as error:
-            raise self._typed(error) from error
 
-    def prefill(self, request: worker_pb2.PrefillRequest) -> AsyncGenerator[worker_pb2.PrefillResponse, None]:
-        """Frames of a remote prefill, ``finished`` last. Raises ``RankLost`` when none comes in time."""
-        return self._frames(self._stub.Prefill(request, metadata=self._metadata))
+    def prefill(
+        self, request: worker_pb2.PrefillRequest, *, timeout_s: float
+    ) -> AsyncGenerator[worker_pb2.PrefillResponse, None]:
+        """Frames of a remote prefill, ``finished`` last, for at most ``timeout_s``; the rank knows that time too.
+
+        Raises ``RankLost`` when no frame comes in time.
+        """
+        return self._frames(lambda: self._stub.Prefill(request, metadata=self._metadata, timeout=timeout_s))
 
     def generate(
-        self, request: worker_pb2.WorkerServiceGenerateRequest
+        self, request: worker_pb2.WorkerServiceGenerateRequest, *, timeout_s: float
     ) -> AsyncGenerator[worker_pb2.WorkerServiceGenerateResponse, None]:
-        """Frames of a generation, ``finished`` last. Closing the iterator ends the call, which frees the slot."""
-        return self._frames(self._stub.Generate(request, metadata=self._metadata))
+        """Frames of a generation, as ``prefill``. Closing the iterator ends the call, which frees the slot."""
+        return self._frames(lambda: self._stub.Generate(request, metadata=self._metadata, timeout=timeout_s))
 
-    async def _frames(self, call: grpc.aio.UnaryStreamCall[Request, Response]) -> AsyncGenerator[Response, None]:
+    async def _frames(
+        self, begin: Callable[[], grpc.aio.UnaryStreamCall[Request, Response]]
+    ) -> AsyncGenerator[Response, None]:
+        with self._typed():
+            call = begin()
+            try:
+                while True:
+                    try:
+                        async with asyncio.timeout(self._progress_timeout_s):
+                            frame = await call.read()
+                    except TimeoutError:
+                        raise self._lost(f"it sent nothing for {self._progress_timeout_s:g} s") from None
+                    if frame is grpc.aio.EOF:
+                        return
+                    yield frame  # type: ignore[misc]
+            finally:
+                call.cancel()
+
+    @contextmanager
+    def _typed(self) -> Iterator[None]:
+        """Errors of a call, typed. While it lasts, the channel stays open (``num_calls``)."""
+        task = asyncio.current_task()
+        num_cancelled = task.cancelling() if task is not None else 0
+        self.num_calls += 1
         try:
-            while True:
-                async with asyncio.timeout(self._progress_timeout_s):
-                    frame = await call.read()
-                if frame is grpc.aio.EOF:
-                    return
-                yield frame  # type: ignore[misc]
-        except TimeoutError as error:
-            raise self._lost(f"sent nothing for {self._progress_timeout_s:g} s") from error
+            yield
         except grpc.RpcError as error:
-            raise self._typed(error) from error
+            raise self._error(from_rpc_error(error)) from error
+        except grpc.aio.UsageError as error:
+            raise self._lost("its channel is closed") from error
+        except asyncio.CancelledError:
+            if task is None or task.cancelling() > num_cancelled:
+                raise
+            raise self._lost("its channel was closed under the call") from None  # nobody cancelled this task
         finally:
-            call.cancel()
+            self.num_calls -= 1
 
-    def _typed(self, error: grpc.RpcError) -> SeamountError:
-        typed = from_rpc_error(error)
-        return self._lost(typed.message) if typed.code in _LOST_CODES else typed
+    def _error(self, typed: SeamountError) -> SeamountError:
+        if isinstance(typed, NotFound) and typed.reason == "RESERVATION_NOT_FOUND":
+            return ReservationGone(typed.message, reason=typed.reason, retry_after_s=0.1)
+        if typed.code not in _LOST_CODES:
+            return typed
+        lost = self._lost(typed.message)
+        if typed.reason != typed.code.name:  # gRPC's own errors have no reason but their code
+            lost.cause = typed
+        return lost
 
     def _lost(self, why: str) -> RankLost:
         return RankLost(

@@ -77,8 +77,10 @@ class Ranks:
             with suppress(asyncio.CancelledError):
                 await self._task
             self._task = None
+        for retiring in self._closing:
+            retiring.cancel()
         closing = [self._close(self._links.pop(rank_id)) for rank_id in list(self._links)]
-        await asyncio.gather(*closing, *self._closing)
+        await asyncio.gather(*closing, *self._closing, return_exceptions=True)
 
     def loads(self, pool: Role) -> list[RankLoad]:
         """Ranks of a pool (``PREFILL``, ``DECODE``) that are alive, healthy, not leaving, of known state; by id."""
@@ -161,7 +163,7 @@ class Ranks:
         for rank_id in list(self._links):
             peer = peers.get(rank_id)
             if peer is None or peer.record.instance != self._links[rank_id].instance:
-                closing = asyncio.create_task(self._close(self._links.pop(rank_id)))
+                closing = asyncio.create_task(self._retire(self._links.pop(rank_id)))
                 self._closing.add(closing)
                 closing.add_done_callback(self._closing.discard)
         for rank_id, peer in peers.items():
@@ -188,15 +190,19 @@ class Ranks:
         while True:
             call = stub.WatchState(worker_pb2.WatchStateRequest(), metadata=bearer(self.worker_token))
             try:
-                async for response in call:
+                while True:
+                    async with asyncio.timeout(self.progress_timeout_s):
+                        response = await call.read()
+                    if not isinstance(response, worker_pb2.WatchStateResponse):
+                        break
                     if link.state is None:
                         self.watcher.mark_connected(rank_id)
                     link.state = response.state
                     num_answers = response.state.num_running + response.state.num_waiting
                     link.foreign.append(max(0, num_answers - self._num_assigned[rank_id]))
                     self._tell()
-            except grpc.RpcError as error:
-                _LOG.info("rank_stream_broken", extra={"rank_id": rank_id, "code": str(error.code())})
+            except (grpc.RpcError, TimeoutError) as error:
+                _LOG.info("rank_stream_broken", extra={"rank_id": rank_id, "error": type(error).__name__})
             finally:
                 call.cancel()
             if link.state is not None:
@@ -208,6 +214,14 @@ class Ranks:
     def _tell(self) -> None:
         self._changed.set()
         self._changed = asyncio.Event()
+
+    async def _retire(self, link: _Link) -> None:
+        """A rank that left lets its streams end, and so do we: each has a deadline of its own."""
+        try:
+            while link.client.num_calls:  # noqa: ASYNC110 - calls end in many places
+                await asyncio.sleep(_RECONNECT_S)
+        finally:
+            await self._close(link)
 
     async def _close(self, link: _Link) -> None:
         if link.watch is not None:

@@ -17,6 +17,7 @@ from seamount.router.directory import PeerRecord, Role, new_instance
 from seamount.router.inference_service import InferenceService
 from seamount.router.model import ServedModel
 from seamount.router.ranks import Ranks
+from seamount.router.rendering import Rendering
 from seamount.router.session_service import SessionService
 from seamount.router.sessions import Sessions, load_or_create_secret
 from seamount.router.spec import RouterSpec
@@ -34,6 +35,7 @@ from seamount.v1 import (
 )
 from seamount.wire import limits
 from seamount.wire.credentials import server_credentials
+from seamount.wire.interceptors import listening
 
 _LOG = logging.getLogger(__name__)
 _HEALTH_POLL_S = 0.25
@@ -52,7 +54,7 @@ class RouterServer:
         self._health = health.aio.HealthServicer()
         self._parts = AsyncExitStack()
         self._turns: Turns | None = None
-        self._ranks: Ranks | None = None
+        self._inference: InferenceService | None = None
         self._health_task: asyncio.Task[None] | None = None
 
     async def start(self) -> str:
@@ -74,8 +76,8 @@ class RouterServer:
             with suppress(asyncio.CancelledError):
                 await self._health_task
             self._health_task = None
-        if self._turns is not None:
-            await self._turns.stop(grace_s)
+        if self._turns is not None and self._inference is not None:
+            await asyncio.gather(self._turns.stop(grace_s), self._inference.stop(grace_s))
         await self._parts.aclose()
 
     async def leave_and_stop(self, grace_s: float) -> None:
@@ -107,16 +109,25 @@ class RouterServer:
         )
         await ranks.start()
         parts.push_async_callback(ranks.stop)
-        turns = Turns(spec=spec, model=model, sessions=sessions, ranks=ranks, watcher=watcher, secret=secret)
-        self._turns, self._ranks = turns, ranks
+        rendering = Rendering(model.history)
+        parts.callback(rendering.close)
+        turns = Turns(
+            spec=spec,
+            model=model,
+            sessions=sessions,
+            ranks=ranks,
+            watcher=watcher,
+            rendering=rendering,
+            secret=secret,
+        )
+        inference = InferenceService(spec=spec, model=model, ranks=ranks, rendering=rendering, secret=secret)
+        self._turns, self._inference = turns, inference
 
         server = grpc.aio.server(interceptors=router_interceptors(keys), options=_server_options())
         session_pb2_grpc.add_SessionServiceServicer_to_server(
             SessionService(model=model, sessions=sessions, turns=turns), server
         )
-        inference_pb2_grpc.add_InferenceServiceServicer_to_server(
-            InferenceService(spec=spec, model=model, ranks=ranks, secret=secret), server
-        )
+        inference_pb2_grpc.add_InferenceServiceServicer_to_server(inference, server)
         admin_pb2_grpc.add_AdminServiceServicer_to_server(AdminService(ranks=ranks), server)
         health_pb2_grpc.add_HealthServicer_to_server(self._health, server)
         reflection.enable_server_reflection((*_SERVICES, health.SERVICE_NAME, reflection.SERVICE_NAME), server)
@@ -136,11 +147,11 @@ class RouterServer:
         spec = self.spec
         address = f"{spec.host}:{spec.port}"
         if spec.tls_certificate_file is None or spec.tls_key_file is None:
-            return server.add_insecure_port(address)
+            return listening(server.add_insecure_port, address, field="router.port")
         credentials = server_credentials(
             spec.tls_certificate_file, spec.tls_key_file, client_ca_file=spec.client_ca_file
         )
-        return server.add_secure_port(address, credentials)
+        return listening(lambda where: server.add_secure_port(where, credentials), address, field="router.port")
 
     def _record(self, address: str) -> PeerRecord:
         return PeerRecord(

@@ -5,20 +5,22 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import time
 from collections.abc import Sequence
 from contextlib import aclosing
 from dataclasses import dataclass, field
 
 from seamount.router.events import TurnEvents
-from seamount.router.generation import Generation
-from seamount.router.history import History, pending_after, sampled_message
+from seamount.router.generation import Generation, deadline_passed
+from seamount.router.history import pending_after, sampled_message
 from seamount.router.messages import ThinkingMode, TurnPlan, tool_calls_to_proto
 from seamount.router.parsing import ParsedOutput
+from seamount.router.rendering import Rendering
 from seamount.router.sessions import BegunTurn, Sessions
 from seamount.router.tokenizer import Tokenizer
 from seamount.router.turn_stream import TurnStream
 from seamount.v1 import common_pb2, events_pb2, record_pb2, worker_pb2
-from seamount.wire.errors import Cancelled, DeadlineExceeded, Internal, SeamountError, Unavailable, to_status
+from seamount.wire.errors import Aborted, Cancelled, Internal, SeamountError, Unavailable, to_status
 
 _LOG = logging.getLogger(__name__)
 COMMIT_BUDGET_S = 30.0
@@ -31,13 +33,14 @@ class TurnParts:
     """What every turn of a router shares."""
 
     sessions: Sessions
-    history: History
+    rendering: Rendering
     tokenizer: Tokenizer
 
 
 @dataclass(slots=True, kw_only=True)
 class Turn:
-    """One turn in the making; owned by its task. ``generation``: None where it only records."""
+    """One turn in the making; owned by its task. ``generation``: None where it only records; ``deadline``: by
+    ``time.monotonic()``; ``is_ending``: its outcome is being stored, to cancel it is too late."""
 
     begun: BegunTurn
     input: Sequence[common_pb2.Message]
@@ -48,24 +51,25 @@ class Turn:
     num_prompt_tokens: int
     generation: Generation | None
     events: TurnEvents
-    deadline_s: float
+    deadline: float
     stream: TurnStream = field(default_factory=TurnStream)
     logprobs: list[common_pb2.TokenLogprobs] = field(default_factory=list)
     cancelled_by_client: bool = False
-    is_committing: bool = False
+    is_ending: bool = False
+    told_when_committed: Sequence[events_pb2.TurnEvent] = ()
 
 
 async def run_turn(turn: Turn, parts: TurnParts) -> None:
     """Generate, commit, tell; whatever happens, the stream ends and the pages are given back. Never raises."""
     keep_len: int | None = None
     try:
-        async with asyncio.timeout(turn.deadline_s):
+        async with asyncio.timeout(turn.deadline - time.monotonic()):
             turn.stream.append([_started(turn)])
             output = await generate(turn) if turn.generation is not None else None
-            turn.is_committing = True
-            record, last_events = finished_turn(turn, output, parts)
+            turn.is_ending = True
+            record = finished_turn(turn, output, parts)
             await commit(turn, record, parts)
-            turn.stream.append(last_events)
+            turn.stream.append(turn.told_when_committed)
             keep_len = turn.num_prompt_tokens + len(record.output.token_ids)
     except (SeamountError, TimeoutError, asyncio.CancelledError) as error:
         await end_without_commit(turn, _reason(turn, error), parts)
@@ -96,15 +100,13 @@ async def generate(turn: Turn) -> ParsedOutput:
     return output
 
 
-def finished_turn(
-    turn: Turn, output: ParsedOutput | None, parts: TurnParts
-) -> tuple[record_pb2.TurnRecord, list[events_pb2.TurnEvent]]:
-    """What is stored of the turn, and its last events: not to be told before it is stored."""
+def finished_turn(turn: Turn, output: ParsedOutput | None, parts: TurnParts) -> record_pb2.TurnRecord:
+    """What is stored of the turn, with its last events: not to be told before it is stored."""
     generation, begun = turn.generation, turn.begun
     record = record_pb2.TurnRecord(
         turn_id=begun.turn_id,
         input=turn.input,
-        fingerprint=parts.history.fingerprint,
+        fingerprint=parts.rendering.history.fingerprint,
         sampling=turn.sampling,
         seed=turn.sampling.seed,
         num_prompt_tokens=turn.num_prompt_tokens,
@@ -123,9 +125,9 @@ def finished_turn(
         usage.num_output_tokens = output.num_tokens
         usage.num_reasoning_tokens = output.num_reasoning_tokens
         reason = output.reason
-    last_events = turn.events.finished(reason, usage, record.receipt if output is not None else None)
-    record.final_event.CopyFrom(last_events[-1])
-    return record, last_events
+    turn.told_when_committed = turn.events.finished(reason, usage, record.receipt if output is not None else None)
+    record.final_event.CopyFrom(turn.told_when_committed[-1])
+    return record
 
 
 async def commit(turn: Turn, record: record_pb2.TurnRecord, parts: TurnParts) -> None:
@@ -135,25 +137,42 @@ async def commit(turn: Turn, record: record_pb2.TurnRecord, parts: TurnParts) ->
         turn.begun,
         record,
         rank=(generation.decode_rank if generation is not None else None) or turn.begun.view.last_rank,
-        num_context_tokens=parts.history.num_context_tokens((*turn.begun.records, record), turn.mode),
+        num_context_tokens=await parts.rendering.num_context_tokens((*turn.begun.records, record), turn.mode),
         budget_s=COMMIT_BUDGET_S,
     )
 
 
 async def end_without_commit(turn: Turn, error: SeamountError, parts: TurnParts) -> None:
-    """Give the session back with its head as it was, then tell the clients."""
-    if isinstance(error, Cancelled):
-        usage = events_pb2.Usage(num_prompt_tokens=turn.num_prompt_tokens)
-        last_events = turn.events.finished(common_pb2.FINISH_REASON_CANCELLED, usage)
-    else:
-        status = common_pb2.Status.FromString(to_status(error).SerializeToString())
-        last_events = [turn.events.failed(status)]
+    """Give the session back with its head as it was, then tell the clients; what they hear is what is stored."""
+    turn.is_ending = True
+    turn.events.untold(turn.told_when_committed)
+    last_events = _without_commit(turn, error)
     begun = turn.begun
     try:
         await parts.sessions.fail_turn(begun.tenant, begun.session_id, begun, last_events[-1], budget_s=FAIL_BUDGET_S)
-    except SeamountError as failure:  # superseded, or Redis is away: the turn's deadline frees the session
+    except SeamountError as failure:  # superseded, deleted, or Redis is away: the turn's deadline frees the session
         _LOG.warning("turn_end_not_stored", extra={"turn_id": begun.turn_id, "reason": failure.reason})
+        if isinstance(failure, Aborted) and failure.reason == "TURN_COMMITTED":
+            last_events = turn.told_when_committed  # the commit came through, only its answer did not
+        elif isinstance(failure, Unavailable) and turn.told_when_committed:
+            turn.events.untold(last_events)
+            last_events = _without_commit(turn, _outcome_unknown(failure))
     turn.stream.append(last_events)
+
+
+def _without_commit(turn: Turn, error: SeamountError) -> Sequence[events_pb2.TurnEvent]:
+    if isinstance(error, Cancelled):
+        usage = events_pb2.Usage(num_prompt_tokens=turn.num_prompt_tokens)
+        return turn.events.finished(common_pb2.FINISH_REASON_CANCELLED, usage)
+    return [turn.events.failed(common_pb2.Status.FromString(to_status(error).SerializeToString()))]
+
+
+def _outcome_unknown(failure: Unavailable) -> Unavailable:
+    return Unavailable(
+        "the session store does not say whether the turn was stored; retry with the same key",
+        reason="OUTCOME_UNKNOWN",
+        retry_after_s=failure.retry_after_s,
+    )
 
 
 def _started(turn: Turn) -> events_pb2.TurnEvent:
@@ -170,9 +189,7 @@ def _reason(turn: Turn, error: BaseException) -> SeamountError:
         case SeamountError():
             return error
         case TimeoutError():
-            return DeadlineExceeded(
-                f"the turn's deadline of {turn.deadline_s:g} s passed; set a longer one", reason="TURN_DEADLINE"
-            )
+            return deadline_passed()
         case _ if turn.cancelled_by_client:
             return Cancelled("the turn was cancelled", reason="TURN_CANCELLED")
         case _:

@@ -7,6 +7,9 @@ from collections.abc import AsyncIterator, Sequence
 
 from seamount.v1 import events_pb2
 
+MAX_EVENTS_PER_BATCH = 256
+"""A long turn's events, told at once to one who comes late, would not fit into a message."""
+
 
 class TurnStream:
     """Append-only list of events. Belongs to one event loop; a follower that goes away leaves the turn alone."""
@@ -28,11 +31,11 @@ class TurnStream:
         self._wake()
 
     async def follow(self) -> AsyncIterator[Sequence[events_pb2.TurnEvent]]:
-        """All events from the first on, in batches of whatever is there, until the stream is closed."""
+        """All events from the first on, in batches of what is there, until the stream is closed."""
         position = 0
         while True:
             if position < len(self._events):
-                batch = self._events[position:]
+                batch = self._events[position : position + MAX_EVENTS_PER_BATCH]
                 position += len(batch)
                 yield batch
             elif self._closed:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncGenerator, Callable
 
 from google.protobuf import duration_pb2
 
@@ -18,7 +18,7 @@ KEEP_ALIVE_S = 1.0
 
 async def run_request(
     engine: Engine, make: Callable[[Callable[[EngineEvent], None]], EngineRequest], *, active: set[str] | None = None
-) -> AsyncIterator[EngineEvent]:
+) -> AsyncGenerator[EngineEvent, None]:
     """Submit a request and yield its events; ``Failed`` is raised. Leaving early aborts it within a step.
 
     While nothing happens and the engine is healthy, the last ``Progress`` is repeated every ``KEEP_ALIVE_S``.

@@ -7,14 +7,15 @@ Whatever fails on the way is the router's to answer: what has arrived and verifi
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Coroutine
-from contextlib import suppress
+from collections.abc import AsyncGenerator, Coroutine
+from contextlib import aclosing, suppress
 from dataclasses import dataclass
 from typing import Any
 
 from seamount.v1 import worker_pb2
 from seamount.wire import limits
 from seamount.wire.errors import FailedPrecondition, SeamountError
+from seamount.wire.hashes import SALT_BYTES
 from seamount.wire.ids import RankId
 from seamount.workers.cache.reservation import Reservation
 from seamount.workers.cache.reservations import Reservations
@@ -25,6 +26,13 @@ from seamount.workers.requests import EngineRequest
 from seamount.workers.spec import RankSpec
 from seamount.workers.transfer.sending import PushStream
 from seamount.workers.transfer.service import Transfer
+
+
+def check_work(request: worker_pb2.ReserveRequest | worker_pb2.PrefillRequest) -> None:
+    """Raise ``InvalidArgument`` for a salt or ids that no router sends."""
+    limits.check_length(request.cache_salt, field="cache_salt", low=SALT_BYTES, high=SALT_BYTES, unit="bytes")
+    for field in ("session_id", "turn_id"):
+        limits.check_length(getattr(request, field).encode(), field=field, high=limits.MAX_NAME_BYTES, unit="bytes")
 
 
 @dataclass(slots=True, kw_only=True)
@@ -66,18 +74,20 @@ class Prefill:
     transfer: Transfer
     num_layers: int
 
-    async def run(self, request: worker_pb2.PrefillRequest) -> AsyncIterator[worker_pb2.PrefillResponse]:
+    async def run(self, request: worker_pb2.PrefillRequest) -> AsyncGenerator[worker_pb2.PrefillResponse, None]:
         """Progress frames, at least one a second, then ``finished``. Raises typed errors; releases its pages always."""
         if self.spec.pool != "prefill":
             raise FailedPrecondition(f"{self.spec.rank_id} is no prefill rank", reason="WRONG_POOL")
         limits.check_length(
             request.token_ids, field="token_ids", low=2, high=self.spec.max_context_tokens, unit="tokens"
         )
+        check_work(request)
         limits.check_range(request.cached_len, field="cached_len", low=0, high=len(request.token_ids) - 1)
         reservation = self._reserve(request)
         try:
-            async for frame in self._run(request, reservation):
-                yield frame
+            async with aclosing(self._run(request, reservation)) as frames:
+                async for frame in frames:
+                    yield frame
         finally:
             self.engine.abort(reservation.id)
             self.reservations.release(reservation.id)
@@ -96,12 +106,14 @@ class Prefill:
 
     async def _run(
         self, request: worker_pb2.PrefillRequest, reservation: Reservation
-    ) -> AsyncIterator[worker_pb2.PrefillResponse]:
+    ) -> AsyncGenerator[worker_pb2.PrefillResponse, None]:
         account = _Account(num_cached=reservation.cached_len)
         end = len(request.token_ids) - 1
         if request.cached_len > reservation.cached_len and self._pull_pays(request.cached_len - reservation.cached_len):
-            async for frame in self._waiting(self._pull(request, reservation, account), account, reservation):
-                yield frame
+            pull = self._pull(request, reservation, account)
+            async with aclosing(self._waiting(pull, account, reservation)) as frames:
+                async for frame in frames:
+                    yield frame
         if request.cached_len >= end:
             yield account.finished()
             return
@@ -115,10 +127,13 @@ class Prefill:
             end=end,
         )
         try:
-            async for frame in self._compute(reservation, stream, end, account):
-                yield frame
-            async for frame in self._waiting(self._finish(stream, request, account), account, reservation):
-                yield frame
+            async with aclosing(self._compute(reservation, stream, end, account)) as frames:
+                async for frame in frames:
+                    yield frame
+            finish = self._finish(stream, request, account)
+            async with aclosing(self._waiting(finish, account, reservation)) as frames:
+                async for frame in frames:
+                    yield frame
         finally:
             stream.close()
         yield account.finished()
@@ -144,13 +159,13 @@ class Prefill:
 
     async def _compute(
         self, reservation: Reservation, stream: PushStream, end: int, account: _Account
-    ) -> AsyncIterator[worker_pb2.PrefillResponse]:
+    ) -> AsyncGenerator[worker_pb2.PrefillResponse, None]:
         present = min(reservation.computed_len, end)
         if present > stream.first:  # cached here, unknown there
             await asyncio.to_thread(self._push_present, stream, present)
         if present >= end:
             return
-        async for event in run_request(
+        events = run_request(
             self.engine,
             lambda sink: EngineRequest(
                 id=reservation.id,
@@ -160,13 +175,15 @@ class Prefill:
                 sink=sink,
                 on_layer=stream.on_layer,
             ),
-        ):
-            self.reservations.renew(reservation.id)
-            if isinstance(event, Progress | Finished):
-                account.num_computed = event.num_computed
-            if isinstance(event, Finished):
-                account.queue_s, account.prefill_s = event.queue_s, event.prefill_s
-            yield account.progress()
+        )
+        async with aclosing(events):
+            async for event in events:
+                self.reservations.renew(reservation.id)
+                if isinstance(event, Progress | Finished):
+                    account.num_computed = event.num_computed
+                if isinstance(event, Finished):
+                    account.queue_s, account.prefill_s = event.queue_s, event.prefill_s
+                yield account.progress()
 
     def _push_present(self, stream: PushStream, end: int) -> None:
         for layer in range(self.num_layers):
@@ -178,7 +195,7 @@ class Prefill:
 
     async def _waiting(
         self, work: Coroutine[Any, Any, None], account: _Account, reservation: Reservation
-    ) -> AsyncIterator[worker_pb2.PrefillResponse]:
+    ) -> AsyncGenerator[worker_pb2.PrefillResponse, None]:
         """Wait for ``work`` and say every second that this rank is alive."""
         task = asyncio.create_task(work)
         try:

@@ -17,7 +17,7 @@ from seamount.kernels.layout import CachePlanes
 from seamount.v1 import transfer_pb2_grpc, worker_pb2, worker_pb2_grpc
 from seamount.wire import limits
 from seamount.wire.errors import InvalidArgument, SeamountError
-from seamount.wire.interceptors import rank_interceptors
+from seamount.wire.interceptors import listening, rank_interceptors
 from seamount.workers.cache.reservations import Reservations
 from seamount.workers.engine import Engine
 from seamount.workers.experts.dispatch import ExpertParallel, GangExperts, LocalExperts
@@ -97,7 +97,7 @@ class RankServer:
         worker_pb2_grpc.add_WorkerServiceServicer_to_server(parts.service, server)
         transfer_pb2_grpc.add_TransferServiceServicer_to_server(parts.transfer, server)
         health_pb2_grpc.add_HealthServicer_to_server(self._health, server)
-        port = server.add_insecure_port(f"{self.spec.host}:{self.spec.port}")
+        port = listening(server.add_insecure_port, f"{self.spec.host}:{self.spec.port}", field="pools.host")
         await server.start()
         self._server = server
         parts.core.engine.start()
@@ -107,7 +107,7 @@ class RankServer:
         return f"{self.spec.host}:{port}"
 
     async def stop(self, grace_s: float) -> None:
-        """Refuse new work, let streams end for ``grace_s``, leave the gang, close. Idempotent."""
+        """Say that it drains, let streams end for ``grace_s``, leave the gang, close. Idempotent."""
         self._draining = True
         await self._health.enter_graceful_shutdown()
         if self._housekeeping is not None:
@@ -241,7 +241,12 @@ class RankServer:
             num_layers=len(core.planes.latent),
         )
         service = WorkerService(
-            spec=spec, reservations=core.reservations, engine=core.engine, prefill=prefill, watch=self._watch
+            spec=spec,
+            reservations=core.reservations,
+            engine=core.engine,
+            prefill=prefill,
+            transfer=transfer,
+            watch=self._watch,
         )
         return _Parts(core=core, transfer=transfer, service=service)
 
@@ -266,11 +271,11 @@ class RankServer:
             self._parts.core.reservations.expire()
 
     async def _idle(self, grace_s: float) -> None:
-        """Wait until no stream is generating, at most ``grace_s``."""
+        """Wait until no stream computes, at most ``grace_s``."""
         assert self._parts is not None
         with suppress(TimeoutError):
             async with asyncio.timeout(grace_s):
-                while self._parts.service.active:  # noqa: ASYNC110 - streams end in several places
+                while self._parts.service.num_streams:  # noqa: ASYNC110 - streams end in several places
                     await asyncio.sleep(0.05)
 
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import aclosing, contextmanager
 from dataclasses import dataclass, field
 
 import grpc
@@ -15,9 +16,10 @@ from seamount.workers.cache.reservations import Reservations
 from seamount.workers.engine import Engine
 from seamount.workers.engine_stream import duration, run_request
 from seamount.workers.events import EngineEvent, Failed, Finished, FinishReason, Progress, TokenLogprobs, Tokens
-from seamount.workers.prefill import Prefill
+from seamount.workers.prefill import Prefill, check_work
 from seamount.workers.requests import EngineRequest, SamplingParams
 from seamount.workers.spec import RankSpec
+from seamount.workers.transfer.service import Transfer
 
 _REASONS: dict[FinishReason, common_pb2.FinishReason] = {
     "stop": common_pb2.FINISH_REASON_STOP,
@@ -37,14 +39,19 @@ class WorkerService(worker_pb2_grpc.WorkerServiceServicer):
     reservations: Reservations
     engine: Engine
     prefill: Prefill
+    transfer: Transfer
     watch: Callable[[], AsyncIterator[worker_pb2.RankState]]
     active: set[str] = field(default_factory=set)
     """Reservations with a Generate in progress here; they are renewed while it lasts."""
+
+    num_streams: int = 0
+    """Calls of Prefill and Generate in progress."""
 
     async def Reserve(self, request: worker_pb2.ReserveRequest, context: Context) -> worker_pb2.ReserveResponse:
         limits.check_length(
             request.token_ids, field="token_ids", low=1, high=self.spec.max_context_tokens, unit="tokens"
         )
+        check_work(request)
         reservation = self.reservations.reserve(
             session_id=request.session_id,
             turn_id=request.turn_id,
@@ -61,15 +68,19 @@ class WorkerService(worker_pb2_grpc.WorkerServiceServicer):
     async def Prefill(
         self, request: worker_pb2.PrefillRequest, context: Context
     ) -> AsyncIterator[worker_pb2.PrefillResponse]:
-        async for frame in self.prefill.run(request):
-            yield frame
+        with self._stream():
+            async with aclosing(self.prefill.run(request)) as frames:
+                async for frame in frames:
+                    yield frame
 
     async def Generate(
         self, request: worker_pb2.WorkerServiceGenerateRequest, context: Context
     ) -> AsyncIterator[worker_pb2.WorkerServiceGenerateResponse]:
         reservation = self.reservations.get(request.reservation_id)
         self._check_generate(reservation, request)
-        async for event in run_request(
+        # Whoever pushed into it has been given up: two must not write the same entries.
+        self.transfer.abort(reservation.id)
+        events = run_request(
             self.engine,
             lambda sink: EngineRequest(
                 id=reservation.id,
@@ -79,8 +90,11 @@ class WorkerService(worker_pb2_grpc.WorkerServiceServicer):
                 sink=sink,
             ),
             active=self.active,
-        ):
-            yield _frame(event)
+        )
+        with self._stream():
+            async with aclosing(events):
+                async for event in events:
+                    yield _frame(event)
 
     async def Release(self, request: worker_pb2.ReleaseRequest, context: Context) -> worker_pb2.ReleaseResponse:
         self.engine.abort(request.reservation_id)
@@ -93,6 +107,14 @@ class WorkerService(worker_pb2_grpc.WorkerServiceServicer):
         async for state in self.watch():
             yield worker_pb2.WatchStateResponse(state=state)
 
+    @contextmanager
+    def _stream(self) -> Iterator[None]:
+        self.num_streams += 1
+        try:
+            yield
+        finally:
+            self.num_streams -= 1
+
     def _check_generate(self, reservation: Reservation, request: worker_pb2.WorkerServiceGenerateRequest) -> None:
         if request.epoch != reservation.epoch:
             raise Aborted(
@@ -102,6 +124,9 @@ class WorkerService(worker_pb2_grpc.WorkerServiceServicer):
             )
         if reservation.id in self.active:
             raise FailedPrecondition("this reservation generates already", reason="ALREADY_GENERATING")
+        limits.check_length(
+            request.forced_token_ids, field="forced_token_ids", high=limits.MAX_OUTPUT_TOKENS, unit="tokens"
+        )
         if request.forced_token_ids and not self.spec.allow_forced_tokens:
             raise InvalidArgument(
                 "forced_token_ids are for tests: this rank was not started for them", field="forced_token_ids"

@@ -11,6 +11,8 @@ from seamount.wire.ids import TenantId
 
 PAGE_SIZE = 64
 """Tokens in a page."""
+SALT_BYTES = 32
+"""Of ``tenant_salt``."""
 
 
 def tenant_salt(server_secret: bytes, tenant: TenantId) -> bytes:

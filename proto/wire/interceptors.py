@@ -24,6 +24,21 @@ Context = Any  # grpc.aio.ServicerContext; generic over messages that are bytes 
 Parse = Callable[[bytes], Any]
 
 
+def listening(add_port: Callable[[str], int], address: str, *, field: str) -> int:
+    """The port that a server listens on. Raises ``InvalidArgument`` where the address cannot be used."""
+    try:
+        port = add_port(address)
+    except RuntimeError:
+        port = 0
+    if port == 0:
+        raise InvalidArgument(
+            f"cannot listen on {address}: it is taken, or no address of this machine; set {field} to another",
+            field=field,
+            reason="ADDRESS_UNUSABLE",
+        )
+    return port
+
+
 async def abort(context: Context, error: SeamountError) -> Never:
     """End the call with the error's code, message and Status details."""
     await context.abort(error.code, error.message, trailing_metadata(error))

@@ -116,6 +116,8 @@ def test_the_cheapest_prefill_rank_wins() -> None:
 
 def test_estimates() -> None:
     assert local_append_s(replace(BASE, num_queued_prefill_tokens=500), 500) == pytest.approx(1.0)
-    assert remote_s(BASE, 5000, 1000) == pytest.approx(1.0 + 0.5 + 0.1)
+    assert remote_s(BASE, 5000, 1000, tokens_per_s=1000) == pytest.approx(1.0 + 0.5 + 0.1)
     assert local_append_s(replace(BASE, prefill_tokens_per_s=0), 1) is None
-    assert remote_s(replace(BASE, pull_bytes_per_s=0, push_bytes_per_s=0), 5000, 1000) == pytest.approx(1.0)
+    assert remote_s(
+        replace(BASE, pull_bytes_per_s=0, push_bytes_per_s=0), 5000, 1000, tokens_per_s=1000
+    ) == pytest.approx(1.0)

@@ -10,8 +10,9 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import AsyncIterator, Callable, Coroutine
+from collections.abc import AsyncIterator, Callable, Coroutine, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from typing import Any, TypeVar
 
 import grpc
@@ -32,6 +33,7 @@ from seamount.workers.transfer.sending import PushCall, PushStream, send_slots
 
 _log = logging.getLogger("seamount.transfer")
 _LINK_IS_GONE = frozenset({"LINK_NOT_FOUND", "LINK_LOST", "LINK_CLOSED"})
+_HANDOVER_S, _HANDOVER_POLL_S = 1.0, 0.005
 _MIN_MEASURED_BYTES = 64 << 10
 """Smaller transfers tell the latency, not the speed."""
 
@@ -127,7 +129,8 @@ class Transfer(transfer_pb2_grpc.TransferServiceServicer):
         try:
             inbound = await self._on_link(peer, address, announce)
             started = time.monotonic()
-            await self._received(reservation.id, inbound)
+            with self._abortable(reservation.id, inbound):
+                await asyncio.wrap_future(inbound.ended)
             num_bytes, seconds = inbound.num_bytes_received, time.monotonic() - started
             self.pull_bytes_per_s = _smoothed(self.pull_bytes_per_s, num_bytes, seconds)
         finally:
@@ -188,9 +191,9 @@ class Transfer(transfer_pb2_grpc.TransferServiceServicer):
         )
 
     def abort(self, reservation_id: str) -> None:
-        """A reservation ended: stop receiving into it, so that its pages come free without waiting for the peer.
+        """A reservation ended, or computes itself from now on: stop receiving into it without waiting for the peer.
 
-        Callable from any thread; harmless where nothing is received.
+        Once this returns nothing more is written. Callable from any thread; harmless where nothing is received.
         """
         inbound = self._receiving.get(reservation_id)
         if inbound is not None:
@@ -240,13 +243,15 @@ class Transfer(transfer_pb2_grpc.TransferServiceServicer):
                 reason="STALE_EPOCH",
                 metadata={"epoch": str(reservation.epoch)},
             )
+        await self._end_earlier_push(reservation)
         receive = self._begin_receive(reservation.id, request.first, request.end)
         inbound: Inbound | None = None
         try:
             inbound = link.expect(request.transfer_id, receive)
-            link.start(inbound)
-            yield transfer_pb2.PushResponse(verified_len=request.first)
-            await self._received(reservation.id, inbound)
+            with self._abortable(reservation.id, inbound):
+                link.start(inbound)
+                yield transfer_pb2.PushResponse(verified_len=request.first)
+                await asyncio.wrap_future(inbound.ended)
         finally:
             if inbound is not None:
                 inbound.detach()
@@ -295,10 +300,20 @@ class Transfer(transfer_pb2_grpc.TransferServiceServicer):
             planes=self._planes, layout=self._layout, slots=slots, first=first, end=end, on_progress=on_progress
         )
 
-    async def _received(self, reservation_id: str, inbound: Inbound) -> None:
+    async def _end_earlier_push(self, reservation: Reservation) -> None:
+        """Routers send one prefill rank at a time: they gave up the one whose push is still open."""
+        until = time.monotonic() + _HANDOVER_S
+        if reservation.receive is not None:
+            self.abort(reservation.id)
+        while reservation.receive is not None and time.monotonic() < until:  # noqa: ASYNC110 - bounded, and rare
+            await asyncio.sleep(_HANDOVER_POLL_S)
+
+    @contextmanager
+    def _abortable(self, reservation_id: str, inbound: Inbound) -> Iterator[None]:
+        """While it lasts, ``abort`` finds the transfer."""
         self._receiving[reservation_id] = inbound
         try:
-            await asyncio.wrap_future(inbound.ended)
+            yield
         finally:
             self._receiving.pop(reservation_id, None)
 

@@ -1,0 +1,81 @@
+"""What one answer cost, on its way to the receipt."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from google.protobuf import duration_pb2
+
+from seamount.v1 import events_pb2, worker_pb2
+
+
+@dataclass(slots=True, kw_only=True)
+class Account:
+    """What the generation cost so far; becomes the receipt."""
+
+    started: float
+    num_cached: int = 0
+    num_decode_computed: int = 0
+    num_prefill_computed: int = 0
+    num_pulled: int = 0
+    num_pushed: int = 0
+    common_len: int = 0
+    decode_rank: str = ""
+    prefill_rank: str = ""
+    queue_s: float = 0.0
+    prefill_s: float = 0.0
+    decode_s: float = 0.0
+    first_token_s: float = 0.0
+    num_retries: int = 0
+
+    def receipt(self, *, num_prompt: int, num_output: int) -> events_pb2.Receipt:
+        """The receipt as of now."""
+        remote = bool(self.prefill_rank)
+        receipt = events_pb2.Receipt(
+            num_prompt_tokens=num_prompt,
+            num_cached_tokens=self.num_cached,
+            num_decode_computed_tokens=self.num_decode_computed,
+            num_prefill_computed_tokens=self.num_prefill_computed,
+            num_pulled_tokens=self.num_pulled,
+            num_pushed_tokens=self.num_pushed,
+            num_output_tokens=num_output,
+            path=events_pb2.PREFILL_PATH_REMOTE if remote else events_pb2.PREFILL_PATH_LOCAL,
+            decode_rank=self.decode_rank,
+            prefill_rank=self.prefill_rank,
+            first_differing_position=self.common_len,
+            queue_time=_duration(self.queue_s),
+            prefill_time=_duration(self.prefill_s),
+            time_to_first_token=_duration(self.first_token_s),
+            decode_time=_duration(self.decode_s),
+            num_retries=self.num_retries,
+        )
+        receipt.finished_at.GetCurrentTime()
+        return receipt
+
+    def add_prefill(self, rank_id: str, finished: worker_pb2.PrefillFinished) -> None:
+        """A prefill rank did its part."""
+        self.prefill_rank = rank_id
+        self.num_prefill_computed += finished.num_computed_tokens
+        self.num_pulled += finished.num_pulled_tokens
+        self.num_pushed += finished.num_pushed_tokens
+        self._add_times(finished)
+
+    def add_decode(self, finished: worker_pb2.GenerateFinished) -> None:
+        """The decode rank ended the answer."""
+        self.num_decode_computed += finished.num_computed_tokens
+        self.decode_s += finished.decode_time.ToTimedelta().total_seconds()
+        self._add_times(finished)
+
+    def add_cut_decode(self, *, num_computed: int, prefill_s: float, decode_s: float) -> None:
+        """This router ended the answer (a stop string), before the rank could say what it cost."""
+        self.num_decode_computed += num_computed
+        self.prefill_s += prefill_s
+        self.decode_s += decode_s
+
+    def _add_times(self, finished: worker_pb2.PrefillFinished | worker_pb2.GenerateFinished) -> None:
+        self.queue_s += finished.queue_time.ToTimedelta().total_seconds()
+        self.prefill_s += finished.prefill_time.ToTimedelta().total_seconds()
+
+
+def _duration(seconds: float) -> duration_pb2.Duration:
+    return duration_pb2.Duration(seconds=int(seconds), nanos=int(seconds % 1 * 1e9))
