@@ -10,6 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from seamount.kernels.arguments import INTEGERS, check_plane, check_tensor
 from seamount.kernels.layout import PAGE_SIZE, CacheLayout, unpack_index_pages
 
 # Elements of the [rows, heads, keys] scores, or of the decoded keys, that exist at one time. Few enough to stay in a
@@ -46,13 +47,51 @@ def mqa_logits(q: Tensor, k: Tensor, weights: Tensor, lengths: Tensor, k_scales:
 def paged_mqa_logits(
     q: Tensor, plane: Tensor, weights: Tensor, context_lens: Tensor, page_tables: Tensor, layout: CacheLayout
 ) -> Tensor:
-    """Indexer scores of one query per sequence against its paged keys.
+    """Indexer scores of one query, or N successive ones, per sequence against its paged keys.
 
-    q: [B, H, D] float32 or float64; plane: an index plane [num_pages, page bytes] uint8; weights: [B, H].
-    context_lens: [B] int64 tokens; page_tables: [B, P] int64 physical pages, any valid page number beyond the context.
-    B and P may be 0.
-    Returns [B, P * 64] in q's dtype; -inf at s >= context_lens[b], whatever the unused slots hold.
+    q: [B, H, D] or [B, N, H, D], float32 or float64; plane: an index plane [num_pages, page bytes] uint8; weights:
+    q's shape without D. context_lens: [B] or [B, N] int64 tokens that a query sees; page_tables: [B, P] int64 physical
+    pages, any valid page number beyond the context. B, N and P may be 0.
+    Returns [B, P * 64] or [B, N, P * 64] in q's dtype; -inf at s >= context_lens[b], whatever the unused slots hold.
+
+    On CUDA with an e4m3 index plane: q is e4m3, or holds e4m3 numbers in a wider dtype (others are rounded); the result
+    is float32; lengths and page tables may be int32. Raises ValueError for other shapes, dtypes, strides or devices.
     """
+    if q.is_cuda and layout.quantizes_index and layout.index_head_dim >= 32:
+        _check_paged(q, plane, weights, context_lens, page_tables, layout)
+        from seamount.kernels.triton import indexer
+
+        if q.dim() == 4:
+            return indexer.paged_mqa_logits(q, plane, weights, context_lens, page_tables, layout)
+        one = (q.unsqueeze(1), plane, weights.unsqueeze(1), context_lens.unsqueeze(1), page_tables, layout)
+        return indexer.paged_mqa_logits(*one).squeeze(1)
+    if q.dim() == 4:
+        rows = (q.flatten(0, 1), plane, weights.flatten(0, 1), context_lens.flatten())
+        logits = _paged_reference(*rows, page_tables.repeat_interleave(q.shape[1], 0), layout)
+        return logits.view(*q.shape[:2], logits.shape[1])
+    return _paged_reference(q, plane, weights, context_lens, page_tables, layout)
+
+
+def _check_paged(
+    q: Tensor, plane: Tensor, weights: Tensor, context_lens: Tensor, page_tables: Tensor, layout: CacheLayout
+) -> None:
+    if q.dim() not in (3, 4) or q.shape[-1] != layout.index_head_dim:
+        raise ValueError(
+            f"q has shape {tuple(q.shape)}; it must be [B, H, D] or [B, N, H, D], D {layout.index_head_dim}"
+        )
+    if not q.is_floating_point():
+        raise ValueError(f"q is {q.dtype}; it must be float8_e4m3fn or a wider float")
+    check_plane(plane, layout, "index", q.device)
+    check_tensor("weights", weights, q.shape[:-1], q.device)
+    check_tensor("context_lens", context_lens, q.shape[:-2], q.device, INTEGERS)
+    check_tensor("page_tables", page_tables, (q.shape[0], page_tables.shape[-1]), q.device, INTEGERS)
+    if page_tables.shape[1] and page_tables.stride(1) != 1:
+        raise ValueError("page_tables has strided columns; the pages of a sequence must be adjacent")
+
+
+def _paged_reference(
+    q: Tensor, plane: Tensor, weights: Tensor, context_lens: Tensor, page_tables: Tensor, layout: CacheLayout
+) -> Tensor:
     batch, heads, dim = q.shape
     logits = torch.full((batch, page_tables.shape[1] * PAGE_SIZE), float("-inf"), dtype=q.dtype, device=q.device)
     for rows, num_pages in _similar_lengths(context_lens.tolist()):

@@ -10,6 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from seamount.kernels.arguments import INTEGERS, check_plane, check_tensor
 from seamount.kernels.dense_mla import masked_softmax
 from seamount.kernels.layout import CacheLayout, gather_slots, unpack_latent
 
@@ -26,7 +27,16 @@ def sparse_mla_decode(
     q: [B, H, C + R] float32 or float64, latent part first; plane: a latent plane [num_pages, page bytes] uint8.
     slots: [B, k] int64 physical slots, -1 for none; distinct within a row. B and k may be 0.
     Returns (out [B, H, C], lse [B, H]) in q's dtype.
+
+    On CUDA with an fp8 or bf16 plane: q may be bfloat16 (other dtypes are rounded to it), slots int32; lse is float32.
+    Slots must lie in the plane: nothing can check them before the launch. Raises ValueError for other shapes, dtypes,
+    strides or devices.
     """
+    if q.is_cuda and layout.name != "exact":
+        _check_decode(q, plane, slots, layout)
+        from seamount.kernels.triton import sparse_mla
+
+        return sparse_mla.sparse_mla_decode(q, plane, slots, layout, scale)
     batch, heads, _ = q.shape
     out = q.new_empty((batch, heads, layout.kv_lora_rank))
     lse = q.new_empty((batch, heads))
@@ -35,6 +45,17 @@ def sparse_mla_decode(
         latents = latents.view(*slots[rows].shape, layout.latent_dim)
         out[rows], lse[rows] = _attend(q[rows], latents, slots[rows] < 0, scale, layout.kv_lora_rank)
     return out, lse
+
+
+def _check_decode(q: Tensor, plane: Tensor, slots: Tensor, layout: CacheLayout) -> None:
+    if q.dim() != 3 or q.shape[2] != layout.latent_dim:
+        raise ValueError(f"q has shape {tuple(q.shape)}; it must be [B, H, {layout.latent_dim}]")
+    if q.dtype not in (torch.bfloat16, torch.float16, torch.float32):
+        raise ValueError(f"q is {q.dtype}; it must be bfloat16, float16 or float32")
+    check_plane(plane, layout, "latent", q.device)
+    if slots.dim() != 2:
+        raise ValueError(f"slots has shape {tuple(slots.shape)}; it must be [B, k]")
+    check_tensor("slots", slots, (q.shape[0], slots.shape[1]), q.device, INTEGERS)
 
 
 def sparse_mla_prefill(q: Tensor, kv: Tensor, indices: Tensor, scale: float, value_dim: int) -> tuple[Tensor, Tensor]:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from seamount.kernels.arguments import INTEGERS, check_tensor
+
 
 def topk_indices(logits: Tensor, k: int, lengths: Tensor) -> Tensor:
     """The k largest of each row's first ``lengths[t]`` scores.
@@ -14,7 +16,13 @@ def topk_indices(logits: Tensor, k: int, lengths: Tensor) -> Tensor:
 
     logits: [T, L] float, whatever beyond ``lengths[t]``; lengths: [T] int64, 0 <= lengths[t] <= L; k >= 1.
     Returns [T, k] int64: min(k, lengths[t]) distinct indices in ascending order, then -1.
+    On CUDA: logits float32 with adjacent columns, lengths int32 or int64, 0 <= L < 2^31; ValueError for anything else.
     """
+    if logits.is_cuda:
+        _check(logits, k, lengths)
+        from seamount.kernels.triton import topk
+
+        return topk.topk_indices(logits, k, lengths)
     num_rows, num_keys = logits.shape
     out = torch.full((num_rows, k), -1, dtype=torch.int64, device=logits.device)
     if num_rows == 0 or num_keys == 0:
@@ -32,3 +40,13 @@ def topk_indices(logits: Tensor, k: int, lengths: Tensor) -> Tensor:
     # Row-major order of nonzero and of the boolean assignment agree, and each row has exactly its count.
     out[torch.arange(k, device=logits.device) < counts.unsqueeze(1)] = chosen.nonzero()[:, 1]
     return out
+
+
+def _check(logits: Tensor, k: int, lengths: Tensor) -> None:
+    if logits.dim() != 2 or logits.dtype != torch.float32:
+        raise ValueError(f"logits is {logits.dtype} {tuple(logits.shape)}; it must be float32 [T, L]")
+    if logits.shape[1] > 1 and logits.stride(1) != 1:
+        raise ValueError("logits has strided columns; the scores of a row must be adjacent")
+    if k < 1:
+        raise ValueError(f"k is {k}; it must be at least 1")
+    check_tensor("lengths", lengths, (logits.shape[0],), logits.device, INTEGERS)

@@ -1,0 +1,1 @@
+"""Triton kernels for Hopper GPUs. Imported on first use with CUDA tensors: machines without a GPU need no triton."""

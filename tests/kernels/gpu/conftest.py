@@ -1,0 +1,50 @@
+from __future__ import annotations
+
+import importlib.util
+import os
+import random
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+import torch
+
+
+@pytest.fixture(scope="session")
+def formulas() -> ModuleType:
+    """The references of ``formulas.py`` beside this file."""
+    spec = importlib.util.spec_from_file_location("kernel_formulas", Path(__file__).with_name("formulas.py"))
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture
+def device() -> torch.device:
+    """A CUDA device, its generator freshly seeded; the seed is printed when a test fails."""
+    if not torch.cuda.is_available():
+        pytest.skip("no CUDA device here")
+    seed = random.SystemRandom().randrange(1 << 31)
+    print(f"seed {seed}")
+    torch.manual_seed(seed)
+    return torch.device("cuda")
+
+
+@pytest.fixture(scope="session")
+def target() -> torch.device:
+    """The GPU, or the CPU under Triton's interpreter, which tests indexing but rounds fp8 and bf16 wrongly."""
+    if torch.cuda.is_available():
+        return torch.device("cuda")
+    if os.environ.get("TRITON_INTERPRET") == "1":
+        return torch.device("cpu")
+    pytest.skip("no CUDA device here, and TRITON_INTERPRET is not 1")
+
+
+@pytest.fixture
+def poisoned(target: torch.device) -> torch.device:
+    """``target``, its free memory filled with NaN: an output that nobody writes cannot pass for a result."""
+    if target.type == "cuda":
+        torch.full((128 << 20,), float("nan"), device=target)
+    return target
