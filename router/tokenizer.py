@@ -100,7 +100,8 @@ class Tokenizer:
         """Ids of ``text`` as plain text: no control id, no BOS, whatever it spells. Empty for empty text."""
         if not text:
             return []
-        ids: list[int] = self._encoder.encode(text, add_special_tokens=False).ids
+        # The batch form lets other threads run meanwhile, and computes no offsets; the plain one holds the GIL.
+        ids: list[int] = self._encoder.encode_batch_fast([text], add_special_tokens=False)[0].ids
         return ids
 
     def encode_bytes(self, data: bytes) -> list[int]:

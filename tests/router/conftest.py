@@ -1,20 +1,31 @@
-"""What the router's tests share: a byte-level tokenizer, hostile text, generated conversations, the golden cases."""
+"""What the router's tests share: a byte-level tokenizer, hostile text, generated conversations, the golden cases,
+and ranks whose answers a test dictates."""
 
 from __future__ import annotations
 
+import asyncio
 import json
-from collections.abc import Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import grpc
 import pytest
 import tokenizers
 from hypothesis import strategies as st
 
 from seamount.router.byte_tokenizer import write_byte_tokenizer
+from seamount.router.directory import PeerRecord, new_instance
+from seamount.router.directory import Role as PeerRole
 from seamount.router.messages import Message, Role, Tool, ToolCall
+from seamount.router.ranks import Ranks
+from seamount.router.store import Store
 from seamount.router.tokenizer import Control, Tokenizer
+from seamount.router.watcher import Directory, DirectoryWatcher, Registration
+from seamount.v1 import common_pb2, worker_pb2, worker_pb2_grpc
+from seamount.wire.ids import RankId
+from seamount.wire.interceptors import rank_interceptors
 
 FRAGMENTS = [
     *(control.value for control in Control),
@@ -168,3 +179,154 @@ def tokenizer(tokenizer_folder: Path) -> Tokenizer:
 def official_tokenizer(tokenizer_folder: Path) -> tokenizers.Tokenizer:
     """With added tokens: a control literal anywhere in the text becomes its id."""
     return tokenizers.Tokenizer.from_file(str(tokenizer_folder / "tokenizer.json"))
+
+
+Frames = AsyncIterator[Any]
+
+
+class ScriptedRank(worker_pb2_grpc.WorkerServiceServicer):
+    """A rank on a real port that stands in the directory; what it answers is the test's to say.
+
+    ``on_reserve``, ``on_prefill``, ``on_generate``: called instead of the usual answers. The usual ones: a reservation
+    with ``cached_len``; a prefill that pushes all but one token; the ids from ``TOKENS`` on, one a frame.
+    """
+
+    TOKENS = 40
+
+    def __init__(self, rank_id: str, role: PeerRole) -> None:
+        self.rank_id, self.role = rank_id, role
+        self.cached_len = 0
+        self.reserved: list[worker_pb2.ReserveRequest] = []
+        self.released: list[worker_pb2.ReleaseRequest] = []
+        self.generated: list[worker_pb2.WorkerServiceGenerateRequest] = []
+        self.prefilled: list[worker_pb2.PrefillRequest] = []
+        self.on_reserve: Callable[[worker_pb2.ReserveRequest], Awaitable[worker_pb2.ReserveResponse | None]] | None = (
+            None
+        )
+        self.on_prefill: Callable[[worker_pb2.PrefillRequest], Frames] | None = None
+        self.on_generate: Callable[[worker_pb2.WorkerServiceGenerateRequest], Frames] | None = None
+        self.is_silent = False
+        self.num_cancelled = 0
+        self.address = ""
+        self._server = grpc.aio.server(interceptors=rank_interceptors(None))
+        self.registration: Registration | None = None
+
+    async def start(self, directory: Directory) -> None:
+        worker_pb2_grpc.add_WorkerServiceServicer_to_server(self, self._server)
+        self.address = f"127.0.0.1:{self._server.add_insecure_port('127.0.0.1:0')}"
+        await self._server.start()
+        record = PeerRecord(
+            peer_id=self.rank_id,
+            role=self.role,
+            address=self.address,
+            version="0",
+            process_id=1,
+            instance=new_instance(),
+        )
+        self.registration = Registration(directory, record, interval_s=0.1)
+        await self.registration.start()
+
+    async def stop(self) -> None:
+        assert self.registration is not None
+        await self.registration.stop()
+        await self._server.stop(None)
+
+    async def Reserve(self, request: worker_pb2.ReserveRequest, context: Any) -> worker_pb2.ReserveResponse:
+        self.reserved.append(request)
+        answer = await self.on_reserve(request) if self.on_reserve else None
+        return answer or worker_pb2.ReserveResponse(
+            reservation_id=f"{self.rank_id}/{request.attempt}", cached_len=self.cached_len
+        )
+
+    async def Prefill(self, request: worker_pb2.PrefillRequest, context: Any) -> Frames:
+        self.prefilled.append(request)
+        if self.on_prefill is not None:
+            async for frame in self.on_prefill(request):
+                yield frame
+            return
+        num_pushed = len(request.token_ids) - 1 - request.cached_len
+        yield worker_pb2.PrefillResponse(
+            finished=worker_pb2.PrefillFinished(num_computed_tokens=num_pushed, num_pushed_tokens=num_pushed)
+        )
+
+    async def Generate(self, request: worker_pb2.WorkerServiceGenerateRequest, context: Any) -> Frames:
+        self.generated.append(request)
+        try:
+            async for frame in (self.on_generate or self.tokens)(request):
+                yield frame
+        except (asyncio.CancelledError, GeneratorExit):
+            self.num_cancelled += 1
+            raise
+
+    async def tokens(self, request: worker_pb2.WorkerServiceGenerateRequest, *, num: int = 1 << 20) -> Frames:
+        first = request.sampling.first_output_index
+        for index in range(first, first + min(num, request.sampling.max_output_tokens)):
+            yield token_frame(self.TOKENS + index, index)
+            await asyncio.sleep(0)
+        yield finished_frame()
+
+    async def Release(self, request: worker_pb2.ReleaseRequest, context: Any) -> worker_pb2.ReleaseResponse:
+        self.released.append(request)
+        return worker_pb2.ReleaseResponse()
+
+    async def WatchState(self, request: worker_pb2.WatchStateRequest, context: Any) -> Frames:
+        while True:
+            if not self.is_silent:
+                yield worker_pb2.WatchStateResponse(
+                    state=worker_pb2.RankState(rank_id=self.rank_id, healthy=True, num_pages=100, num_free_pages=100)
+                )
+            await asyncio.sleep(0.05)
+
+
+def token_frame(token_id: int, index: int) -> worker_pb2.WorkerServiceGenerateResponse:
+    return worker_pb2.WorkerServiceGenerateResponse(
+        tokens=worker_pb2.TokenBatch(first_index=index, token_ids=[token_id])
+    )
+
+
+def finished_frame(
+    reason: int = common_pb2.FINISH_REASON_LENGTH, num_computed: int = 3
+) -> worker_pb2.WorkerServiceGenerateResponse:
+    finished = worker_pb2.GenerateFinished(reason=reason, num_computed_tokens=num_computed)  # type: ignore[arg-type]
+    finished.decode_time.FromMilliseconds(70)
+    return worker_pb2.WorkerServiceGenerateResponse(finished=finished)
+
+
+async def until(true: Callable[[], object], timeout_s: float = 5.0) -> None:
+    async with asyncio.timeout(timeout_s):
+        while not true():  # noqa: ASYNC110 - of anything
+            await asyncio.sleep(0.02)
+
+
+@dataclass(kw_only=True)
+class ScriptedSystem:
+    """Scripted ranks, and what a router has of them."""
+
+    directory: Directory
+    watcher: DirectoryWatcher
+    ranks: Ranks
+    scripted: dict[str, ScriptedRank]
+    token_frame: Callable[..., worker_pb2.WorkerServiceGenerateResponse] = token_frame
+    finished_frame: Callable[..., worker_pb2.WorkerServiceGenerateResponse] = finished_frame
+    until: Callable[..., Awaitable[None]] = until
+
+    async def add(self, rank_id: str, role: PeerRole = PeerRole.DECODE) -> ScriptedRank:
+        rank = self.scripted[rank_id] = ScriptedRank(rank_id, role)
+        await rank.start(self.directory)
+        await until(lambda: self.ranks.load(RankId(rank_id)) is not None)
+        return rank
+
+
+@pytest.fixture
+async def system(store: Store) -> AsyncIterator[ScriptedSystem]:
+    directory = Directory(store, "scripted")
+    watcher = DirectoryWatcher(directory, dead_after_s=2.0, poll_interval_s=0.05)
+    await watcher.start()
+    ranks = Ranks(watcher=watcher, worker_token=None, call_timeout_s=2.0, progress_timeout_s=1.0)
+    await ranks.start()
+    running = ScriptedSystem(directory=directory, watcher=watcher, ranks=ranks, scripted={})
+    yield running
+    await ranks.stop()
+    await watcher.stop()
+    for rank in running.scripted.values():
+        await rank.stop()

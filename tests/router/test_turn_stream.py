@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 
-from seamount.router.turn_stream import TurnStream
+from seamount.router.turn_stream import MAX_EVENTS_PER_BATCH, TurnStream
 from seamount.v1.events_pb2 import TurnEvent
 
 
@@ -31,3 +31,12 @@ async def test_early_late_and_leaving_followers() -> None:
     assert await asyncio.wait_for(collect(stream), 1) == [1, 2, 3]
     await asyncio.gather(leaver, return_exceptions=True)
     assert leaver.cancelled()
+
+
+async def test_who_comes_late_gets_messages_of_a_bounded_size() -> None:
+    stream = TurnStream()
+    stream.append([event(number) for number in range(1, 3 * MAX_EVENTS_PER_BATCH)])
+    stream.close()
+    batches = [[item.sequence for item in batch] async for batch in stream.follow()]
+    assert max(map(len, batches)) == MAX_EVENTS_PER_BATCH
+    assert [number for batch in batches for number in batch] == list(range(1, 3 * MAX_EVENTS_PER_BATCH))
