@@ -13,8 +13,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-# Elements of the [heads, rows, keys] scores that exist at one time.
-_TILE_ELEMENTS = 1 << 19
+# Elements of the [heads, rows, keys] scores that exist at one time; more where they are too few rows: every tile of
+# rows reads all keys again.
+_TILE_ELEMENTS = 1 << 21
+_MIN_TILE_ROWS = 16
 
 
 def dense_mla(q: Tensor, kv: Tensor, visible: Tensor, scale: float, value_dim: int) -> tuple[Tensor, Tensor]:
@@ -28,7 +30,7 @@ def dense_mla(q: Tensor, kv: Tensor, visible: Tensor, scale: float, value_dim: i
     num_rows, heads, _ = q.shape
     out = q.new_empty((num_rows, heads, value_dim))
     lse = q.new_empty((num_rows, heads))
-    tile = max(1, _TILE_ELEMENTS // max(1, heads * kv.shape[0]))
+    tile = max(_MIN_TILE_ROWS, _TILE_ELEMENTS // max(1, heads * kv.shape[0]))
     for start in range(0, num_rows, tile):
         rows = slice(start, start + tile)
         scores = (q[rows].flatten(0, 1) @ kv.T).view(*q[rows].shape[:2], kv.shape[0])
@@ -47,7 +49,7 @@ def dense_mha(q: Tensor, k: Tensor, v: Tensor, visible: Tensor, scale: float) ->
     out = q.new_empty((num_rows, heads, v.shape[-1]))
     lse = q.new_empty((num_rows, heads))
     keys, values = k.permute(1, 2, 0), v.transpose(0, 1)
-    tile = max(1, _TILE_ELEMENTS // max(1, heads * k.shape[0]))
+    tile = max(_MIN_TILE_ROWS, _TILE_ELEMENTS // max(1, heads * k.shape[0]))
     for start in range(0, num_rows, tile):
         rows = slice(start, start + tile)
         scores = torch.bmm(q[rows].transpose(0, 1), keys)
