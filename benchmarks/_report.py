@@ -6,7 +6,7 @@ import json
 import os
 import platform
 import statistics
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -15,6 +15,7 @@ from rich.console import Console
 from rich.table import Table
 
 RESULTS = Path(__file__).parent / "results"
+WIDTH_OF_FILES = 180
 Row = dict[str, str | int | float]
 
 
@@ -33,21 +34,34 @@ def machine() -> str:
     return f"{os.cpu_count()} cores, {model}, Python {platform.python_version()}, torch {torch.__version__}"
 
 
-def publish(name: str, rows: Sequence[Row], *, as_json: bool) -> None:
-    """Print rows (all with the same keys) and write them, with date and machine, to ``results/<name>.jsonl``."""
-    stamp = {"benchmark": name, "date": datetime.now(UTC).date().isoformat(), "machine": machine()}
+def load_average() -> float:
+    """Of the last minute. Take it before the benchmark begins: other work on the machine shows in it."""
+    return round(os.getloadavg()[0], 2)
+
+
+def publish(
+    name: str, rows: Sequence[Row], *, as_json: bool, load: float, constants: Mapping[str, float] | None = None
+) -> None:
+    """Print rows (all with the same keys) and write them, with date and machine, to ``results/<name>.jsonl``.
+
+    load: ``load_average`` before the run. constants: of the whole run, the same in every line.
+    """
+    stamp: Row = {"benchmark": name, "date": datetime.now(UTC).date().isoformat(), "machine": machine()}
+    stamp |= {"load_before": load, **(constants or {})}
     lines = [json.dumps({**stamp, **row}) for row in rows]
     RESULTS.mkdir(exist_ok=True)
     (RESULTS / f"{name}.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
     if as_json:
         print("\n".join(lines))
         return
-    table = Table(title=f"{name}: {stamp['machine']}")
+    about = [f"{key} {value:,.2f}" for key, value in stamp.items() if isinstance(value, float)]
+    table = Table(title=f"{name}: {', '.join([str(stamp['machine']), *about])}")
     for key in rows[0]:
         table.add_column(key, justify="right" if not isinstance(rows[0][key], str) else "left")
     for row in rows:
         table.add_row(*(f"{value:,.2f}" if isinstance(value, float) else str(value) for value in row.values()))
-    Console().print(table)
+    console = Console()
+    (console if console.is_terminal else Console(width=WIDTH_OF_FILES)).print(table)
 
 
 def _cpuinfo() -> list[str]:

@@ -5,8 +5,9 @@ what differs is the router: authentication, Redis, rendering, placement, parsing
 rounds. Streams pause for a moment between turns, the same random moments in both ways: without it, the streams of the
 direct way stay in step with each other, compute all their prompts in one batch, and that is what would be measured.
 
-    python -m benchmarks.latency                     the table of docs/performance.md
-    python -m benchmarks.latency --turns 20 --json   a quick look, as JSON lines
+    python -m benchmarks.latency                                           the table of docs/performance.md
+    python -m benchmarks.latency --turns 1000 --turns-many 500 --rounds 20   tails, and steadier medians
+    python -m benchmarks.latency --turns 20 --turns-many 1 --rounds 2        a quick look
 """
 
 from __future__ import annotations
@@ -25,9 +26,10 @@ from typing import Annotated
 import grpc
 import typer
 from google.protobuf import duration_pb2
+from rich.console import Console
 from rich.progress import Progress
 
-from benchmarks._report import Row, percentile, publish
+from benchmarks._report import Row, load_average, percentile, publish
 from seamount.cluster.checkpoint import init_checkpoint
 from seamount.cluster.local import LocalCluster
 from seamount.cluster.settings import validate
@@ -43,10 +45,10 @@ from seamount.v1 import (
     worker_pb2_grpc,
 )
 
-NUM_OUTPUT = 64
 MAX_PAUSE_S = 0.1
 PROMPT_WORDS = 24
-STREAMS = (1, 4, 16)
+STREAMS = {1: 16, 4: 64, 16: 64}
+"""Streams to the output tokens of a turn: one stream is for latencies, which come with few tokens."""
 
 
 @dataclass(slots=True)
@@ -66,6 +68,7 @@ class Router:
     """A turn of a fresh session through the router; the session is made beforehand."""
 
     def __init__(self, address: str, forced: list[int]) -> None:
+        self.num_output = len(forced)
         self._channel = grpc.aio.insecure_channel(address)
         self._sessions = session_pb2_grpc.SessionServiceStub(self._channel)
         self._metadata = ((FORCED_TOKENS_KEY, ",".join(map(str, forced))),)
@@ -76,14 +79,14 @@ class Router:
         )
         request = session_pb2.RunTurnRequest(session_id=created.session.id, idempotency_key="1")
         request.messages.add(role=common_pb2.ROLE_USER, content=text)
-        request.sampling.max_output_tokens = NUM_OUTPUT
+        request.sampling.max_output_tokens = self.num_output
         arrivals: list[float] = []
         began = time.perf_counter()
         async for response in self._sessions.RunTurn(request, metadata=self._metadata):
             now = time.perf_counter()
             # One printable character a token: each token is one content event.
             arrivals += [now for event in response.events if event.WhichOneof("event") == "content_delta"]
-        assert len(arrivals) == NUM_OUTPUT, len(arrivals)
+        assert len(arrivals) == self.num_output, len(arrivals)
         measured.add(began, arrivals)
 
     async def close(self) -> None:
@@ -96,6 +99,7 @@ class Direct:
     def __init__(self, addresses: list[str], forced: list[int], tokenizer: AsyncClient) -> None:
         self._channels = [grpc.aio.insecure_channel(address) for address in addresses]
         self._workers = [worker_pb2_grpc.WorkerServiceStub(channel) for channel in self._channels]
+        self.num_output = len(forced)
         self._forced = forced
         self._tokenizer = tokenizer
         self._num_turns = 0
@@ -122,14 +126,14 @@ class Direct:
             reservation_id=reserved.reservation_id,
             epoch=1,
             sampling=worker_pb2.ResolvedSampling(
-                temperature=1.0, top_p=0.95, seed=1, max_output_tokens=NUM_OUTPUT, num_logprobs=-1
+                temperature=1.0, top_p=0.95, seed=1, max_output_tokens=self.num_output, num_logprobs=-1
             ),
             forced_token_ids=self._forced,
         )
         async for response in worker.Generate(request):
             now = time.perf_counter()
             arrivals += [now] * len(response.tokens.token_ids)
-        assert len(arrivals) == NUM_OUTPUT, len(arrivals)
+        assert len(arrivals) == self.num_output, len(arrivals)
         measured.add(began, arrivals)
         await worker.Release(worker_pb2.ReleaseRequest(reservation_id=reserved.reservation_id))
 
@@ -151,10 +155,10 @@ async def measure(way: Router | Direct, num_streams: int, num_turns: int, measur
 
     began = time.perf_counter()
     await asyncio.gather(*(stream() for _ in range(num_streams)))
-    measured.rates.append(num_turns * NUM_OUTPUT / (time.perf_counter() - began))
+    measured.rates.append(num_turns * way.num_output / (time.perf_counter() - began))
 
 
-async def run(num_turns: int, num_rounds: int, folder: Path) -> list[Row]:
+async def run(num_turns: int, num_turns_many: int, num_rounds: int, folder: Path) -> list[Row]:
     checkpoint = folder / "checkpoint"
     init_checkpoint(checkpoint, seed=1, geometry="demo")
     settings = validate(
@@ -167,35 +171,37 @@ async def run(num_turns: int, num_rounds: int, folder: Path) -> list[Row]:
             "cache": {"num_pages": 1024},
         }
     )
-    forced = Tokenizer.load(checkpoint).encode("abcdefghijklmnopqrstuvwxyz")
-    forced = [forced[index % len(forced)] for index in range(NUM_OUTPUT)]
+    letters = Tokenizer.load(checkpoint).encode("abcdefghijklmnopqrstuvwxyz")
     rows: list[Row] = []
     async with (
         LocalCluster(settings=settings, allow_forced_tokens=True) as cluster,
         AsyncClient(cluster.address) as client,
     ):
         decode = [p.address for name, p in cluster.processes.items() if name.startswith("decode")]
-        ways: dict[str, Router | Direct] = {
-            "router": Router(cluster.address, forced),
-            "direct": Direct(decode, forced, client),
-        }
-        with Progress() as progress:
-            task = progress.add_task("turns", total=len(STREAMS) * num_rounds * len(ways))
-            for num_streams in STREAMS:
+        with Progress(console=Console(stderr=True)) as progress:
+            task = progress.add_task("rounds", total=len(STREAMS) * num_rounds * 2)
+            for num_streams, num_output in STREAMS.items():
+                forced = [letters[index % len(letters)] for index in range(num_output)]
+                ways: dict[str, Router | Direct] = {
+                    "router": Router(cluster.address, forced),
+                    "direct": Direct(decode, forced, client),
+                }
                 results = {name: Measured() for name in ways}
                 for way in ways.values():
                     await measure(way, num_streams, num_streams * 2, Measured())  # warm
+                wanted = num_turns if num_streams == 1 else num_turns_many
+                per_round = max(2 * num_streams, wanted // num_rounds)
                 for _ in range(num_rounds):
                     for name, way in ways.items():
-                        await measure(way, num_streams, max(2 * num_streams, num_turns // num_rounds), results[name])
+                        await measure(way, num_streams, per_round, results[name])
                         progress.advance(task)
-                rows += [row(name, num_streams, results) for name in results]
-        for way in ways.values():
-            await way.close()
+                rows += [row(name, num_streams, num_output, results) for name in results]
+                for way in ways.values():
+                    await way.close()
     return rows
 
 
-def row(name: str, num_streams: int, results: dict[str, Measured]) -> Row:
+def row(name: str, num_streams: int, num_output: int, results: dict[str, Measured]) -> Row:
     """One line; the last two columns compare with the direct way of the same run."""
     mine, direct = results[name], results["direct"]
     rate, direct_rate = percentile(mine.rates, 0.5), percentile(direct.rates, 0.5)
@@ -203,6 +209,7 @@ def row(name: str, num_streams: int, results: dict[str, Measured]) -> Row:
         "way": name,
         "streams": num_streams,
         "turns": len(mine.first_token),
+        "output_tokens": num_output,
         "first_ms_p50": percentile(mine.first_token, 0.5) * 1e3,
         "first_ms_p99": percentile(mine.first_token, 0.99) * 1e3,
         "inter_ms_p50": percentile(mine.inter_token, 0.5) * 1e3,
@@ -214,15 +221,20 @@ def row(name: str, num_streams: int, results: dict[str, Measured]) -> Row:
 
 
 def main(
-    turns: Annotated[int, typer.Option(help="Turns of each way at each number of streams.")] = 200,
-    rounds: Annotated[int, typer.Option(help="The two ways alternate this often.")] = 10,
+    turns: Annotated[int, typer.Option(min=1, help="Turns of each way with one stream.")] = 200,
+    turns_many: Annotated[int, typer.Option(min=1, help="Turns of each way with several streams.")] = 64,
+    rounds: Annotated[int, typer.Option(min=1, help="The two ways alternate this often.")] = 4,
     json: Annotated[bool, typer.Option("--json", help="JSON lines instead of a table.")] = False,
 ) -> None:
-    """Measure on this machine; a minute or two."""
+    """Measure on this machine; a few minutes.
+
+    Examples: python -m benchmarks.latency --turns 20 --turns-many 1 --rounds 2 · python -m benchmarks.latency --json
+    """
+    load = load_average()
     os.environ.setdefault("GRPC_VERBOSITY", "ERROR")
     with tempfile.TemporaryDirectory() as name:
-        rows = asyncio.run(run(turns, rounds, Path(name)))
-    publish("latency", rows, as_json=json)
+        rows = asyncio.run(run(turns, turns_many, rounds, Path(name)))
+    publish("latency", rows, as_json=json, load=load)
 
 
 if __name__ == "__main__":
