@@ -121,3 +121,13 @@ def test_estimates() -> None:
     assert remote_s(
         replace(BASE, pull_bytes_per_s=0, push_bytes_per_s=0), 5000, 1000, tokens_per_s=1000
     ) == pytest.approx(1.0)
+
+
+def test_a_prefill_rank_that_has_computed_nothing_yet_counts_like_its_peers() -> None:
+    """A new rank must get work, or it would never be measured."""
+    busy = load("p1", num_queued_prefill_tokens=50_000)
+    fresh = load("p2", prefill_tokens_per_s=0.0)
+    slow_decode = load("d", prefill_tokens_per_s=10.0)
+    chosen = choose_path(slow_decode, [busy, fresh], num_cached=0, num_missing=5000, rules=PathRules())
+    assert chosen is not None
+    assert chosen.rank_id == "p2"

@@ -18,7 +18,7 @@ from seamount.v1 import worker_pb2, worker_pb2_grpc
 from seamount.wire import logs
 from seamount.wire.credentials import bearer
 from seamount.wire.errors import Internal, InvalidArgument, ResourceExhausted, Unauthenticated, from_rpc_error
-from seamount.wire.interceptors import rank_interceptors
+from seamount.wire.interceptors import listening, rank_interceptors
 
 TOKEN = "a-token-of-twenty-chars"
 CANARY = "the user's own words 7c1e"
@@ -227,3 +227,16 @@ async def test_with_the_token_methods_answer() -> None:
         with pytest.raises(grpc.aio.AioRpcError) as caught:
             await channel.unary_unary("/seamount.v1.WorkerService/NoSuchMethod")(b"", metadata=bearer(TOKEN), timeout=5)
         assert caught.value.code() is grpc.StatusCode.UNIMPLEMENTED
+
+
+async def test_an_address_that_cannot_be_used_is_named() -> None:
+    taken = grpc.aio.server(options=[("grpc.so_reuseport", 0)])
+    port = listening(taken.add_insecure_port, "127.0.0.1:0", field="router.port")
+    second = grpc.aio.server(options=[("grpc.so_reuseport", 0)])
+    for address in (f"127.0.0.1:{port}", "203.0.113.9:7"):
+        with pytest.raises(InvalidArgument) as caught:
+            listening(second.add_insecure_port, address, field="router.port")
+        assert caught.value.field == "router.port"
+        assert address in caught.value.message
+    await taken.stop(None)
+    await second.stop(None)

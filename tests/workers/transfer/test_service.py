@@ -430,6 +430,38 @@ async def test_a_superseded_reservation_frees_its_pages_at_once(new_rank: NewRan
         await stream.finish()
 
 
+async def test_a_later_push_takes_over_from_one_that_was_given_up(new_rank: NewRank, seed: int) -> None:
+    """The first prefill rank hangs with its push open; the router has sent another one."""
+    hung, other, decode = await new_rank("hung"), await new_rank("other"), await new_rank("decode")
+    hung.fill(seed)
+    other.fill(seed + 1)
+    theirs = decode.reserve(IDS[:300])
+    from_hung, ours = hung.reserve(IDS[:300]), other.reserve(IDS[:300])
+    stuck = await push(hung, decode, from_hung, theirs, 0, 299)
+    feed_in_chunks(stuck, 0, 100, 100)
+    await until(lambda: theirs.computed_len == 100)
+    stream = await push(other, decode, ours, theirs, 100, 299)
+    feed_in_chunks(stuck, 100, 299, 100)  # it wakes up, and writes nowhere
+    feed_in_chunks(stream, 100, 299, 100)
+    assert await stream.finish() == 299
+    assert theirs.computed_len == 299
+    assert_same_rows(other, ours, decode, theirs, 100, 299)
+    with pytest.raises(SeamountError):
+        await stuck.finish()
+
+
+async def test_a_receive_can_be_ended_before_its_first_frame(new_rank: NewRank) -> None:
+    """What a Generate does where the prefill rank that pushed has died or hangs."""
+    prefill, decode = await new_rank("prefill"), await new_rank("decode")
+    ours, theirs = prefill.reserve(IDS[:300]), decode.reserve(IDS[:300])
+    stream = await push(prefill, decode, ours, theirs, 0, 299)
+    assert theirs.receive is not None
+    decode.transfer.abort(theirs.id)
+    await until(lambda: theirs.receive is None)
+    with pytest.raises(SeamountError):
+        await stream.finish()
+
+
 async def test_closing_a_rank_ends_its_transfers(new_rank: NewRank) -> None:
     prefill, decode = await new_rank("prefill"), await new_rank("decode")
     ours, theirs = prefill.reserve(IDS[:500]), decode.reserve(IDS[:500])

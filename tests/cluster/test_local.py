@@ -1,0 +1,28 @@
+"""What plain processes refuse before anything starts."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from seamount.cluster.local import LocalCluster
+from seamount.cluster.settings import NODE_ADDRESS, validate
+from seamount.wire.errors import InvalidArgument
+
+
+async def test_the_address_of_a_node_is_rays_to_resolve(tmp_path: Path) -> None:
+    token = tmp_path / "token"
+    token.write_text("worker-token-0123456789abcdef\n")
+    settings = validate(
+        {
+            "run_dir": str(tmp_path / "run"),
+            "model": {"path": str(tmp_path)},
+            "pools": {"host": NODE_ADDRESS},
+            "router": {"worker_token_file": str(token)},
+        }
+    )
+    with pytest.raises(InvalidArgument) as caught:
+        await LocalCluster(settings=settings).__aenter__()
+    assert caught.value.field == "pools.host"
+    assert not (tmp_path / "run").exists()
