@@ -86,7 +86,7 @@ class Generation:
                 await self._give_up_rank(lost)
             except ReservationGone as gone:
                 self._count_loss(gone)
-                self._forget_reservation()
+                await self.release(None)
 
     async def release(self, keep_len: int | None) -> None:
         """End the reservation, keeping the first ``keep_len`` cached tokens. Best effort: a reservation expires."""

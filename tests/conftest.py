@@ -11,7 +11,6 @@ import pytest
 from seamount.cluster.redis_server import RedisServer
 from seamount.router.store import Store
 
-
 _figures = pytest.StashKey[list[tuple[str, str]]]()
 
 

@@ -82,7 +82,7 @@ async def test_a_reservation_that_ended_is_made_anew_and_the_rank_is_not_blamed(
     assert rank.generated[1].sampling.first_output_index == 1
     assert system.ranks.load("decode-a") is not None, "a rank that forgot one reservation is alive"
     assert generation.account.num_retries == 1
-    assert [release.reservation_id for release in rank.released] == ["decode-a/2"]
+    assert [release.reservation_id for release in rank.released] == ["decode-a/1", "decode-a/2"]
 
 
 async def test_a_request_that_the_rank_ended_is_no_answer(system: Any, make: Make) -> None:
