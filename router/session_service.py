@@ -90,8 +90,12 @@ def forced_token_ids(context: Context) -> list[int]:
     """Ids of the call's metadata; empty without it. Raises ``InvalidArgument`` for anything but numbers."""
     for key, value in context.invocation_metadata() or ():
         if key == FORCED_TOKENS_KEY:
-            try:
-                return [int(part) for part in str(value).split(",")]
-            except ValueError:
-                raise InvalidArgument("forced token ids are comma-separated numbers", field=FORCED_TOKENS_KEY) from None
+            parts = str(value).split(",")
+            if not all(
+                len(part) <= 10 and part.isascii() and part.isdecimal() and int(part) < 1 << 32 for part in parts
+            ):
+                raise InvalidArgument(
+                    "forced token ids are comma-separated numbers from 0 to 2^32 - 1", field=FORCED_TOKENS_KEY
+                )
+            return [int(part) for part in parts]
     return []
