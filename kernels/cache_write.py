@@ -10,6 +10,7 @@ from torch import Tensor
 from seamount.kernels.hadamard import hadamard_transform
 from seamount.kernels.layout import CacheLayout, pack_index_key, pack_latent, scatter_slots
 from seamount.kernels.norms import layer_norm, rms_norm
+from seamount.kernels.quant import quantize
 from seamount.kernels.rope import apply_rope_half, apply_rope_interleaved
 
 
@@ -28,10 +29,14 @@ def write_latent(
 
     plane: a latent plane [num_pages, page bytes] uint8; slots: [T] int64, distinct; T may be 0.
     latent: [T, C] and rope_key: [T, R], the two parts of kv_a_proj's output; norm_weight: [C]; cos, sin: [T, R / 2].
-    Raises IndexError for a slot outside the plane.
+    Raises IndexError for a slot outside the plane; on a GPU such a slot is skipped instead.
     """
+    if plane.is_cuda and layout.name != "exact" and layout.dtype != torch.float64:
+        from seamount.kernels.triton import cache_write
+
+        return cache_write.write_latent(plane, slots, latent, rope_key, norm_weight, eps, cos, sin, layout)
     rows = pack_latent(rms_norm(latent, norm_weight, eps), apply_rope_interleaved(rope_key, cos, sin), layout)
-    scatter_slots(plane, slots, rows, layout, "latent")
+    return scatter_slots(plane, slots, rows, layout, "latent")
 
 
 def write_index_key(
@@ -49,19 +54,39 @@ def write_index_key(
 
     plane: an index plane [num_pages, page bytes] uint8; slots: [T] int64, distinct; T may be 0.
     key: [T, D], wk's output; norm_weight, norm_bias: [D]; cos, sin: [T, R / 2].
-    Raises IndexError for a slot outside the plane.
+    Raises IndexError for a slot outside the plane; on a GPU such a slot is skipped instead.
     """
+    if plane.is_cuda and layout.quantizes_index and norm_weight.dtype == torch.float32 and layout.index_head_dim >= 16:
+        from seamount.kernels.triton import cache_write
+
+        return cache_write.write_index_key(plane, slots, key, norm_weight, norm_bias, eps, cos, sin, layout)
     # From here on in the norm's dtype: nothing is rounded between the projection and the quantiser.
     normed = layer_norm(key.to(norm_weight.dtype), norm_weight, norm_bias, eps)
     rows = pack_index_key(rotate_index_vectors(normed, cos, sin), layout)
-    scatter_slots(plane, slots, rows, layout, "index")
+    return scatter_slots(plane, slots, rows, layout, "index")
 
 
 def rotate_index_vectors(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """What indexer queries [T, H, D] and keys [T, D] share: half-split rope on the first R channels, then Hadamard."""
     rope_dim = 2 * cos.shape[-1]
+    if x.is_cuda and torch.float64 not in (x.dtype, cos.dtype) and x.shape[-1] >= 16:
+        from seamount.kernels.triton import cache_write
+
+        return cache_write.rotate_index_vectors(x, cos, sin)
     rotated = apply_rope_half(x[..., :rope_dim], cos, sin)
     return hadamard_transform(torch.cat((rotated, x[..., rope_dim:]), dim=-1))
+
+
+def rotate_quantize_index_vectors(x: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
+    """``rotate_index_vectors``, then one scale a vector: what scoring e4m3 keys takes of the queries.
+
+    x: [T, H, D]. Returns (q [T, H, D] float8_e4m3fn, s [T, H, 1] float32).
+    """
+    if x.is_cuda and torch.float64 not in (x.dtype, cos.dtype) and x.shape[-1] >= 16:
+        from seamount.kernels.triton import cache_write
+
+        return cache_write.rotate_quantize_index_vectors(x, cos, sin)
+    return quantize(rotate_index_vectors(x, cos, sin), block_size=x.shape[-1])
 
 
 def page_checksum(pages: Tensor) -> Tensor:
@@ -76,6 +101,10 @@ def page_checksum(pages: Tensor) -> Tensor:
     """
     if pages.shape[1] % 4:
         raise ValueError(f"pages have {pages.shape[1]} bytes; checksums need a multiple of 4")
+    if pages.is_cuda:
+        from seamount.kernels.triton import cache_write
+
+        return cache_write.page_checksum(pages)
     words = pages.view(torch.int32)
     multipliers = _multipliers(words.shape[1], pages.device)
     sums = torch.empty(pages.shape[0], dtype=torch.int64, device=pages.device)

@@ -13,6 +13,10 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
 
     x: [..., D]; weight: [D]. Computes in float32 (float64 for float64 x), weight included; returns x's shape and dtype.
     """
+    if x.is_cuda and x.dtype != torch.float64:
+        from seamount.kernels.triton import elementwise
+
+        return elementwise.rms_norm(x, weight, eps)
     wide = wide_dtype(x.dtype)
     values = x.to(wide)
     scale = torch.rsqrt(values.square().mean(dim=-1, keepdim=True) + eps)
@@ -21,5 +25,9 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
 
 def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
     """(x - mean) / sqrt(variance + eps) * weight + bias over the last dimension; dtypes as in ``rms_norm``."""
+    if x.is_cuda and x.dtype != torch.float64:
+        from seamount.kernels.triton import elementwise
+
+        return elementwise.layer_norm(x, weight, bias, eps)
     wide = wide_dtype(x.dtype)
     return torch.nn.functional.layer_norm(x.to(wide), (x.shape[-1],), weight.to(wide), bias.to(wide), eps).to(x.dtype)

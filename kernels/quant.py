@@ -32,6 +32,10 @@ def quantize(x: Tensor, block_size: int = BLOCK_SIZE) -> tuple[Tensor, Tensor]:
     channels = x.shape[-1]
     if channels % block_size:
         raise ValueError(f"x has {channels} channels; quantising needs a multiple of {block_size}")
+    if x.is_cuda and x.dtype != torch.float64 and block_size >= 16 and not block_size & (block_size - 1):
+        from seamount.kernels.triton import elementwise
+
+        return elementwise.quantize(x, block_size)
     blocks = x.to(wide_dtype(x.dtype)).reshape(*x.shape[:-1], channels // block_size, block_size)
     scales = _power_of_two_at_least(blocks.abs().amax(dim=-1).clamp_min(AMAX_FLOOR) / E4M3_MAX)
     # Dividing by a power of two is exact, so the cast's is the only rounding.

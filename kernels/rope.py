@@ -61,6 +61,10 @@ def apply_rope_interleaved(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     x: [T, dim] or [T, H, dim]; cos, sin: [T, dim / 2]. Computes in the wider of both
     dtypes, returns x's shape and dtype.
     """
+    if x.is_cuda and torch.float64 not in (x.dtype, cos.dtype):
+        from seamount.kernels.triton import elementwise
+
+        return elementwise.apply_rope(x, cos, sin, interleaved=True)
     cos, sin = _over_heads(x, cos), _over_heads(x, sin)
     even, odd = x[..., 0::2], x[..., 1::2]
     return torch.stack((even * cos - odd * sin, even * sin + odd * cos), dim=-1).flatten(-2).to(x.dtype)
@@ -74,6 +78,10 @@ def apply_rope_half(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     Shapes and dtypes as in ``apply_rope_interleaved``. The two are not interchangeable: each model part was trained
     with its own.
     """
+    if x.is_cuda and torch.float64 not in (x.dtype, cos.dtype):
+        from seamount.kernels.triton import elementwise
+
+        return elementwise.apply_rope(x, cos, sin, interleaved=False)
     cos, sin = _over_heads(x, cos), _over_heads(x, sin)
     first, second = x.chunk(2, dim=-1)
     return torch.cat((first * cos - second * sin, first * sin + second * cos), dim=-1).to(x.dtype)

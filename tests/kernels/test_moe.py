@@ -6,7 +6,8 @@ from typing import Any
 import pytest
 import torch
 
-from seamount.kernels.moe import gate
+from seamount.kernels.moe import combine, gate, group_by_expert, permute, permute_quantize
+from seamount.kernels.quant import quantize
 
 
 def _expected(logits: list[float], bias: list[float], groups: int, keep: int, k: int) -> tuple[list[int], list[float]]:
@@ -52,6 +53,45 @@ def test_narrow_inputs_are_scored_in_float32(generator: torch.Generator) -> None
     assert narrow[0].dtype == torch.float32
     assert torch.equal(narrow[0], wide[0])
     assert torch.equal(narrow[1], wide[1])
+
+
+@pytest.mark.parametrize(("rows", "k", "experts"), [(0, 3, 4), (1, 1, 1), (9, 3, 5)])
+def test_rows_go_to_their_experts_and_back(rows: int, k: int, experts: int, generator: torch.Generator) -> None:
+    """Ids outside the range are another rank's: they have no row and add nothing."""
+    ids = torch.randint(-1, experts + 1, (rows, k), generator=generator)
+    x = torch.randn((rows, 128), generator=generator, dtype=torch.float64)
+    order = group_by_expert(ids, experts)
+    moved = permute(x, order)
+    chosen = [(e, t, j) for e in range(experts) for t in range(rows) for j in range(k) if ids[t, j] == e]
+    assert order.offsets.tolist() == [sum(e < bound for e, _, _ in chosen) for bound in range(experts + 1)]
+    for row, (_, t, j) in enumerate(chosen):
+        assert torch.equal(moved[row], x[t])
+        assert order.rows[t, j] == row
+        assert order.tokens[row] == t
+    assert (order.tokens[len(chosen) :] == -1).all()
+    assert (order.rows[(ids < 0) | (ids >= experts)] == -1).all()
+    values, scales = permute_quantize(x, order)
+    expected = quantize(moved)
+    assert torch.equal(values[: len(chosen)].view(torch.uint8), expected[0][: len(chosen)].view(torch.uint8))
+    assert torch.equal(scales[: len(chosen)], expected[1][: len(chosen)])
+    moved[len(chosen) :] = float("nan")
+    weights = torch.rand((rows, k), generator=generator, dtype=torch.float64)
+    shared = torch.randn((rows, 128), generator=generator, dtype=torch.float64)
+    kept = ((ids >= 0) & (ids < experts)) * weights
+    assert torch.allclose(combine(moved, order, weights), x * kept.sum(1, keepdim=True))
+    assert torch.allclose(combine(moved, order, weights, shared), x * kept.sum(1, keepdim=True) + shared)
+
+
+def test_bad_routing_arguments() -> None:
+    with pytest.raises(ValueError, match="ids"):
+        group_by_expert(torch.zeros((2, 2), dtype=torch.int32), 4)
+    order = group_by_expert(torch.zeros((2, 2), dtype=torch.int64), 4)
+    with pytest.raises(ValueError, match="2 tokens"):
+        permute(torch.zeros(3, 128), order)
+    with pytest.raises(ValueError, match="multiple of 128"):
+        permute_quantize(torch.zeros(2, 100), order)
+    with pytest.raises(ValueError, match="weights"):
+        combine(torch.zeros(4, 128), order, torch.zeros(2, 3))
 
 
 def _gate(x: Any, weight: Any, bias: Any, groups: int, keep: int, k: int) -> Any:

@@ -1,0 +1,163 @@
+"""The block-scaled FP8 product, built for few rows: the weight's bytes are what it waits for.
+
+    out[m, n] = sum over K blocks b of  xs[m, b] ws[n // 128, b]  (sum over k in b of  x[m, k] w[n, k])
+
+Tiles: the weight is the left operand (64 or 128 of its rows), the tokens the right one (16 .. 128), so that wgmma's
+64 rows are filled at any M. One dot a K block of 128, into a fresh float32 accumulator, then one multiply-add by both
+scales in registers. The weight goes through shared memory by asynchronous copies, several blocks ahead. Where the tiles
+leave multiprocessors idle, K is split: partial tiles go to memory and the last program to arrive sums them in the order
+of the splits, so the result does not depend on who was last.
+Bytes: N K + M K + 2 M N, scales 1 / 32 of that; splits add 8 M N each (they stay in the L2).
+For many rows ``torch._scaled_mm`` (cuBLASLt's 1x128 by 128x128 product, the same bits) does the work: it overlaps the
+scaling of one block with the product of the next, which a Triton loop cannot.
+"""
+
+from functools import cache
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+_BLOCK_K = tl.constexpr(128)
+_MAX_TILES = 1 << 16
+_FEW_COLUMNS = 4096
+
+
+@triton.jit
+def accumulate(
+    x_ptr, x_scale_ptr, weight_ptr, weight_scale_ptr, rows, columns, first_block, last_block, num_blocks,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
+    """The float32 tile [BLOCK_N, BLOCK_M] of weight rows ``columns`` by token rows ``rows`` (both in range)."""
+    inner = tl.arange(0, _BLOCK_K)
+    size = num_blocks * _BLOCK_K
+    x_ptrs = x_ptr + rows.to(tl.int64)[:, None] * size + inner[None, :]
+    weight_ptrs = weight_ptr + columns.to(tl.int64)[:, None] * size + inner[None, :]
+    x_scale_ptrs = x_scale_ptr + rows.to(tl.int64) * num_blocks
+    # BLOCK_N divides 128: the tile lies within one block of the weight's scales.
+    weight_scale_ptrs = weight_scale_ptr + tl.min(columns, axis=0) // _BLOCK_K * num_blocks
+    total = tl.zeros((BLOCK_N, BLOCK_M), dtype=tl.float32)
+    for block in tl.range(first_block, last_block, num_stages=STAGES):
+        weight = tl.load(weight_ptrs + block * _BLOCK_K)
+        x = tl.load(x_ptrs + block * _BLOCK_K)
+        scale = tl.load(x_scale_ptrs + block) * tl.load(weight_scale_ptrs + block)
+        total += tl.dot(weight, tl.trans(x)) * scale[None, :]
+    return total
+
+
+@triton.jit
+def _gemm_kernel(
+    x_ptr, x_scale_ptr, weight_ptr, weight_scale_ptr, out_ptr, partial_ptr, arrived_ptr,
+    num_rows, num_columns, num_blocks, splits,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, SPLIT: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
+    tile_m, tile_n, split = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    rows = tile_m * BLOCK_M + tl.arange(0, BLOCK_M)
+    columns = tile_n * BLOCK_N + tl.arange(0, BLOCK_N)
+    per_split = tl.cdiv(num_blocks, splits)
+    first = split * per_split
+    # Rows past the end repeat the last one and are not stored: no masks on the way in.
+    total = accumulate(
+        x_ptr, x_scale_ptr, weight_ptr, weight_scale_ptr,
+        tl.minimum(rows, num_rows - 1), tl.minimum(columns, num_columns - 1),
+        first, tl.minimum(first + per_split, num_blocks), num_blocks, BLOCK_M, BLOCK_N, STAGES,
+    )  # fmt: skip
+    out_ptrs = out_ptr + rows.to(tl.int64)[None, :] * num_columns + columns[:, None]
+    inside = (rows < num_rows)[None, :] & (columns < num_columns)[:, None]
+    if not SPLIT:
+        tl.store(out_ptrs, total.to(tl.bfloat16), mask=inside)
+    else:
+        tile = tile_n * tl.num_programs(0) + tile_m
+        num_tiles = tl.num_programs(0) * tl.num_programs(1)
+        inner = tl.arange(0, BLOCK_N)[:, None] * BLOCK_M + tl.arange(0, BLOCK_M)[None, :]
+        partial_ptrs = partial_ptr + tile.to(tl.int64) * (BLOCK_M * BLOCK_N) + inner
+        stride = num_tiles.to(tl.int64) * (BLOCK_M * BLOCK_N)
+        tl.store(partial_ptrs + split * stride, total)
+        tl.debug_barrier()  # every thread's part is written before one thread says so
+        arrived = tl.atomic_add(arrived_ptr + tile, 1, sem="acq_rel", scope="gpu")
+        if arrived == splits - 1:
+            total = tl.zeros((BLOCK_N, BLOCK_M), dtype=tl.float32)
+            for i in range(splits):
+                total += tl.load(partial_ptrs + i * stride, cache_modifier=".cg")
+            tl.store(out_ptrs, total.to(tl.bfloat16), mask=inside)
+            tl.store(arrived_ptr + tile, 0)  # for the next launch
+
+
+def launch_gemm(
+    x: Tensor, x_scale: Tensor, weight: Tensor, weight_scale: Tensor,
+    *, block_m: int, block_n: int, splits: int, stages: int, warps: int = 4,
+) -> Tensor:  # fmt: skip
+    """One configuration; the choice is ``fp8_gemm``'s. M and N must not be 0."""
+    (rows, channels), columns = x.shape, weight.shape[0]
+    out = torch.empty((rows, columns), dtype=torch.bfloat16, device=x.device)
+    tiles_m, tiles_n = triton.cdiv(rows, block_m), triton.cdiv(columns, block_n)
+    blocks = channels // 128
+    per_split = triton.cdiv(blocks, splits)
+    splits = triton.cdiv(blocks, per_split)
+    partial, arrived = out, out
+    if splits > 1:
+        if tiles_m * tiles_n > _MAX_TILES:
+            raise ValueError(f"{tiles_m * tiles_n} tiles; a split product has at most {_MAX_TILES}")
+        shape = (splits, tiles_m * tiles_n, block_m * block_n)
+        partial = torch.empty(shape, dtype=torch.float32, device=x.device)
+        arrived = arrivals(x.device)
+    _gemm_kernel[(tiles_m, tiles_n, splits)](
+        x, x_scale, weight, weight_scale, out, partial, arrived, rows, columns, blocks, splits,
+        BLOCK_M=block_m, BLOCK_N=block_n, SPLIT=splits > 1, STAGES=stages, num_warps=warps,
+    )  # fmt: skip
+    return out
+
+
+@cache
+def arrivals(device: torch.device) -> Tensor:
+    """Counters of arrived splits, all 0 between launches: launches that share them must not overlap in time.
+
+    Kernels of one stream, or of one captured graph without branches, do not. Made by the first call, outside a capture.
+    """
+    with torch.inference_mode(False):
+        return torch.zeros(_MAX_TILES, dtype=torch.int32, device=device)
+
+
+@cache
+def multiprocessors(device: torch.device) -> int:
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 4
+
+
+def fp8_gemm(x: Tensor, x_scale: Tensor, weight: Tensor, weight_scale: Tensor) -> Tensor:
+    """``seamount.kernels.gemm.fp8_gemm`` for checked CUDA tensors."""
+    rows, columns, blocks = x.shape[0], weight.shape[0], x_scale.shape[1]
+    if not rows or not columns or not blocks:
+        return torch.zeros((rows, columns), dtype=torch.bfloat16, device=x.device)
+    # cuBLASLt does not split K: up to 128 rows and few columns it leaves most multiprocessors idle.
+    many = rows > 64 and columns > _FEW_COLUMNS or rows > 128
+    if many and library_takes(x, weight):
+        return library_gemm(x, x_scale, weight, weight_scale)
+    block_m = min(64, max(16, triton.next_power_of_2(rows)))
+    if rows > 64 and columns > 8192:
+        block_m = 128  # enough weight rows for all multiprocessors: read each weight once
+    tiles = triton.cdiv(rows, block_m) * triton.cdiv(columns, 64)
+    # Wide tiles are held by arithmetic as well, and gain from two programs a multiprocessor.
+    wanted = (2 if block_m >= 64 else 1) * multiprocessors(x.device)
+    splits = max(1, min(blocks // 4, wanted // tiles))
+    stages = min(blocks, 4 if block_m >= 64 else 6)
+    return launch_gemm(x, x_scale, weight, weight_scale, block_m=block_m, block_n=64, splits=splits, stages=stages)
+
+
+def library_takes(x: Tensor, weight: Tensor) -> bool:
+    """Whether cuBLASLt has the block-scaled product: Hopper, 16-byte rows of the weight's scales and of the result."""
+    aligned = weight.shape[0] % 16 == 0 and x.shape[1] % 512 == 0
+    return x.is_cuda and torch.cuda.get_device_capability(x.device) == (9, 0) and aligned
+
+
+def library_gemm(x: Tensor, x_scale: Tensor, weight: Tensor, weight_scale: Tensor) -> Tensor:
+    """The same product by ``torch._scaled_mm``, which wants the token scales transposed and a multiple of 16 rows."""
+    rows = x.shape[0]
+    padded = triton.cdiv(rows, 16) * 16
+    scales = x_scale.new_empty((x_scale.shape[1], padded))
+    scales[:, :rows] = x_scale.T
+    if padded > rows:
+        x = torch.nn.functional.pad(x.view(torch.uint8), (0, 0, 0, padded - rows)).view(x.dtype)
+        scales[:, rows:] = 0
+    out = torch._scaled_mm(x, weight.T, scale_a=scales.T, scale_b=weight_scale.T, out_dtype=torch.bfloat16)
+    return out[:rows]

@@ -1,0 +1,185 @@
+"""Block-scaled FP8 products, against float64 products of the dequantised operands."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+pytest.importorskip("triton", reason="Triton is not installed: no GPU kernels here")
+
+from seamount.kernels import gemm
+from seamount.kernels.quant import dequantize, dequantize_blocks, quantize
+from seamount.kernels.triton import fp8_gemm, grouped_gemm, moe
+
+pytestmark = pytest.mark.gpu
+
+
+def operands(rows: int, columns: int, channels: int, generator: torch.Generator) -> tuple[Tensor, ...]:
+    x, x_scale = quantize(torch.randn((rows, channels), generator=generator) * 3)
+    weight = torch.randn((columns, channels), generator=generator).to(torch.float8_e4m3fn)
+    return x, x_scale, weight, torch.rand((-(-columns // 128), channels // 128), generator=generator) * 0.1
+
+
+def product(x: Tensor, x_scale: Tensor, weight: Tensor, weight_scale: Tensor) -> Tensor:
+    return dequantize(x, x_scale, torch.float64) @ dequantize_blocks(weight, weight_scale, torch.float64).T
+
+
+def error(actual: Tensor, expected: Tensor) -> float:
+    """Relative, in the Frobenius norm; NaN never passes a comparison."""
+    return ((actual.cpu().double() - expected).norm() / expected.norm().clamp_min(1e-30)).item()
+
+
+# bfloat16's rounding alone is 0.0017; the interpreter truncates.
+LIMIT = 0.003 if torch.cuda.is_available() else 0.006
+
+
+@pytest.mark.parametrize(
+    ("rows", "columns", "channels"),
+    # The last five have enough rows for cuBLASLt; two of them have shapes that it does not take.
+    [
+        (1, 64, 128),
+        (5, 200, 384),
+        (33, 130, 640),
+        (64, 2112, 512),
+        (65, 576, 256),
+        (130, 256, 256),
+        (129, 130, 512),
+        (129, 576, 512),
+        (144, 256, 1024),
+        (70, 4224, 512),
+    ],  # fmt: skip
+)
+def test_fp8_gemm(rows: int, columns: int, channels: int, poisoned: torch.device, generator: torch.Generator) -> None:
+    arguments = operands(rows, columns, channels, generator)
+    moved = [argument.to(poisoned) for argument in arguments]
+    actual = fp8_gemm.fp8_gemm(*moved)
+    assert actual.dtype == torch.bfloat16
+    assert error(actual, product(*arguments)) < LIMIT
+    assert error(gemm.fp8_gemm(*arguments), product(*arguments)) < LIMIT
+    assert torch.equal(actual, fp8_gemm.fp8_gemm(*moved))
+
+
+@pytest.mark.parametrize("splits", [1, 2, 5])
+@pytest.mark.parametrize(("block_m", "block_n"), [(16, 64), (32, 64), (64, 64), (128, 128)])
+def test_every_tile_shape(
+    block_m: int, block_n: int, splits: int, poisoned: torch.device, generator: torch.Generator
+) -> None:
+    arguments = operands(block_m + 1, 3 * block_n - 1, 1280, generator)
+    moved = [argument.to(poisoned) for argument in arguments]
+
+    def run() -> Tensor:
+        return fp8_gemm.launch_gemm(*moved, block_m=block_m, block_n=block_n, splits=splits, stages=3)
+
+    first = run()
+    assert error(first, product(*arguments)) < LIMIT
+    assert all(torch.equal(first, run()) for _ in range(3))
+    assert not fp8_gemm.arrivals(first.device).any()
+
+
+def test_empty_products(target: torch.device, generator: torch.Generator) -> None:
+    for rows, columns in ((0, 128), (3, 0)):
+        moved = [argument.to(target) for argument in operands(rows, columns, 128, generator)]
+        assert fp8_gemm.fp8_gemm(*moved).shape == (rows, columns)
+
+
+COUNTS = [[3, 0, 40, 1, 17], [0, 0, 0, 0, 0], [64, 63, 65, 0, 0], [0, 0, 0, 0, 7]]
+
+
+@pytest.mark.parametrize("counts", COUNTS)
+@pytest.mark.parametrize("columns", [256, 320])
+def test_contiguous_groups(counts: list[int], columns: int, poisoned: torch.device, generator: torch.Generator) -> None:
+    x, x_scale, weight, weight_scale = grouped_operands(sum(counts) + 3, len(counts), columns, generator)
+    offsets = torch.tensor([0, *counts]).cumsum(0).int()
+    moved = [argument.to(poisoned) for argument in (x, x_scale, weight, weight_scale, offsets)]
+    actual = grouped_gemm.grouped_gemm(*moved)
+    for e in range(len(counts)):
+        rows = slice(int(offsets[e]), int(offsets[e + 1]))
+        if counts[e]:
+            expected = product(x[rows], x_scale[rows], weight[e], weight_scale[e])
+            assert error(actual[rows], expected) < LIMIT
+    filled = int(offsets[-1])
+    assert torch.equal(actual[:filled], grouped_gemm.grouped_gemm(*moved)[:filled])
+    reference = gemm.grouped_fp8_gemm(x, x_scale, weight, weight_scale, offsets)
+    assert error(actual[:filled], reference[:filled].double()) < 2 * LIMIT
+
+
+@pytest.mark.parametrize("counts", COUNTS)
+@pytest.mark.parametrize("slab", [70, 200])
+def test_slabs(counts: list[int], slab: int, poisoned: torch.device, generator: torch.Generator) -> None:
+    experts = len(counts)
+    x, x_scale, weight, weight_scale = grouped_operands(experts * slab, experts, 256, generator)
+    x, x_scale = x.view(experts, slab, -1), x_scale.view(experts, slab, -1)
+    filled = torch.tensor(counts, dtype=torch.int32)
+    moved = [argument.to(poisoned) for argument in (x, x_scale, weight, weight_scale, filled)]
+    actual = grouped_gemm.grouped_gemm(*moved)
+    reference = gemm.grouped_fp8_gemm_masked(x, x_scale, weight, weight_scale, filled)
+    for e, count in enumerate(counts):
+        if count:
+            expected = product(x[e, :count], x_scale[e, :count], weight[e], weight_scale[e])
+            assert error(actual[e, :count], expected) < LIMIT
+            assert error(reference[e, :count], expected) < LIMIT
+
+
+@pytest.mark.parametrize("counts", COUNTS)
+@pytest.mark.parametrize("masked", [False, True])
+def test_swiglu_form_is_the_product_then_swiglu(
+    counts: list[int], masked: bool, poisoned: torch.device, generator: torch.Generator
+) -> None:
+    experts = len(counts)
+    x, x_scale, weight, weight_scale = grouped_operands(experts * 70, experts, 512, generator)
+    groups = torch.tensor(counts if masked else [0, *counts]).int()
+    groups = groups if masked else groups.cumsum(0).int()
+    if masked:
+        x, x_scale = x.view(experts, 70, -1), x_scale.view(experts, 70, -1)
+    moved = [argument.to(poisoned) for argument in (x, x_scale, weight, weight_scale, groups)]
+    values, scales = grouped_gemm.grouped_gemm_swiglu(*moved)
+    then_values, then_scales = moe.swiglu_quantize(grouped_gemm.grouped_gemm(*moved))
+    reference = gemm.grouped_fp8_gemm_swiglu(x, x_scale, weight, weight_scale, groups)
+    for e, count in enumerate(counts):
+        rows = (e, slice(count)) if masked else (slice(int(groups[e]), int(groups[e + 1])),)
+        if count:
+            assert torch.equal(scales[rows], then_scales[rows])
+            assert torch.equal(values[rows].view(torch.uint8), then_values[rows].view(torch.uint8))
+            ours = dequantize(values[rows].cpu(), scales[rows].cpu())
+            # A scale or value near an edge may fall to the other side of it.
+            assert error(ours, dequantize(reference[0][rows], reference[1][rows]).double()) < (
+                0.03 if torch.cuda.is_available() else 0.15
+            )
+
+
+def grouped_operands(rows: int, experts: int, columns: int, generator: torch.Generator) -> tuple[Tensor, ...]:
+    x, x_scale, _, weight_scale = operands(rows, columns, 384, generator)
+    weights = torch.randn((experts, columns, 384), generator=generator).to(torch.float8_e4m3fn)
+    return x, x_scale, weights, torch.rand((experts, *weight_scale.shape), generator=generator) * 0.1
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("rows", [0, 1, 65])
+def test_swiglu_quantize(rows: int, dtype: torch.dtype, poisoned: torch.device, generator: torch.Generator) -> None:
+    x = (torch.randn((rows, 768), generator=generator) * 3).to(dtype)
+    values, scales = moe.swiglu_quantize(x.to(poisoned))
+    expected = gemm.swiglu_quantize(x)
+    assert values.shape == (rows, 384)
+    if rows:
+        assert (scales.cpu() != expected[1]).float().mean() < 0.01
+        ours, theirs = dequantize(values.cpu(), scales.cpu()), dequantize(*expected)
+        assert error(ours, theirs.double()) < (0.005 if torch.cuda.is_available() else 0.15)
+
+
+def test_bad_arguments(generator: torch.Generator) -> None:
+    x, x_scale, weight, weight_scale = operands(4, 256, 256, generator)
+    for bad, message in (
+        ((x, x_scale[:, :1], weight, weight_scale), "x_scale"),
+        ((x, x_scale, weight, weight_scale.double()), "weight_scale"),
+        ((x, x_scale, weight[:, :128], weight_scale), "channels"),
+        ((x.float(), x_scale, weight, weight_scale), "float8"),
+        ((x, x_scale, weight.T.contiguous().T, weight_scale), "contiguous"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            gemm.fp8_gemm(*bad)
+    weights, scales = weight.expand(3, -1, -1).contiguous(), weight_scale.expand(3, -1, -1).contiguous()
+    with pytest.raises(ValueError, match="groups"):
+        gemm.grouped_fp8_gemm(x, x_scale, weights, scales, torch.zeros(3, dtype=torch.int32))
+    with pytest.raises(ValueError, match="slabs"):
+        gemm.grouped_fp8_gemm_masked(x[None], x_scale[None], weights, scales, torch.zeros(3, dtype=torch.int32))
