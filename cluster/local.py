@@ -52,13 +52,15 @@ class LocalCluster:
     """Async context manager; ``address`` is that of the first router.
 
     num_routers: each with a port of its own (the first takes ``settings.router.port``). allow_forced_tokens: tests may
-    dictate the sampled ids; refused off loopback. on_ready: called with a process's name when it serves.
+    dictate the sampled ids; refused off loopback. on_ready: called with a process's name when it serves; on_loading:
+    with its name, bytes of weights read and to read, at each percent.
     """
 
     settings: Settings
     num_routers: int = 1
     allow_forced_tokens: bool = False
     on_ready: Callable[[str], None] | None = None
+    on_loading: Callable[[str, int, int], None] | None = None
     processes: dict[str, LocalProcess] = field(default_factory=dict)
     redis_url: str = ""
     _stack: ExitStack = field(default_factory=ExitStack)
@@ -156,12 +158,16 @@ class LocalCluster:
         assert process.stdout is not None
         process.stdin.write(start.model_dump_json().encode())
         process.stdin.close()
-        line = await process.stdout.readline()
-        if not line:
-            raise Unavailable(
-                f"{name} did not start:\n{_last_lines(log_path)}\n(whole log: {log_path})", reason="START_FAILED"
-            )
-        local.address = str(json.loads(line)["address"])
+        while not local.address:
+            line = await process.stdout.readline()
+            if not line:
+                raise Unavailable(
+                    f"{name} did not start:\n{_last_lines(log_path)}\n(whole log: {log_path})", reason="START_FAILED"
+                )
+            news = json.loads(line)
+            local.address = str(news.get("address", ""))
+            if "loading" in news and self.on_loading is not None:
+                self.on_loading(name, *news["loading"])
         if self.on_ready is not None:
             self.on_ready(name)
         return local

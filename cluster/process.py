@@ -1,7 +1,8 @@
 """One rank or one router as a plain process: ``python -m seamount.cluster.process``.
 
 What to be stands in one JSON object on standard input (it holds secrets, so never on the command line). When it serves,
-the process prints one JSON line, ``{"address": …}``, and runs until SIGTERM, SIGINT or the end of its parent.
+the process prints one JSON line, ``{"address": …}``, and runs until SIGTERM, SIGINT or the end of its parent. Before
+that, a rank prints ``{"loading": [bytes read, bytes to read]}`` at each percent of its weights.
 """
 
 from __future__ import annotations
@@ -96,7 +97,7 @@ async def _serve(start: RankStart | RouterStart) -> None:
         with contextlib.suppress(asyncio.CancelledError):
             await starting
     elif not stop.is_set():
-        print(json.dumps({"address": starting.result()}), flush=True)
+        _tell({"address": starting.result()})
         await stop.wait()
     stopping.cancel()
     await part.leave_and_stop(GRACE_S)
@@ -124,7 +125,11 @@ def _part(start: RankStart | RouterStart) -> _Part:
         host=settings.pools.host,
         allow_forced_tokens=start.allow_forced_tokens,
     )
-    return RegisteredRank(spec, settings)
+    return RegisteredRank(spec, settings, on_loading=lambda done, total: _tell({"loading": [done, total]}))
+
+
+def _tell(news: dict[str, object]) -> None:
+    print(json.dumps(news), flush=True)
 
 
 if __name__ == "__main__":

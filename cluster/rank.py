@@ -16,6 +16,7 @@ from seamount.router.directory import PeerRecord, Role, new_instance
 from seamount.router.store import Store
 from seamount.router.watcher import Directory, Registration
 from seamount.wire.errors import SeamountError
+from seamount.workers.loading import OnLoading
 from seamount.workers.server import RankServer, Rendezvous
 from seamount.workers.spec import RankSpec
 
@@ -34,13 +35,13 @@ class RegisteredRank:
     this rank still holds open can mislead its peers.
     """
 
-    def __init__(self, spec: RankSpec, settings: Settings) -> None:
-        """settings: with the ``redis_url`` in force."""
+    def __init__(self, spec: RankSpec, settings: Settings, *, on_loading: OnLoading | None = None) -> None:
+        """settings: with the ``redis_url`` in force. on_loading: see ``RankServer``."""
         assert settings.redis_url is not None
         self._spec = spec
         self._settings = settings
         self._redis_url = settings.redis_url.get_secret_value()
-        self._server = RankServer(spec, on_fatal=self._end_process)
+        self._server = RankServer(spec, on_fatal=self._end_process, on_loading=on_loading)
         self._store: Store | None = None
         self._registration: Registration | None = None
 

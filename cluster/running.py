@@ -8,13 +8,21 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Protocol
 
 from seamount.cluster.local import LocalCluster
 from seamount.cluster.settings import Settings
 from seamount.wire.errors import Unavailable
 
-Show = Callable[[str, int, int, str], None]
-"""Part, how many of it are ready, how many are wanted, what is said of the rest (empty if nothing)."""
+
+class Show(Protocol):
+    """Part, how many of it are ready, how many are wanted, what is said of the rest (empty if nothing).
+
+    passing: the detail is of the moment, for a display that is redrawn.
+    """
+
+    def __call__(self, part: str, num_ready: int, num_wanted: int, detail: str, *, passing: bool = False) -> None: ...
+
 
 _LOOK_S = 0.5
 
@@ -53,10 +61,16 @@ def _plain(settings: Settings, show: Show) -> Iterator[Running]:
         ready[part] += 1
         show(part, ready[part], wanted[part], "")
 
+    def on_loading(name: str, num_bytes: int, num_bytes_total: int) -> None:
+        part = name.split("-", 1)[0]
+        share = num_bytes / max(1, num_bytes_total)
+        detail = f"{name}: {share:.0%} of {num_bytes_total / 1e6:,.0f} MB of weights"
+        show(part, ready[part], wanted[part], detail, passing=True)
+
     for part, count in wanted.items():
         show(part, 0, count, "")
     with asyncio.Runner() as runner:
-        cluster = runner.run(LocalCluster(settings=settings, on_ready=on_ready).__aenter__())
+        cluster = runner.run(LocalCluster(settings=settings, on_ready=on_ready, on_loading=on_loading).__aenter__())
         try:
             yield Running(address=cluster.address, wait=lambda: runner.run(_first_end(cluster)))
         finally:

@@ -28,9 +28,11 @@ class StartDisplay:
             disable=not console.is_terminal,
         )
 
-    def show(self, part: str, num_ready: int, num_wanted: int, detail: str) -> None:
-        """num_wanted may be 0: the part is not used."""
+    def show(self, part: str, num_ready: int, num_wanted: int, detail: str, *, passing: bool = False) -> None:
+        """num_wanted may be 0: the part is not used. passing: only a terminal shows it."""
         if not self._console.is_terminal:
+            if passing:
+                return
             line = f"{part} {num_ready}/{num_wanted} {detail}".rstrip()
             if self._lines.get(part) != line:
                 self._lines[part] = line

@@ -22,6 +22,7 @@ from seamount.workers.cache.reservations import Reservations
 from seamount.workers.engine import Engine
 from seamount.workers.experts.dispatch import ExpertParallel, GangExperts, LocalExperts
 from seamount.workers.gang import Gang
+from seamount.workers.loading import LoadingProgress, OnLoading
 from seamount.workers.model.config import ModelConfig
 from seamount.workers.model.transformer import Transformer
 from seamount.workers.model.weights import load_model, model_fingerprint
@@ -69,10 +70,17 @@ class _Parts:
 
 
 class RankServer:
-    """One rank. ``on_fatal``: called once, on any thread, when the engine cannot go on: end the process at once."""
+    """One rank.
 
-    def __init__(self, spec: RankSpec, *, on_fatal: Callable[[SeamountError], None]) -> None:
+    on_fatal: called once, on any thread, when the engine cannot go on: end the process at once. on_loading: told how
+    far the weights are read, at each percent.
+    """
+
+    def __init__(
+        self, spec: RankSpec, *, on_fatal: Callable[[SeamountError], None], on_loading: OnLoading | None = None
+    ) -> None:
         self.spec = spec
+        self._on_loading = on_loading
         self._on_fatal = on_fatal
         self._parts: _Parts | None = None
         self._server: grpc.aio.Server | None = None
@@ -191,6 +199,7 @@ class RankServer:
             dtype=DTYPES[spec.dtype],
             layout_name=spec.layout,
             experts=_experts(config, gang),
+            progress=LoadingProgress(self._on_loading),
             device=device,
         )
         fingerprint = model_fingerprint(spec.model_path)
