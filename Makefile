@@ -1,14 +1,16 @@
 .DEFAULT_GOAL := help
-.PHONY: help setup demo serve test check lint type bench clean
+.PHONY: help setup demo serve test test-gpu check lint type bench bench-kernels clean
 
 # The first Python of a fitting version; PYTHON=... chooses another.
 PYTHON ?= $(shell for p in python3 python3.12 python3.11; do \
 	$$p -c 'import sys; sys.exit(not (3, 11) <= sys.version_info < (3, 13))' 2>/dev/null && echo $$p && break; done)
 BIN := .venv/bin
 READY := .venv/.ready
+# A GPU machine without a network has torch in a Python of its own and no .venv.
+GPU_PYTHON ?= $(if $(wildcard $(BIN)/python),$(BIN)/python,python3)
 
 help:  ## list the targets
-	@sed -n 's/^\([a-z]*\):.*## \(.*\)/  make \1	\2/p' $(MAKEFILE_LIST) | expand -t 16
+	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1	\2/p' $(MAKEFILE_LIST) | expand -t 22
 
 setup: $(READY)  ## make .venv with everything pinned (once; again when pins or protos change)
 
@@ -37,9 +39,20 @@ lint: $(READY)  ## ruff, import contracts, buf
 type: $(READY)  ## mypy --strict
 	$(BIN)/mypy
 
-bench: $(READY)  ## run every program of benchmarks/ (CPU, 8 minutes on an idle machine)
-	@set -e; for name in $(sort $(basename $(notdir $(wildcard benchmarks/[a-z]*.py)))); do \
+test-gpu:  ## kernels and model on a CUDA device; needs torch, triton, grpcio, pytest there, no network
+	@mkdir -p gen/seamount
+	@for name in kernels workers; do ln -sfn ../../$$name gen/seamount/$$name; done
+	@ln -sfn ../../proto/wire gen/seamount/wire
+	PYTHONPATH=gen $(GPU_PYTHON) -m pytest -q -rs -m gpu --confcutdir=tests/kernels tests/kernels/gpu tests/workers/gpu
+
+bench: $(READY)  ## run the CPU benchmarks (8 minutes on an idle machine)
+	@set -e; for name in context latency transfer; do \
 		echo "== benchmarks.$$name"; $(BIN)/python -m benchmarks.$$name; done
+
+bench-kernels:  ## measure the GPU kernels; needs a CUDA device
+	@mkdir -p gen/seamount && ln -sfn ../../kernels gen/seamount/kernels
+	@set -e; for name in kernels kernels_write; do \
+		echo "== benchmarks.$$name"; PYTHONPATH=gen $(GPU_PYTHON) -m benchmarks.$$name; done
 
 clean:  ## remove the environment and everything generated; checkpoints stay
 	rm -rf .venv gen build dist .run .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache
