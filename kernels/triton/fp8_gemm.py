@@ -2,11 +2,12 @@
 
     out[m, n] = sum over K blocks b of  xs[m, b] ws[n // 128, b]  (sum over k in b of  x[m, k] w[n, k])
 
-Tiles: the weight is the left operand (64 or 128 of its rows), the tokens the right one (16 .. 128), so that wgmma's
-64 rows are filled at any M. One dot a K block of 128, into a fresh float32 accumulator, then one multiply-add by both
-scales in registers. The weight goes through shared memory by asynchronous copies, several blocks ahead. Where the tiles
-leave multiprocessors idle, K is split: partial tiles go to memory and the last program to arrive sums them in the order
-of the splits, so the result does not depend on who was last.
+Tiles: up to 32 tokens the weight is the left operand (64 or 128 of its rows), so that wgmma's 64 rows are filled at any
+M; from 64 on the tokens are, and a thread then holds the scales of 2 tokens instead of 32. One dot a K block of 128,
+into a fresh float32 accumulator, then one multiply-add by both scales in registers. The weight goes through shared
+memory by asynchronous copies, several blocks ahead. Where the tiles leave multiprocessors idle, K is split: partial
+tiles go to memory and the last program to arrive sums them in the order of the splits, so the result does not depend on
+who was last.
 Bytes: N K + M K + 2 M N, scales 1 / 32 of that; splits add 8 M N each (they stay in the L2).
 For many rows ``torch._scaled_mm`` (cuBLASLt's 1x128 by 128x128 product, the same bits) does the work: it overlaps the
 scaling of one block with the product of the next, which a Triton loop cannot.
@@ -21,7 +22,7 @@ from torch import Tensor
 
 _BLOCK_K = tl.constexpr(128)
 _MAX_TILES = 1 << 16
-_FEW_COLUMNS = 4096
+_SMALL_SIDE = 8192
 
 
 @triton.jit
@@ -29,20 +30,25 @@ def accumulate(
     x_ptr, x_scale_ptr, weight_ptr, weight_scale_ptr, rows, columns, first_block, last_block, num_blocks,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """The float32 tile [BLOCK_N, BLOCK_M] of weight rows ``columns`` by token rows ``rows`` (both in range)."""
+    """The float32 tile of token rows ``rows`` and weight rows ``columns``, transposed if BLOCK_M < 64.
+
+    The pointers are at the tile's first rows; rows and columns count from there, int32, all of them readable.
+    """
     inner = tl.arange(0, _BLOCK_K)
     size = num_blocks * _BLOCK_K
-    x_ptrs = x_ptr + rows.to(tl.int64)[:, None] * size + inner[None, :]
-    weight_ptrs = weight_ptr + columns.to(tl.int64)[:, None] * size + inner[None, :]
-    x_scale_ptrs = x_scale_ptr + rows.to(tl.int64) * num_blocks
-    # BLOCK_N divides 128: the tile lies within one block of the weight's scales.
-    weight_scale_ptrs = weight_scale_ptr + tl.min(columns, axis=0) // _BLOCK_K * num_blocks
-    total = tl.zeros((BLOCK_N, BLOCK_M), dtype=tl.float32)
+    x_ptrs = x_ptr + (rows[:, None] * size + inner[None, :])
+    weight_ptrs = weight_ptr + (columns[:, None] * size + inner[None, :])
+    x_scale_ptrs = x_scale_ptr + rows * num_blocks
+    TOKENS_LEFT: tl.constexpr = BLOCK_M >= 64
+    total = tl.zeros((BLOCK_M, BLOCK_N) if TOKENS_LEFT else (BLOCK_N, BLOCK_M), dtype=tl.float32)
     for block in tl.range(first_block, last_block, num_stages=STAGES):
         weight = tl.load(weight_ptrs + block * _BLOCK_K)
         x = tl.load(x_ptrs + block * _BLOCK_K)
-        scale = tl.load(x_scale_ptrs + block) * tl.load(weight_scale_ptrs + block)
-        total += tl.dot(weight, tl.trans(x)) * scale[None, :]
+        scale = tl.load(x_scale_ptrs + block) * tl.load(weight_scale_ptr + block)
+        if TOKENS_LEFT:
+            total += tl.dot(x, tl.trans(weight)) * scale[:, None]
+        else:
+            total += tl.dot(weight, tl.trans(x)) * scale[None, :]
     return total
 
 
@@ -57,27 +63,35 @@ def _gemm_kernel(
     columns = tile_n * BLOCK_N + tl.arange(0, BLOCK_N)
     per_split = tl.cdiv(num_blocks, splits)
     first = split * per_split
-    # Rows past the end repeat the last one and are not stored: no masks on the way in.
+    first_row, first_column = tile_m.to(tl.int64) * BLOCK_M, tile_n.to(tl.int64) * BLOCK_N
+    # Rows past the end repeat the last one and are not stored: no masks on the way in. BLOCK_N divides 128: a tile lies
+    # within one block of the weight's scales.
     total = accumulate(
-        x_ptr, x_scale_ptr, weight_ptr, weight_scale_ptr,
-        tl.minimum(rows, num_rows - 1), tl.minimum(columns, num_columns - 1),
+        x_ptr + first_row * num_blocks * _BLOCK_K, x_scale_ptr + first_row * num_blocks,
+        weight_ptr + first_column * num_blocks * _BLOCK_K, weight_scale_ptr + first_column // 128 * num_blocks,
+        tl.minimum(rows, num_rows - 1) - tile_m * BLOCK_M, tl.minimum(columns, num_columns - 1) - tile_n * BLOCK_N,
         first, tl.minimum(first + per_split, num_blocks), num_blocks, BLOCK_M, BLOCK_N, STAGES,
     )  # fmt: skip
-    out_ptrs = out_ptr + rows.to(tl.int64)[None, :] * num_columns + columns[:, None]
-    inside = (rows < num_rows)[None, :] & (columns < num_columns)[:, None]
+    # Both as broadcast along the tile, whichever way it lies.
+    rows = tl.expand_dims(rows, 1 if BLOCK_M >= 64 else 0)
+    columns = tl.expand_dims(columns, 0 if BLOCK_M >= 64 else 1)
+    out_ptrs = out_ptr + rows.to(tl.int64) * num_columns + columns
+    inside = (rows < num_rows) & (columns < num_columns)
     if not SPLIT:
         tl.store(out_ptrs, total.to(tl.bfloat16), mask=inside)
     else:
         tile = tile_n * tl.num_programs(0) + tile_m
         num_tiles = tl.num_programs(0) * tl.num_programs(1)
-        inner = tl.arange(0, BLOCK_N)[:, None] * BLOCK_M + tl.arange(0, BLOCK_M)[None, :]
+        HEIGHT: tl.constexpr = total.shape[0]
+        WIDTH: tl.constexpr = total.shape[1]
+        inner = tl.arange(0, HEIGHT)[:, None] * WIDTH + tl.arange(0, WIDTH)[None, :]
         partial_ptrs = partial_ptr + tile.to(tl.int64) * (BLOCK_M * BLOCK_N) + inner
         stride = num_tiles.to(tl.int64) * (BLOCK_M * BLOCK_N)
         tl.store(partial_ptrs + split * stride, total)
         tl.debug_barrier()  # every thread's part is written before one thread says so
         arrived = tl.atomic_add(arrived_ptr + tile, 1, sem="acq_rel", scope="gpu")
         if arrived == splits - 1:
-            total = tl.zeros((BLOCK_N, BLOCK_M), dtype=tl.float32)
+            total = tl.zeros((HEIGHT, WIDTH), dtype=tl.float32)
             for i in range(splits):
                 total += tl.load(partial_ptrs + i * stride, cache_modifier=".cg")
             tl.store(out_ptrs, total.to(tl.bfloat16), mask=inside)
@@ -129,18 +143,16 @@ def fp8_gemm(x: Tensor, x_scale: Tensor, weight: Tensor, weight_scale: Tensor) -
     rows, columns, blocks = x.shape[0], weight.shape[0], x_scale.shape[1]
     if not rows or not columns or not blocks:
         return torch.zeros((rows, columns), dtype=torch.bfloat16, device=x.device)
-    # cuBLASLt does not split K: up to 128 rows and few columns it leaves most multiprocessors idle.
-    many = rows > 64 and columns > _FEW_COLUMNS or rows > 128
-    if many and library_takes(x, weight):
+    # Up to 128 rows of a small weight cuBLASLt leaves multiprocessors idle, and its scales have to be transposed.
+    small = columns <= _SMALL_SIDE and x.shape[1] <= _SMALL_SIDE
+    if rows > (128 if small else 64) and library_takes(x, weight):
         return library_gemm(x, x_scale, weight, weight_scale)
     block_m = min(64, max(16, triton.next_power_of_2(rows)))
-    if rows > 64 and columns > 8192:
-        block_m = 128  # enough weight rows for all multiprocessors: read each weight once
     tiles = triton.cdiv(rows, block_m) * triton.cdiv(columns, 64)
-    # Wide tiles are held by arithmetic as well, and gain from two programs a multiprocessor.
-    wanted = (2 if block_m >= 64 else 1) * multiprocessors(x.device)
-    splits = max(1, min(blocks // 4, wanted // tiles))
-    stages = min(blocks, 4 if block_m >= 64 else 6)
+    processors = multiprocessors(x.device)
+    splits = max(1, min(blocks // 4, processors // tiles))
+    # One tile a multiprocessor needs many bytes in flight; several share it otherwise.
+    stages = min(blocks, 6 if tiles <= 2 * processors else 4)
     return launch_gemm(x, x_scale, weight, weight_scale, block_m=block_m, block_n=64, splits=splits, stages=stages)
 
 

@@ -48,7 +48,7 @@ LIMIT = 0.003 if torch.cuda.is_available() else 0.006
         (129, 576, 512),
         (144, 256, 1024),
         (70, 4224, 512),
-    ],  # fmt: skip
+    ],
 )
 def test_fp8_gemm(rows: int, columns: int, channels: int, poisoned: torch.device, generator: torch.Generator) -> None:
     arguments = operands(rows, columns, channels, generator)
@@ -102,6 +102,23 @@ def test_contiguous_groups(counts: list[int], columns: int, poisoned: torch.devi
     assert torch.equal(actual[:filled], grouped_gemm.grouped_gemm(*moved)[:filled])
     reference = gemm.grouped_fp8_gemm(x, x_scale, weight, weight_scale, offsets)
     assert error(actual[:filled], reference[:filled].double()) < 2 * LIMIT
+
+
+@pytest.mark.parametrize(("block_m", "warps", "wide"), [(16, 4, False), (32, 4, False), (64, 8, True), (128, 8, False)])
+def test_every_grouped_tile_gives_the_same_bits(
+    block_m: int, warps: int, wide: bool, poisoned: torch.device, generator: torch.Generator
+) -> None:
+    counts = [129, 0, 40, 1, 300]
+    x, x_scale, weight, weight_scale = grouped_operands(sum(counts), len(counts), 512, generator)
+    offsets = torch.tensor([0, *counts]).cumsum(0).int()
+    moved = [argument.to(poisoned) for argument in (x, x_scale, weight, weight_scale, offsets)]
+    actual = torch.full((sum(counts), 512), float("nan"), dtype=torch.bfloat16, device=poisoned)
+    grouped_gemm.launch_grouped(*moved, actual, None, block_m=block_m, stages=3, warps=warps, wide=wide)
+    assert torch.equal(actual, grouped_gemm.grouped_gemm(*moved))
+    for e in range(len(counts)):
+        rows = slice(int(offsets[e]), int(offsets[e + 1]))
+        if counts[e]:
+            assert error(actual[rows], product(x[rows], x_scale[rows], weight[e], weight_scale[e])) < LIMIT
 
 
 @pytest.mark.parametrize("counts", COUNTS)
