@@ -10,12 +10,13 @@ Bytes: 656 (fp8) or 1,152 (bf16) a slot and 64 heads, read once from L2 or memor
 Work: 2 (2 C + R) flops a slot and head: 570 MFLOP for 2,048 slots and 128 heads, so a full batch is bound by the tensor
 cores (34 clocks a slot and 64 heads), a single row by latency.
 
-``_hopper`` (Gluon; the fp8 layout with C = 512, R = 64): eight warps. Raw bytes of the next tile travel to registers
-while the current one is multiplied. e4m3 becomes bf16 by moving its seven bits into bf16's fields (that is the value
+``_hopper`` (Gluon; the fp8 layout with C = 512, R = 64): four warps fetch and convert, eight multiply; two tiles in
+shared memory go round between them. e4m3 becomes bf16 by moving its seven bits into bf16's fields (that is the value
 times 2^-120, subnormals included) and one multiplication by scale * 2^56, exact for the layout's power-of-two scales:
 shared memory holds K * 2^-64, undone in the softmax scale and at the end, so that no scale overflows. A NaN travels in
 the block's scale. K is staged once and read by both products; the output, 64 x 512 float32, stays in registers.
-    tile t: softmax(S_t) | P_t V_t issued | K_t+1 stored, loads of t+2 issued | S_t+1 issued | wait for P V
+    four warps:  fetch t+1 to registers | wait until t-1 is read | convert and store t+1 as t-1's successor
+    eight warps: softmax(S_t) | P_t V_t issued | S_t+1 issued | wait for P_t V_t | release t
 ``_general`` (Triton; any C, R, both layouts): the same maths without that overlap.
 """
 
@@ -29,7 +30,12 @@ import triton.language as tl
 from torch import Tensor
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
-from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, warpgroup_mma, warpgroup_mma_wait
+from triton.experimental.gluon.language.nvidia.hopper import (
+    fence_async_shared,
+    mbarrier,
+    warpgroup_mma,
+    warpgroup_mma_wait,
+)
 
 from seamount.kernels.layout import CacheLayout
 
@@ -57,47 +63,181 @@ mul.rn.bf16x2 $1, t, $3;
 
 
 @gluon.jit
-def _load_tile(words, scales, slots, tile, end, VALUES: gl.constexpr, ROPE: gl.constexpr):
-    """64 slots as 32-bit words: e4m3 [64, 4, 32], scales [64, 4] float32, rotary part [64, 32]; zeros for none."""
-    at = tile * 64 + gl.arange(0, 64, layout=gl.SliceLayout(1, gl.SliceLayout(2, VALUES)))
-    slot = gl.expand_dims(gl.load(slots + at, mask=at < end, other=-1).to(gl.int64), 1)
-    group = gl.expand_dims(gl.arange(0, 4, layout=gl.SliceLayout(0, gl.SliceLayout(2, VALUES))), 0)
-    scale = gl.load(scales + (slot * 164 + 128 + group), mask=(slot >= 0) & (group >= 0), other=0.0)
-    word = gl.arange(0, 32, layout=gl.SliceLayout(0, gl.SliceLayout(0, VALUES)))
-    offset = gl.expand_dims(gl.expand_dims(word, 0), 0) + gl.expand_dims(group, 2) * 32
-    row = gl.expand_dims(slot, 2)
-    value = gl.load(words + (row * 164 + offset), mask=(row >= 0) & (offset >= 0), other=0)
-    at = tile * 64 + gl.arange(0, 64, layout=gl.SliceLayout(1, ROPE))
-    slot = gl.expand_dims(gl.load(slots + at, mask=at < end, other=-1).to(gl.int64), 1)
-    column = gl.expand_dims(gl.arange(0, 32, layout=gl.SliceLayout(0, ROPE)), 0)
-    rope = gl.load(words + (slot * 164 + 132 + column), mask=(slot >= 0) & (column >= 0), other=0)
-    return value, scale, rope
+def _load_slots(slots, tile, end, layout: gl.constexpr):
+    """The slots of a tile, -1 for none: [64] int32."""
+    at = tile * 64 + gl.arange(0, 64, layout=layout)
+    return gl.load(slots + at, mask=at < end, other=-1).to(gl.int32)
 
 
 @gluon.jit
-def _stage_tile(value, scale, rope, latent_tile, rope_tile):
-    """Converts a tile and stores it for the tensor cores: latents times 2^-64, and the rotary part as it is."""
-    pair = gl.inline_asm_elementwise(
-        "cvt.rn.bf16x2.f32 $0, $1, $1;",
-        "=r,f",
-        [scale * 72057594037927936.0],  # 2^56
-        dtype=gl.int32,
-        is_pure=True,
-        pack=1,
-    )
-    value, pair = gl.broadcast(value, gl.expand_dims(pair, 2))
+def _load_columns(words, slot, first, COLUMNS: gl.constexpr, LAYOUT: gl.constexpr):
+    """32-bit words [first, first + COLUMNS) of each slot, zeros for none."""
+    row = gl.expand_dims(slot.to(gl.int64), 1)
+    column = gl.expand_dims(gl.arange(0, COLUMNS, layout=gl.SliceLayout(0, LAYOUT)), 0)
+    return gl.load(words + (row * 164 + first + column), mask=(row >= 0) & (column >= 0), other=0)
+
+
+@gluon.jit
+def _stage_group(value, shared_factors, latent_tile, GROUP: gl.constexpr, VALUES: gl.constexpr):
+    """Converts 128 channels [64, 32 words] and stores them for the tensor cores, times scale and 2^-64."""
+    factor = gl.expand_dims(shared_factors.index(GROUP).load(gl.SliceLayout(1, VALUES)), 1)
+    value, factor = gl.broadcast(value, factor)
     low, high = gl.inline_asm_elementwise(
-        _E4M3_TO_BF16, "=&r,=&r,r,r", [value, pair], dtype=(gl.int32, gl.int32), is_pure=True, pack=1
+        _E4M3_TO_BF16, "=&r,=&r,r,r", [value, factor], dtype=(gl.int32, gl.int32), is_pure=False, pack=1
     )
-    latent_tile.store(gl.reshape(gl.join(low, high), [64, 256]))
-    rope_tile.store(rope)
+    latent_tile.slice(GROUP * 64, 64, dim=1).store(gl.reshape(gl.join(low, high), [64, 64]))
+
+
+@gluon.jit
+def _produce(words, slots, first_tile, num_tiles, end, k_latent, k_rope, bias, full, empty):
+    """Four warps: fill the two buffers in turn, each as soon as its readers are done.
+
+    A tile's bytes wait in registers: 64 words of e4m3 a thread, 16 of the rotary part, two scales. The scales go
+    through shared memory to the threads that need them. No register to spare: what spills, spills to L2, because shared
+    memory takes the L1's place.
+    """
+    VALUES: gl.constexpr = gl.BlockedLayout([1, 2], [2, 16], [4, 1], [1, 0])
+    ROPE: gl.constexpr = gl.BlockedLayout([1, 4], [4, 8], [4, 1], [1, 0])
+    SCALES: gl.constexpr = gl.BlockedLayout([1, 2], [16, 2], [4, 1], [1, 0])
+    VALUE_SLOT: gl.constexpr = gl.SliceLayout(1, VALUES)
+    ROPE_SLOT: gl.constexpr = gl.SliceLayout(1, ROPE)
+    SCALE_SLOT: gl.constexpr = gl.SliceLayout(1, SCALES)
+    shared_factors = gl.allocate_shared_memory(gl.int32, [4, 64], gl.SwizzledSharedLayout(1, 1, 1, [0]))
+    factor_columns = shared_factors._reinterpret(gl.int32, [64, 4], gl.SwizzledSharedLayout(1, 1, 1, [0, 1]))
+    value_slot = _load_slots(slots, first_tile, end, VALUE_SLOT)
+    rope_slot = _load_slots(slots, first_tile, end, ROPE_SLOT)
+    scale_slot = _load_slots(slots, first_tile, end, SCALE_SLOT)
+    for step in range(num_tiles):
+        scale = _load_columns(words, scale_slot, 128, 4, SCALES)
+        value_0 = _load_columns(words, value_slot, 0, 32, VALUES)
+        value_1 = _load_columns(words, value_slot, 32, 32, VALUES)
+        value_2 = _load_columns(words, value_slot, 64, 32, VALUES)
+        value_3 = _load_columns(words, value_slot, 96, 32, VALUES)
+        rope = _load_columns(words, rope_slot, 132, 32, ROPE)
+        invalid = gl.where(scale_slot >= 0, 0.0, float("-inf"))
+        value_slot = _load_slots(slots, first_tile + step + 1, end, VALUE_SLOT)
+        rope_slot = _load_slots(slots, first_tile + step + 1, end, ROPE_SLOT)
+        scale_slot = _load_slots(slots, first_tile + step + 1, end, SCALE_SLOT)
+        # Pairs of bfloat16 scale * 2^56.
+        factor = gl.inline_asm_elementwise(
+            "{ .reg .f32 x; mul.f32 x, $1, 0f5B800000; cvt.rn.bf16x2.f32 $0, x, x; }",
+            "=r,r",
+            [scale],
+            dtype=gl.int32,
+            is_pure=True,
+            pack=1,
+        )
+        factor_columns.store(factor)
+        buffer = step % 2
+        mbarrier.wait(empty.index(buffer), (step // 2 & 1) ^ 1)
+        _stage_group(value_0, shared_factors, k_latent.index(buffer), 0, VALUES)
+        _stage_group(value_1, shared_factors, k_latent.index(buffer), 1, VALUES)
+        _stage_group(value_2, shared_factors, k_latent.index(buffer), 2, VALUES)
+        _stage_group(value_3, shared_factors, k_latent.index(buffer), 3, VALUES)
+        k_rope.index(buffer).store(rope)
+        bias.index(buffer).store(invalid)
+        # The fence also waits for loads in flight: the next tile's start behind it.
+        fence_async_shared()
+        gl.thread_barrier()
+        mbarrier.arrive(full.index(buffer), count=1)
+
+
+@gluon.jit
+def _attend(
+    q,
+    out,
+    lse,
+    num_tiles,
+    num_heads,
+    first_head,
+    result,
+    qk_scale,
+    out_scale,
+    k_latent_words,
+    k_rope_words,
+    bias,
+    full,
+    empty,
+    SPLITS: gl.constexpr,
+):
+    """Eight warps: products and softmax. q: the first head's query; result: the row in out of head 0."""
+    QUERY: gl.constexpr = gl.BlockedLayout([1, 8], [1, 32], [8, 1], [1, 0])
+    QUERY_ROPE: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [8, 1], [1, 0])
+    SCORES: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 2], [16, 32, 16])
+    OUTPUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 2], [16, 256, 16])
+    WIDE: gl.constexpr = gl.NVMMASharedLayout.get_default_for([64, 512], gl.bfloat16)
+    NARROW: gl.constexpr = gl.NVMMASharedLayout.get_default_for([64, 64], gl.bfloat16)
+    k_latent = k_latent_words._reinterpret(gl.bfloat16, [2, 64, 512], WIDE)
+    k_rope = k_rope_words._reinterpret(gl.bfloat16, [2, 64, 64], NARROW)
+    q_latent = gl.allocate_shared_memory(gl.bfloat16, [64, 512], WIDE)
+    q_rope = gl.allocate_shared_memory(gl.bfloat16, [64, 64], NARROW)
+    p_tile = gl.allocate_shared_memory(gl.bfloat16, [64, 64], NARROW)
+
+    head = gl.arange(0, 64, layout=gl.SliceLayout(1, QUERY))
+    column = gl.arange(0, 512, layout=gl.SliceLayout(0, QUERY))
+    at = gl.expand_dims(head, 1) * 576 + gl.expand_dims(column, 0)
+    q_latent.store(gl.load(q + at, mask=(gl.expand_dims(first_head + head, 1) < num_heads) & (at >= 0), other=0.0))
+    head = gl.arange(0, 64, layout=gl.SliceLayout(1, QUERY_ROPE))
+    column = gl.arange(0, 64, layout=gl.SliceLayout(0, QUERY_ROPE))
+    at = gl.expand_dims(head, 1) * 576 + 512 + gl.expand_dims(column, 0)
+    query = gl.load(q + at, mask=(gl.expand_dims(first_head + head, 1) < num_heads) & (at >= 0), other=0.0)
+    q_rope.store((query.to(gl.float32) * 5.421010862427522e-20).to(gl.bfloat16))  # 2^-64
+    fence_async_shared()
+    gl.thread_barrier()
+
+    zeros = gl.zeros([64, 64], gl.float32, SCORES)
+    mbarrier.wait(full.index(0), 0)
+    scores = warpgroup_mma(q_rope, k_rope.index(0).permute((1, 0)), zeros, use_acc=False, is_async=True)
+    scores = warpgroup_mma(q_latent, k_latent.index(0).permute((1, 0)), scores, is_async=True)
+    top = gl.full([64], float("-inf"), gl.float32, gl.SliceLayout(1, SCORES))
+    total = gl.zeros([64], gl.float32, gl.SliceLayout(1, SCORES))
+    acc = gl.zeros([64, 512], gl.float32, OUTPUT)
+    for step in range(num_tiles):
+        buffer = step % 2
+        unseen = bias.index(buffer).load(gl.SliceLayout(0, SCORES))
+        s = warpgroup_mma_wait(0, [scores])
+        s = s * qk_scale + gl.expand_dims(unseen, 0)
+        new_top = gl.maximum(top, gl.max(s, axis=1))
+        safe_top = gl.where(new_top == float("-inf"), 0.0, new_top)
+        p = gl.exp2(s - gl.expand_dims(safe_top, 1))
+        p_tile.store(p.to(gl.bfloat16))
+        keep = gl.exp2(top - safe_top)
+        top = new_top
+        total = total * keep + gl.sum(p, axis=1)
+        acc = acc * gl.expand_dims(gl.convert_layout(keep, gl.SliceLayout(1, OUTPUT)), 1)
+        fence_async_shared()
+        gl.thread_barrier()
+        product = warpgroup_mma(p_tile, k_latent.index(buffer), acc, is_async=True)
+        # Behind the last tile: the same buffer again, its scores unused, rather than a branch around the product.
+        ahead = gl.minimum(step + 1, num_tiles - 1)
+        mbarrier.wait(full.index(ahead % 2), ahead // 2 & 1)
+        scores = warpgroup_mma(q_rope, k_rope.index(ahead % 2).permute((1, 0)), zeros, use_acc=False, is_async=True)
+        scores = warpgroup_mma(q_latent, k_latent.index(ahead % 2).permute((1, 0)), scores, is_async=True)
+        acc = warpgroup_mma_wait(2, [product])
+        gl.thread_barrier()
+        mbarrier.arrive(empty.index(buffer), count=1)
+    warpgroup_mma_wait(0, [scores])
+
+    is_empty = total == 0.0
+    norm = gl.where(is_empty, 0.0, out_scale / gl.where(is_empty, 1.0, total))
+    acc = acc * gl.expand_dims(gl.convert_layout(norm, gl.SliceLayout(1, OUTPUT)), 1)
+    # Split results keep lse in log2, -inf for none; a whole row's is natural, +inf for none.
+    head = first_head + gl.arange(0, 64, layout=gl.SliceLayout(1, SCORES))
+    row_lse = top + gl.log2(gl.where(is_empty, 1.0, total))
+    if SPLITS == 1:
+        row_lse = gl.where(is_empty, float("inf"), row_lse * 0.6931471805599453)
+    gl.store(lse + result + head, row_lse, mask=head < num_heads)
+    head = first_head + gl.arange(0, 64, layout=gl.SliceLayout(1, OUTPUT))
+    column = gl.arange(0, 512, layout=gl.SliceLayout(0, OUTPUT))
+    at = (result + gl.expand_dims(head, 1)) * 512 + gl.expand_dims(column, 0)
+    mask = (gl.expand_dims(head, 1) < num_heads) & (gl.expand_dims(column, 0) >= 0)
+    gl.store(out + at, acc.to(out.dtype.element_ty), mask=mask)
 
 
 @gluon.jit
 def _hopper(
     q,
     words,
-    scales,
     slots,
     out,
     lse,
@@ -109,103 +249,57 @@ def _hopper(
     SPLITS: gl.constexpr,
     HEAD_BLOCKS: gl.constexpr,
 ):
-    VALUES: gl.constexpr = gl.BlockedLayout([1, 4, 2], [2, 1, 16], [8, 1, 1], [2, 1, 0])
-    ROPE: gl.constexpr = gl.BlockedLayout([1, 4], [4, 8], [8, 1], [1, 0])
-    QUERY_ROPE: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [8, 1], [1, 0])
-    QUERY: gl.constexpr = gl.BlockedLayout([1, 8], [1, 32], [8, 1], [1, 0])
-    SCORES: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 2], [16, 32, 16])
-    OUTPUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 2], [16, 256, 16])
-    WIDE: gl.constexpr = gl.NVMMASharedLayout.get_default_for([64, 512], gl.bfloat16)
-    NARROW: gl.constexpr = gl.NVMMASharedLayout.get_default_for([64, 64], gl.bfloat16)
-    # The same bytes as words: pairs of bfloat16 are stored, single ones multiplied.
-    WIDE_WORDS: gl.constexpr = gl.NVMMASharedLayout.get_default_for([64, 256], gl.int32)
-    NARROW_WORDS: gl.constexpr = gl.NVMMASharedLayout.get_default_for([64, 32], gl.int32)
-
     program = gl.program_id(0)
     split = program % SPLITS
-    head_block = (program // SPLITS) % HEAD_BLOCKS
     row = (program // (SPLITS * HEAD_BLOCKS)).to(gl.int64)
-    first_head = head_block * 64
+    first_head = (program // SPLITS) % HEAD_BLOCKS * 64
     slots += row * num_slots
     first_tile = split * tiles_per_split
     end_tile = gl.minimum(first_tile + tiles_per_split, (num_slots + 63) // 64)
-
-    value, scale, rope = _load_tile(words, scales, slots, first_tile, num_slots, VALUES, ROPE)
-
-    q_latent = gl.allocate_shared_memory(gl.bfloat16, [64, 512], WIDE)
-    q_rope = gl.allocate_shared_memory(gl.bfloat16, [64, 64], NARROW)
-    k_latent_words = gl.allocate_shared_memory(gl.int32, [2, 64, 256], WIDE_WORDS)
-    k_rope_words = gl.allocate_shared_memory(gl.int32, [2, 64, 32], NARROW_WORDS)
-    k_latent = k_latent_words._reinterpret(gl.bfloat16, [2, 64, 512], WIDE)
-    k_rope = k_rope_words._reinterpret(gl.bfloat16, [2, 64, 64], NARROW)
-    p_tile = gl.allocate_shared_memory(gl.bfloat16, [64, 64], NARROW)
-
+    # At least one tile, empty if need be: the result of a split without slots is written too.
+    num_tiles = gl.maximum(end_tile - first_tile, 1)
+    end = gl.minimum(num_slots, end_tile * 64)
+    # Pairs of bfloat16 as words; read as single ones.
+    WIDE_WORDS: gl.constexpr = gl.NVMMASharedLayout.get_default_for([64, 256], gl.int32)
+    NARROW_WORDS: gl.constexpr = gl.NVMMASharedLayout.get_default_for([64, 32], gl.int32)
+    k_latent = gl.allocate_shared_memory(gl.int32, [2, 64, 256], WIDE_WORDS)
+    k_rope = gl.allocate_shared_memory(gl.int32, [2, 64, 32], NARROW_WORDS)
+    # 0 for a token, -inf for none.
+    bias = gl.allocate_shared_memory(gl.float32, [2, 64], gl.SwizzledSharedLayout(1, 1, 1, [0]))
+    full = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
+    empty = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
+    for buffer in gl.static_range(2):
+        mbarrier.init(full.index(buffer), count=1)
+        mbarrier.init(empty.index(buffer), count=1)
     q += (row * num_heads + first_head) * 576
-    head = gl.arange(0, 64, layout=gl.SliceLayout(1, QUERY))
-    column = gl.arange(0, 512, layout=gl.SliceLayout(0, QUERY))
-    at = gl.expand_dims(head, 1) * 576 + gl.expand_dims(column, 0)
-    q_latent.store(gl.load(q + at, mask=(gl.expand_dims(first_head + head, 1) < num_heads) & (at >= 0), other=0.0))
-    head = gl.arange(0, 64, layout=gl.SliceLayout(1, QUERY_ROPE))
-    column = gl.arange(0, 64, layout=gl.SliceLayout(0, QUERY_ROPE))
-    at = gl.expand_dims(head, 1) * 576 + 512 + gl.expand_dims(column, 0)
-    query = gl.load(q + at, mask=(gl.expand_dims(first_head + head, 1) < num_heads) & (at >= 0), other=0.0)
-    q_rope.store((query.to(gl.float32) * 5.421010862427522e-20).to(gl.bfloat16))  # 2^-64
-
-    _stage_tile(value, scale, rope, k_latent_words.index(0), k_rope_words.index(0))
-    value, scale, rope = _load_tile(words, scales, slots, first_tile + 1, num_slots, VALUES, ROPE)
-    fence_async_shared()
-    gl.thread_barrier()
-    zeros = gl.zeros([64, 64], gl.float32, SCORES)
-    scores = warpgroup_mma(q_rope, k_rope.index(0).permute((1, 0)), zeros, use_acc=False, is_async=True)
-    scores = warpgroup_mma(q_latent, k_latent.index(0).permute((1, 0)), scores, is_async=True)
-
-    top = gl.full([64], float("-inf"), gl.float32, gl.SliceLayout(1, SCORES))
-    total = gl.zeros([64], gl.float32, gl.SliceLayout(1, SCORES))
-    acc = gl.zeros([64, 512], gl.float32, OUTPUT)
-    for tile in range(first_tile, end_tile):
-        buffer = (tile - first_tile) % 2
-        token = tile * 64 + gl.arange(0, 64, layout=gl.SliceLayout(0, SCORES))
-        valid = gl.load(slots + token, mask=token < num_slots, other=-1) >= 0
-        s = warpgroup_mma_wait(0, [scores])
-        s = gl.where(gl.expand_dims(valid, 0), s * qk_scale, float("-inf"))
-        new_top = gl.maximum(top, gl.max(s, axis=1))
-        safe_top = gl.where(new_top == float("-inf"), 0.0, new_top)
-        p = gl.exp2(s - gl.expand_dims(safe_top, 1))
-        keep = gl.exp2(top - safe_top)
-        top = new_top
-        total = total * keep + gl.sum(p, axis=1)
-        acc = acc * gl.expand_dims(gl.convert_layout(keep, gl.SliceLayout(1, OUTPUT)), 1)
-        p_tile.store(p.to(gl.bfloat16))
-        fence_async_shared()
-        gl.thread_barrier()
-        product = warpgroup_mma(p_tile, k_latent.index(buffer), acc, is_async=True)
-        # The other buffer's readers, the products of tile - 1, are done. Past the last tile these are zeros.
-        _stage_tile(value, scale, rope, k_latent_words.index(1 - buffer), k_rope_words.index(1 - buffer))
-        value, scale, rope = _load_tile(
-            words, scales, slots, tile + 2, gl.minimum(num_slots, end_tile * 64), VALUES, ROPE
-        )
-        fence_async_shared()
-        gl.thread_barrier()
-        scores = warpgroup_mma(q_rope, k_rope.index(1 - buffer).permute((1, 0)), zeros, use_acc=False, is_async=True)
-        scores = warpgroup_mma(q_latent, k_latent.index(1 - buffer).permute((1, 0)), scores, is_async=True)
-        acc = warpgroup_mma_wait(2, [product])
-    warpgroup_mma_wait(0, [scores])
-
-    empty = total == 0.0
-    norm = gl.where(empty, 0.0, out_scale / gl.where(empty, 1.0, total))
-    acc = acc * gl.expand_dims(gl.convert_layout(norm, gl.SliceLayout(1, OUTPUT)), 1)
-    # Split results keep lse in log2, -inf for none; a whole row's is natural, +inf for none.
-    head = first_head + gl.arange(0, 64, layout=gl.SliceLayout(1, SCORES))
-    row_lse = top + gl.log2(gl.where(empty, 1.0, total))
-    if SPLITS == 1:
-        row_lse = gl.where(empty, float("inf"), row_lse * 0.6931471805599453)
     result = (row * SPLITS + split) * num_heads
-    gl.store(lse + result + head, row_lse, mask=head < num_heads)
-    head = first_head + gl.arange(0, 64, layout=gl.SliceLayout(1, OUTPUT))
-    column = gl.arange(0, 512, layout=gl.SliceLayout(0, OUTPUT))
-    at = (result + gl.expand_dims(head, 1)) * 512 + gl.expand_dims(column, 0)
-    mask = (gl.expand_dims(head, 1) < num_heads) & (gl.expand_dims(column, 0) >= 0)
-    gl.store(out + at, acc.to(out.dtype.element_ty), mask=mask)
+    gl.warp_specialize(
+        [
+            (
+                _attend,
+                (
+                    q,
+                    out,
+                    lse,
+                    num_tiles,
+                    num_heads,
+                    first_head,
+                    result,
+                    qk_scale,
+                    out_scale,
+                    k_latent,
+                    k_rope,
+                    bias,
+                    full,
+                    empty,
+                    SPLITS,
+                ),
+            ),
+            (_produce, (words, slots, first_tile, num_tiles, end, k_latent, k_rope, bias, full, empty)),
+        ],
+        [4],
+        [136],
+    )
 
 
 @triton.jit
@@ -351,7 +445,6 @@ def sparse_mla_decode(
         _hopper[grid](
             query,
             plane.view(torch.int32),
-            plane.view(torch.float32),
             slots,
             parts,
             part_lse,
