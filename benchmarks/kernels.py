@@ -1,11 +1,11 @@
 """Attention kernels on one GPU beside the best published ones: ours, theirs, the ratio, from one run.
 
-Every call is one node sequence of a CUDA graph that holds a call for each of several input sets, together more than
+A call is measured inside a CUDA graph that holds a call for each of several input sets, together more than
 twice the L2; a figure is the median replay divided by the number of sets. Peers are measured when their wheels are
 importable (sgl-flash-mla, sgl-deep-gemm with apache-tvm-ffi); top-k's peer is SGLang's, as published beside
 torch.topk, times what torch.topk takes here. ``bound`` is the ratio to be reached.
 
-    python benchmarks/kernels.py [--only sparse,indexer,topk] [--quick] [--json]
+    python benchmarks/kernels.py [--only sparse,indexer] [--quick] [--json]
 """
 
 from __future__ import annotations
