@@ -133,8 +133,9 @@ class RankServer:
             self._server = None
 
     def healthy(self) -> bool:
-        """Whether the engine's loop answers; False before ``start``."""
-        return self._parts is not None and self._parts.core.engine.healthy()
+        """Whether the engine's loop answers and reservations are looked after; False before ``start``."""
+        keeps_house = self._housekeeping is not None and not self._housekeeping.done()
+        return keeps_house and self._parts is not None and self._parts.core.engine.healthy()
 
     def state(self) -> worker_pb2.RankState:
         """What routers and operators see; also what ``WatchState`` sends."""
