@@ -226,7 +226,8 @@ async def spawn(layout_name: str, max_tokens: int) -> AsyncIterator[Peer]:
         if process.stdin is not None:
             process.stdin.close()
         try:
-            await asyncio.wait_for(process.wait(), 10)
+            async with asyncio.timeout(10):
+                await process.wait()
         except TimeoutError:
             process.kill()
             await process.wait()
@@ -240,7 +241,8 @@ async def write_line(process: asyncio.subprocess.Process, content: dict[str, Any
 
 async def read_line(process: asyncio.subprocess.Process) -> dict[str, Any]:
     assert process.stdout is not None
-    line = await asyncio.wait_for(process.stdout.readline(), TIMEOUT_S)
+    async with asyncio.timeout(TIMEOUT_S):
+        line = await process.stdout.readline()
     if not line:
         raise RuntimeError("the peer process ended; its error is above")
     content: dict[str, Any] = json_lines.loads(line)
