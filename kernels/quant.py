@@ -69,19 +69,25 @@ def _e4m3_table(dtype: torch.dtype, device: torch.device) -> Tensor:
 
 
 def dequantize_blocks(
-    weight: Tensor, scale_inv: Tensor, dtype: torch.dtype, block_size: tuple[int, int] = (BLOCK_SIZE, BLOCK_SIZE)
+    weight: Tensor,
+    scale_inv: Tensor,
+    dtype: torch.dtype,
+    block_size: tuple[int, int] = (BLOCK_SIZE, BLOCK_SIZE),
+    out: Tensor | None = None,
 ) -> Tensor:
     """A block-scaled FP8 weight in ``dtype``: w[i, j] * scale_inv[i // 128, j // 128].
 
     weight: [out, in] float8_e4m3fn; scale_inv: [ceil(out / 128), ceil(in / 128)] float32; despite its checkpoint name
     it is multiplied. The last block of either side may be partly filled. Peak memory is the result plus one block row.
+    out: [out, in] of ``dtype``, on any device, to write into; None for a new tensor beside the weight.
     Raises ValueError if scale_inv's shape does not cover the weight.
     """
     rows, columns = weight.shape
     expected = (-(-rows // block_size[0]), -(-columns // block_size[1]))
     if tuple(scale_inv.shape) != expected:
         raise ValueError(f"scale_inv has shape {tuple(scale_inv.shape)}; a weight {rows}x{columns} needs {expected}")
-    out = torch.empty((rows, columns), dtype=dtype, device=weight.device)
+    if out is None:
+        out = torch.empty((rows, columns), dtype=dtype, device=weight.device)
     wide = wide_dtype(dtype)
     for block in range(expected[0]):
         row_range = slice(block * block_size[0], min((block + 1) * block_size[0], rows))

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from google.protobuf import duration_pb2
-
+from seamount.router.parsing import ParsedOutput
 from seamount.v1 import events_pb2, worker_pb2
+from seamount.wire.durations import duration
 
 
 @dataclass(slots=True, kw_only=True)
@@ -43,14 +43,23 @@ class Account:
             decode_rank=self.decode_rank,
             prefill_rank=self.prefill_rank,
             first_differing_position=self.common_len,
-            queue_time=_duration(self.queue_s),
-            prefill_time=_duration(self.prefill_s),
-            time_to_first_token=_duration(self.first_token_s),
-            decode_time=_duration(self.decode_s),
+            queue_time=duration(self.queue_s),
+            prefill_time=duration(self.prefill_s),
+            time_to_first_token=duration(self.first_token_s),
+            decode_time=duration(self.decode_s),
             num_retries=self.num_retries,
         )
         receipt.finished_at.GetCurrentTime()
         return receipt
+
+    def usage(self, output: ParsedOutput, *, num_prompt: int) -> events_pb2.Usage:
+        """What a finished answer used."""
+        return events_pb2.Usage(
+            num_prompt_tokens=num_prompt,
+            num_cached_tokens=self.num_cached,
+            num_output_tokens=output.num_tokens,
+            num_reasoning_tokens=output.num_reasoning_tokens,
+        )
 
     def add_prefill(self, rank_id: str, finished: worker_pb2.PrefillFinished) -> None:
         """A prefill rank did its part."""
@@ -75,7 +84,3 @@ class Account:
     def _add_times(self, finished: worker_pb2.PrefillFinished | worker_pb2.GenerateFinished) -> None:
         self.queue_s += finished.queue_time.ToTimedelta().total_seconds()
         self.prefill_s += finished.prefill_time.ToTimedelta().total_seconds()
-
-
-def _duration(seconds: float) -> duration_pb2.Duration:
-    return duration_pb2.Duration(seconds=int(seconds), nanos=int(seconds % 1 * 1e9))

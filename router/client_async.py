@@ -12,7 +12,6 @@ from types import TracebackType
 from typing import Any, Protocol, Self, TypeVar
 
 import grpc
-from google.protobuf import duration_pb2
 
 from seamount.router.client_turn import Frame, Retries, TurnStream
 from seamount.router.messages import (
@@ -37,6 +36,7 @@ from seamount.v1 import (
 )
 from seamount.wire import limits
 from seamount.wire.credentials import bearer, channel_credentials
+from seamount.wire.durations import duration
 from seamount.wire.errors import SeamountError, Unavailable, from_rpc_error
 
 CONNECT_TIMEOUT_S = 1.0
@@ -217,7 +217,7 @@ class AsyncClient:
         )
         timeout_s = DEFAULT_STREAM_TIMEOUT_S
         if deadline_s is not None:
-            request.deadline.CopyFrom(_duration(deadline_s))
+            request.deadline.CopyFrom(duration(deadline_s))
             timeout_s = deadline_s + _STREAM_SLACK_S
 
         async def frames() -> AsyncGenerator[Frame, None]:
@@ -361,9 +361,3 @@ def _messages(messages: Sequence[Any], thinking_mode: ThinkingMode) -> inference
         messages=[message_to_proto(message) for message in messages],
         thinking_mode=common_pb2.ThinkingMode.Name(thinking_mode.value),
     )
-
-
-def _duration(seconds: float) -> duration_pb2.Duration:
-    duration = duration_pb2.Duration()
-    duration.FromMilliseconds(int(seconds * 1000))
-    return duration

@@ -9,7 +9,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from seamount.router.deltas import CallArguments, CallFinished, CallStarted, ContentText, ParsedDelta, ReasoningText
-from seamount.router.parsing import FinishReason, ParsedOutput, TurnParser
+from seamount.router.parsing import FinishReason, OutputMode, ParsedOutput, TurnParser
+from seamount.router.tokenizer import Tokenizer
 from seamount.v1 import common_pb2, events_pb2
 from seamount.wire.ids import SessionId, TurnId
 
@@ -137,3 +138,17 @@ class TurnEvents:
             failed=failed,
             logprobs=logprobs,
         )
+
+
+def turn_events(
+    turn_id: TurnId, mode: OutputMode, sampling: common_pb2.SamplingParameters, tokenizer: Tokenizer
+) -> TurnEvents:
+    """The events of a turn that generates: a function of these parameters and the token ids."""
+    parser = TurnParser(
+        tokenizer,
+        mode,
+        call_id_prefix=call_id_prefix(turn_id),
+        stop_strings=sampling.stop_strings,
+        stop_token_ids=sampling.stop_token_ids,
+    )
+    return TurnEvents(turn_id, parser)

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 import grpc
 
 from seamount.router.account import Account
-from seamount.router.events import TurnEvents, call_id_prefix
+from seamount.router.events import turn_events
 from seamount.router.generation import Generation
 from seamount.router.messages import (
     ThinkingMode,
@@ -22,13 +22,13 @@ from seamount.router.messages import (
 )
 from seamount.router.model import ServedModel
 from seamount.router.parameters import check_sampling, fit_context, resolve
-from seamount.router.parsing import OutputMode, TurnParser
+from seamount.router.parsing import OutputMode
 from seamount.router.ranks import Ranks
 from seamount.router.rendering import Rendering
 from seamount.router.session_service import forced_token_ids
 from seamount.router.spec import RouterSpec
 from seamount.router.tenants import caller
-from seamount.v1 import common_pb2, events_pb2, inference_pb2, inference_pb2_grpc, worker_pb2
+from seamount.v1 import common_pb2, inference_pb2, inference_pb2_grpc, worker_pb2
 from seamount.wire import limits
 from seamount.wire.errors import InvalidArgument
 from seamount.wire.hashes import tenant_salt
@@ -159,14 +159,7 @@ class InferenceService(inference_pb2_grpc.InferenceServiceServicer):
     async def _answer(
         self, generation: Generation, turn_id: TurnId, mode: OutputMode, sampling: common_pb2.SamplingParameters
     ) -> AsyncGenerator[inference_pb2.GenerateResponse, None]:
-        parser = TurnParser(
-            self.model.tokenizer,
-            mode,
-            call_id_prefix=call_id_prefix(turn_id),
-            stop_strings=sampling.stop_strings,
-            stop_token_ids=sampling.stop_token_ids,
-        )
-        events = TurnEvents(turn_id, parser)
+        events = turn_events(turn_id, mode, sampling, self.model.tokenizer)
         num_prompt = len(generation.prompt)
         started = events.started(session_id="", model=self.model.name, num_prompt_tokens=num_prompt, seed=sampling.seed)
         yield inference_pb2.GenerateResponse(events=[started])
@@ -182,11 +175,6 @@ class InferenceService(inference_pb2_grpc.InferenceServiceServicer):
                 if events.output_is_over:
                     break
         told, output = events.output_ended(reason)
-        usage = events_pb2.Usage(
-            num_prompt_tokens=num_prompt,
-            num_cached_tokens=generation.account.num_cached,
-            num_output_tokens=output.num_tokens,
-            num_reasoning_tokens=output.num_reasoning_tokens,
-        )
+        usage = generation.account.usage(output, num_prompt=num_prompt)
         receipt = generation.account.receipt(num_prompt=num_prompt, num_output=output.num_tokens)
         yield inference_pb2.GenerateResponse(events=[*told, *events.finished(output.reason, usage, receipt)])

@@ -2,30 +2,12 @@
 
 from __future__ import annotations
 
-from seamount.router.events import TurnEvents, call_id_prefix
-from seamount.router.messages import ThinkingMode, thinking_mode_from_proto
-from seamount.router.parsing import OutputMode, TurnParser
+from seamount.router.events import TurnEvents, turn_events
+from seamount.router.messages import thinking_mode_from_proto
+from seamount.router.parsing import OutputMode
 from seamount.router.session_view import ReplayedTurn
 from seamount.router.tokenizer import Tokenizer
 from seamount.v1 import common_pb2, events_pb2, record_pb2
-from seamount.wire.ids import TurnId
-
-
-def turn_events(
-    turn_id: TurnId, mode: ThinkingMode, sampling: common_pb2.SamplingParameters, tokenizer: Tokenizer | None
-) -> TurnEvents:
-    """The events of a session's turn: a function of these parameters and the token ids. tokenizer: None where the turn
-    only records."""
-    if tokenizer is None:
-        return TurnEvents(turn_id, None)
-    parser = TurnParser(
-        tokenizer,
-        OutputMode.of(mode),
-        call_id_prefix=call_id_prefix(turn_id),
-        stop_strings=sampling.stop_strings,
-        stop_token_ids=sampling.stop_token_ids,
-    )
-    return TurnEvents(turn_id, parser)
 
 
 def replayed_events(
@@ -34,8 +16,9 @@ def replayed_events(
     """All events of the turn of ``record``. Pure: any thread."""
     session, output = replayed.view.session, record.output
     generated = record.HasField("output")
-    mode = thinking_mode_from_proto(session.thinking_mode)
-    events = turn_events(replayed.turn_id, mode, record.sampling, tokenizer if generated else None)
+    mode = OutputMode.of(thinking_mode_from_proto(session.thinking_mode))
+    turn_id = replayed.turn_id
+    events = turn_events(turn_id, mode, record.sampling, tokenizer) if generated else TurnEvents(turn_id, None)
     told = [
         events.started(
             session_id=session.id, model=session.model, num_prompt_tokens=record.num_prompt_tokens, seed=record.seed

@@ -254,7 +254,7 @@ class Sessions:
                 read = await self._store.read(tenant, session_id, known_head=0)
                 history = whole(read.session, read.first, read.entries)
         except BaseException:
-            self._abandon_later(self._abandon(tenant, session_id, key, reply))
+            self._abandon_later(self._abandon(tenant, session_id, key, reply.turn_id, reply.session.epoch))
             raise
         self._cache.put(tenant, session_id, history)
         return BegunTurn(
@@ -342,15 +342,7 @@ class Sessions:
 
     async def abandon_turn(self, turn: BegunTurn) -> None:
         """Give back a session whose turn was refused after all: head and key as if it had never begun."""
-        await self._store.fail(
-            turn.tenant,
-            turn.session_id,
-            key=turn.key,
-            turn_id=turn.turn_id,
-            epoch=turn.epoch,
-            event=b"",
-            budget_s=_ABANDON_BUDGET_S,
-        )
+        await self._abandon(turn.tenant, turn.session_id, turn.key, turn.turn_id, turn.epoch)
 
     async def _begin_or_abandon(
         self, tenant: TenantId, session_id: SessionId, arguments: BeginArguments
@@ -364,18 +356,18 @@ class Sessions:
             async def abandon() -> None:
                 reply = await task
                 if isinstance(reply, Begun):
-                    await self._abandon(tenant, session_id, arguments.key, reply)
+                    await self._abandon(tenant, session_id, arguments.key, reply.turn_id, reply.session.epoch)
 
             self._abandon_later(abandon())
             raise
 
-    async def _abandon(self, tenant: TenantId, session_id: SessionId, key: str, begun: Begun) -> None:
+    async def _abandon(self, tenant: TenantId, session_id: SessionId, key: str, turn_id: TurnId, epoch: Epoch) -> None:
         await self._store.fail(
             tenant,
             session_id,
             key=key,
-            turn_id=begun.turn_id,
-            epoch=begun.session.epoch,
+            turn_id=turn_id,
+            epoch=epoch,
             event=b"",
             budget_s=_ABANDON_BUDGET_S,
         )

@@ -121,9 +121,7 @@ def finished_turn(turn: Turn, output: ParsedOutput | None, parts: TurnParts) -> 
         record.receipt.CopyFrom(
             generation.account.receipt(num_prompt=turn.num_prompt_tokens, num_output=output.num_tokens)
         )
-        usage.num_cached_tokens = generation.account.num_cached
-        usage.num_output_tokens = output.num_tokens
-        usage.num_reasoning_tokens = output.num_reasoning_tokens
+        usage = generation.account.usage(output, num_prompt=turn.num_prompt_tokens)
         reason = output.reason
     turn.told_when_committed = turn.events.finished(reason, usage, record.receipt if output is not None else None)
     record.final_event.CopyFrom(turn.told_when_committed[-1])

@@ -12,7 +12,7 @@ from weakref import WeakValueDictionary
 
 from seamount.router.account import Account
 from seamount.router.directory import Liveness
-from seamount.router.events import TurnEvents
+from seamount.router.events import TurnEvents, turn_events
 from seamount.router.generation import Generation
 from seamount.router.messages import (
     Message,
@@ -23,9 +23,10 @@ from seamount.router.messages import (
 )
 from seamount.router.model import ServedModel
 from seamount.router.parameters import check_sampling, fit_context, resolve
+from seamount.router.parsing import OutputMode
 from seamount.router.ranks import Ranks
 from seamount.router.rendering import Rendering
-from seamount.router.replay import replayed_events, turn_events
+from seamount.router.replay import replayed_events
 from seamount.router.session_store import RunningTurn
 from seamount.router.session_view import ReplayedTurn
 from seamount.router.sessions import BegunTurn, Sessions, body_hash
@@ -334,7 +335,7 @@ class Turns:
             sampling=sampling,
             num_prompt_tokens=len(prompt),
             generation=generation,
-            events=turn_events(begun.turn_id, mode, sampling, self.model.tokenizer)
+            events=turn_events(begun.turn_id, OutputMode.of(mode), sampling, self.model.tokenizer)
             if plan.generates
             else TurnEvents(begun.turn_id, None),
             deadline=checked.deadline,

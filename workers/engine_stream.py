@@ -5,8 +5,6 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncGenerator, Callable
 
-from google.protobuf import duration_pb2
-
 from seamount.wire.errors import Unavailable
 from seamount.workers.engine import Engine
 from seamount.workers.events import EngineEvent, Failed, Finished, Progress
@@ -56,8 +54,3 @@ async def run_request(
 def _deliver(loop: asyncio.AbstractEventLoop, events: asyncio.Queue[EngineEvent], event: EngineEvent) -> None:
     if not loop.is_closed():
         loop.call_soon_threadsafe(events.put_nowait, event)
-
-
-def duration(seconds: float) -> duration_pb2.Duration:
-    """Seconds as a protobuf Duration."""
-    return duration_pb2.Duration(seconds=int(seconds), nanos=int(seconds % 1 * 1e9))

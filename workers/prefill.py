@@ -14,13 +14,14 @@ from typing import Any
 
 from seamount.v1 import worker_pb2
 from seamount.wire import limits
+from seamount.wire.durations import duration
 from seamount.wire.errors import FailedPrecondition, SeamountError
 from seamount.wire.hashes import SALT_BYTES
 from seamount.wire.ids import RankId
 from seamount.workers.cache.reservation import Reservation
 from seamount.workers.cache.reservations import Reservations
 from seamount.workers.engine import Engine
-from seamount.workers.engine_stream import KEEP_ALIVE_S, duration, run_request
+from seamount.workers.engine_stream import KEEP_ALIVE_S, run_request
 from seamount.workers.events import Finished, Progress
 from seamount.workers.requests import EngineRequest
 from seamount.workers.spec import RankSpec

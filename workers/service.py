@@ -10,11 +10,12 @@ import grpc
 
 from seamount.v1 import common_pb2, worker_pb2, worker_pb2_grpc
 from seamount.wire import limits
+from seamount.wire.durations import duration
 from seamount.wire.errors import Aborted, FailedPrecondition, InvalidArgument
 from seamount.workers.cache.reservation import Reservation
 from seamount.workers.cache.reservations import Reservations
 from seamount.workers.engine import Engine
-from seamount.workers.engine_stream import duration, run_request
+from seamount.workers.engine_stream import run_request
 from seamount.workers.events import EngineEvent, Failed, Finished, FinishReason, Progress, TokenLogprobs, Tokens
 from seamount.workers.prefill import Prefill, check_work
 from seamount.workers.requests import EngineRequest, SamplingParams

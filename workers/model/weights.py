@@ -20,6 +20,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from seamount.kernels.layout import CacheLayout
+from seamount.kernels.quant import dequantize_blocks
 from seamount.wire.errors import InvalidArgument
 from seamount.workers.experts.dispatch import ExpertParallel, LocalExperts
 from seamount.workers.model.config import ModelConfig
@@ -303,8 +304,5 @@ def _read_into(target: Tensor, name: str, source: _Source, files: Mapping[Path, 
     if source.scale_file is None:
         target.copy_(stored)  # a copy on purpose: the file may be replaced while the model serves
         return
-    scale: Tensor = files[source.scale_file].get_tensor(name + _SCALE).float()
-    for row_block in range(scale.shape[0]):
-        rows = slice(row_block * block[0], (row_block + 1) * block[0])
-        spread = scale[row_block].repeat_interleave(block[1])[: stored.shape[1]]
-        target[rows] = stored[rows].float() * spread
+    scale_inv: Tensor = files[source.scale_file].get_tensor(name + _SCALE)
+    dequantize_blocks(stored, scale_inv, target.dtype, block, out=target)
