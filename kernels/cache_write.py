@@ -10,7 +10,7 @@ from torch import Tensor
 from seamount.kernels.hadamard import hadamard_transform
 from seamount.kernels.layout import CacheLayout, pack_index_key, pack_latent, scatter_slots
 from seamount.kernels.norms import layer_norm, rms_norm
-from seamount.kernels.quant import quantize
+from seamount.kernels.quant import quantize, wide_dtype
 from seamount.kernels.rope import apply_rope_half, apply_rope_interleaved
 
 
@@ -80,13 +80,14 @@ def rotate_index_vectors(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 def rotate_quantize_index_vectors(x: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
     """``rotate_index_vectors``, then one scale a vector: what scoring e4m3 keys takes of the queries.
 
-    x: [T, H, D]. Returns (q [T, H, D] float8_e4m3fn, s [T, H, 1] float32).
+    x: [T, H, D]; nothing is rounded between x and the quantiser.
+    Returns (q [T, H, D] float8_e4m3fn, s [T, H, 1] float32).
     """
     if x.is_cuda and torch.float64 not in (x.dtype, cos.dtype) and x.shape[-1] >= 16:
         from seamount.kernels.triton import cache_write
 
         return cache_write.rotate_quantize_index_vectors(x, cos, sin)
-    return quantize(rotate_index_vectors(x, cos, sin), block_size=x.shape[-1])
+    return quantize(rotate_index_vectors(x.to(wide_dtype(x.dtype)), cos, sin), block_size=x.shape[-1])
 
 
 def page_checksum(pages: Tensor) -> Tensor:

@@ -3,36 +3,53 @@
     out[m, n] = sum over K blocks b of  xs[m, b] ws[n // 128, b]  sum over k in b of  x[m, k] w[n, k]
 
 The inner sum is accumulated in float32 and the scales are applied to it once per block of 128. CUDA tensors run Triton
-kernels; everything else runs the references here.
+kernels; everything else runs the references here. Where many products meet one weight on a CPU, ``decode_weight`` once
+spares decoding it each time: all functions take its result with ``weight_scale`` None.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from itertools import pairwise
 
 import torch
 from torch import Tensor
 from torch.nn.functional import silu
 
-from seamount.kernels.quant import BLOCK_SIZE, decode_e4m3, quantize, wide_dtype
+from seamount.kernels.quant import BLOCK_SIZE, decode_e4m3, dequantize, dequantize_blocks, quantize, wide_dtype
 
 
-def fp8_gemm(x: Tensor, x_scale: Tensor, weight: Tensor, weight_scale: Tensor) -> Tensor:
+def decode_weight(weight: Tensor, weight_scale: Tensor) -> Tensor:
+    """A block-scaled weight as float32 numbers: the form that the functions here take with ``weight_scale`` None.
+
+    weight: [.., N, K] float8_e4m3fn; weight_scale: [.., ceil(N / 128), K / 128] float32. Returns [.., N, K] float32.
+    """
+    out = torch.empty(weight.shape, dtype=torch.float32, device=weight.device)
+    matrices = (part.view(-1, *part.shape[-2:]) for part in (weight, weight_scale, out))
+    for values, scale, target in zip(*matrices, strict=True):
+        dequantize_blocks(values, scale, torch.float32, out=target)
+    return out
+
+
+def fp8_gemm(x: Tensor, x_scale: Tensor, weight: Tensor, weight_scale: Tensor | None) -> Tensor:
     """x W^T of quantised activations and a block-scaled weight.
 
     x: [M, K] float8_e4m3fn and x_scale: [M, K / 128] float32, as ``quantize`` makes them; M may be 0.
     weight: [N, K] float8_e4m3fn; weight_scale: [ceil(N / 128), K / 128] float32. K is a multiple of 128.
+    On a CPU also: weight [N, K] float32 from ``decode_weight``, weight_scale None.
     Returns [M, N] bfloat16. Raises ValueError for other shapes, dtypes or devices.
     """
     check_gemm(x, x_scale, weight, weight_scale)
-    if x.is_cuda:
+    if x.is_cuda and weight_scale is not None:
         from seamount.kernels.triton import fp8_gemm as triton_gemm
 
         return triton_gemm.fp8_gemm(x, x_scale, weight, weight_scale)
     return _product(x, x_scale, weight, weight_scale)
 
 
-def grouped_fp8_gemm(x: Tensor, x_scale: Tensor, weight: Tensor, weight_scale: Tensor, offsets: Tensor) -> Tensor:
+def grouped_fp8_gemm(
+    x: Tensor, x_scale: Tensor, weight: Tensor, weight_scale: Tensor | None, offsets: Tensor
+) -> Tensor:
     """One product for each group of consecutive rows: rows offsets[e] .. offsets[e + 1] meet weight[e].
 
     x: [R, K] and x_scale: [R, K / 128] as in ``fp8_gemm``.
@@ -41,7 +58,7 @@ def grouped_fp8_gemm(x: Tensor, x_scale: Tensor, weight: Tensor, weight_scale: T
     Returns [R, N] bfloat16; rows from offsets[E] on are unspecified.
     """
     check_grouped(x, x_scale, weight, weight_scale, offsets, masked=False)
-    if x.is_cuda:
+    if x.is_cuda and weight_scale is not None:
         from seamount.kernels.triton import grouped_gemm as triton_gemm
 
         return triton_gemm.grouped_gemm(x, x_scale, weight, weight_scale, offsets)
@@ -49,29 +66,32 @@ def grouped_fp8_gemm(x: Tensor, x_scale: Tensor, weight: Tensor, weight_scale: T
     bounds = offsets.tolist()
     for expert, (begin, end) in enumerate(pairwise(bounds)):
         rows = slice(begin, end)
-        out[rows] = _product(x[rows], x_scale[rows], weight[expert], weight_scale[expert])
+        out[rows] = _product(x[rows], x_scale[rows], weight[expert], _of_expert(weight_scale, expert))
     return out
 
 
-def grouped_fp8_gemm_masked(x: Tensor, x_scale: Tensor, weight: Tensor, weight_scale: Tensor, counts: Tensor) -> Tensor:
+def grouped_fp8_gemm_masked(
+    x: Tensor, x_scale: Tensor, weight: Tensor, weight_scale: Tensor | None, counts: Tensor
+) -> Tensor:
     """One product for each expert's slab, of which the first counts[e] rows are filled.
 
     x: [E, M, K]; x_scale: [E, M, K / 128]; weight: [E, N, K]; weight_scale: [E, ceil(N / 128), K / 128].
     counts: [E] int32, 0 .. M. Returns [E, M, N] bfloat16; rows from counts[e] on are unspecified.
     """
     check_grouped(x, x_scale, weight, weight_scale, counts, masked=True)
-    if x.is_cuda:
+    if x.is_cuda and weight_scale is not None:
         from seamount.kernels.triton import grouped_gemm as triton_gemm
 
         return triton_gemm.grouped_gemm(x, x_scale, weight, weight_scale, counts)
     out = torch.zeros((*x.shape[:2], weight.shape[1]), dtype=torch.bfloat16, device=x.device)
     for expert, count in enumerate(counts.tolist()):
-        out[expert, :count] = _product(x[expert, :count], x_scale[expert, :count], weight[expert], weight_scale[expert])
+        rows = (expert, slice(count))
+        out[rows] = _product(x[rows], x_scale[rows], weight[expert], _of_expert(weight_scale, expert))
     return out
 
 
 def grouped_fp8_gemm_swiglu(
-    x: Tensor, x_scale: Tensor, weight: Tensor, weight_scale: Tensor, groups: Tensor
+    x: Tensor, x_scale: Tensor, weight: Tensor, weight_scale: Tensor | None, groups: Tensor
 ) -> tuple[Tensor, Tensor]:
     """A grouped product with merged gate and up weights, SwiGLU and quantisation: what the next product reads.
 
@@ -85,7 +105,7 @@ def grouped_fp8_gemm_swiglu(
     check_grouped(x, x_scale, weight, weight_scale, groups, masked=masked)
     if weight.shape[1] % (2 * BLOCK_SIZE):
         raise ValueError(f"weight has {weight.shape[1]} rows; gate and up need a multiple of {BLOCK_SIZE} each")
-    if x.is_cuda:
+    if x.is_cuda and weight_scale is not None:
         from seamount.kernels.triton import grouped_gemm as triton_gemm
 
         return triton_gemm.grouped_gemm_swiglu(x, x_scale, weight, weight_scale, groups)
@@ -109,7 +129,7 @@ def swiglu_quantize(x: Tensor) -> tuple[Tensor, Tensor]:
     return quantize((silu(gate) * up).to(x.dtype))
 
 
-def check_gemm(x: Tensor, x_scale: Tensor, weight: Tensor, weight_scale: Tensor) -> None:
+def check_gemm(x: Tensor, x_scale: Tensor, weight: Tensor, weight_scale: Tensor | None) -> None:
     """Raises ValueError for anything that ``fp8_gemm`` does not take."""
     if x.dim() != 2 or weight.dim() != 2:
         raise ValueError(f"x has shape {list(x.shape)} and weight {list(weight.shape)}; both must be matrices")
@@ -117,7 +137,7 @@ def check_gemm(x: Tensor, x_scale: Tensor, weight: Tensor, weight_scale: Tensor)
 
 
 def check_grouped(
-    x: Tensor, x_scale: Tensor, weight: Tensor, weight_scale: Tensor, groups: Tensor, *, masked: bool
+    x: Tensor, x_scale: Tensor, weight: Tensor, weight_scale: Tensor | None, groups: Tensor, *, masked: bool
 ) -> None:
     """Raises ValueError for anything that the grouped products do not take."""
     if x.dim() != 2 + masked or weight.dim() != 3:
@@ -133,32 +153,43 @@ def check_grouped(
         )
 
 
-def _check_operands(x: Tensor, x_scale: Tensor, weight: Tensor, weight_scale: Tensor) -> None:
+def _check_operands(x: Tensor, x_scale: Tensor, weight: Tensor, weight_scale: Tensor | None) -> None:
     channels = x.shape[-1]
     if channels != weight.shape[-1] or channels % BLOCK_SIZE:
         raise ValueError(
             f"x has {channels} channels and weight {weight.shape[-1]}; they must be equal, a multiple of {BLOCK_SIZE}"
         )
     blocks = channels // BLOCK_SIZE
-    expected = {
-        "x_scale": (*x.shape[:-1], blocks),
-        "weight_scale": (*weight.shape[:-2], -(-weight.shape[-2] // BLOCK_SIZE), blocks),
-    }
-    for name, tensor in (("x_scale", x_scale), ("weight_scale", weight_scale)):
-        if tuple(tensor.shape) != expected[name] or tensor.dtype != torch.float32:
-            raise ValueError(
-                f"{name} is {tensor.dtype} {list(tensor.shape)}; it must be float32 {list(expected[name])}"
-            )
-    for name, tensor in (("x", x), ("x_scale", x_scale), ("weight", weight), ("weight_scale", weight_scale)):
-        if tensor.dtype != torch.float8_e4m3fn and name in ("x", "weight"):
-            raise ValueError(f"{name} is {tensor.dtype}; it must be float8_e4m3fn")
-        if tensor.device != x.device:
-            raise ValueError(f"{name} is on {tensor.device}; x is on {x.device}")
-        if not tensor.is_contiguous():
-            raise ValueError(f"{name} must be contiguous; its strides are {list(tensor.stride())}")
+    _check_operand("x", x, x.shape, torch.float8_e4m3fn, x.device)
+    _check_operand("x_scale", x_scale, (*x.shape[:-1], blocks), torch.float32, x.device)
+    if weight_scale is None:
+        if x.is_cuda:
+            raise ValueError("weight_scale is None; decoded weights are for CPUs")
+        _check_operand("weight", weight, weight.shape, torch.float32, x.device)
+        return
+    _check_operand("weight", weight, weight.shape, torch.float8_e4m3fn, x.device)
+    scale_shape = (*weight.shape[:-2], -(-weight.shape[-2] // BLOCK_SIZE), blocks)
+    _check_operand("weight_scale", weight_scale, scale_shape, torch.float32, x.device)
 
 
-def _product(x: Tensor, x_scale: Tensor, weight: Tensor, weight_scale: Tensor) -> Tensor:
+def _check_operand(name: str, x: Tensor, shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> None:
+    if tuple(x.shape) != tuple(shape) or x.dtype != dtype:
+        raise ValueError(
+            f"{name} is {x.dtype} {list(x.shape)}; it must be {str(dtype).removeprefix('torch.')} {list(shape)}"
+        )
+    if x.device != device:
+        raise ValueError(f"{name} is on {x.device}; x is on {device}")
+    if not x.is_contiguous():
+        raise ValueError(f"{name} must be contiguous; its strides are {list(x.stride())}")
+
+
+def _of_expert(weight_scale: Tensor | None, expert: int) -> Tensor | None:
+    return None if weight_scale is None else weight_scale[expert]
+
+
+def _product(x: Tensor, x_scale: Tensor, weight: Tensor, weight_scale: Tensor | None) -> Tensor:
+    if weight_scale is None:
+        return (dequantize(x, x_scale) @ weight.T).to(torch.bfloat16)
     out = torch.zeros((x.shape[0], weight.shape[0]), dtype=torch.float32, device=x.device)
     for block in range(x_scale.shape[1]):
         channels = slice(block * BLOCK_SIZE, (block + 1) * BLOCK_SIZE)

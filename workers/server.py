@@ -23,9 +23,10 @@ from seamount.workers.engine import Engine
 from seamount.workers.experts.dispatch import ExpertParallel, GangExperts, LocalExperts
 from seamount.workers.gang import Gang
 from seamount.workers.loading import LoadingProgress, OnLoading
+from seamount.workers.model.checkpoint_files import model_fingerprint
 from seamount.workers.model.config import ModelConfig
 from seamount.workers.model.transformer import Transformer
-from seamount.workers.model.weights import load_model, model_fingerprint
+from seamount.workers.model.weights import load_model
 from seamount.workers.prefill import Prefill
 from seamount.workers.scheduler import EngineLimits
 from seamount.workers.service import WorkerService

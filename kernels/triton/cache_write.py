@@ -199,17 +199,18 @@ def _rotate_vectors_kernel(
     own = tl.load(source + columns[None, :], mask=inside, other=0.0).to(tl.float32)
     other = tl.load(source + _partner_columns(columns, HALF)[None, :], mask=inside, other=0.0).to(tl.float32)
     turned = _rotate(own, other, cos_ptr + token * HALF, sin_ptr + token * HALF, columns, HALF)
-    # The rotation's result has x's dtype, and so has the transform's.
-    turned = turned.to(x_ptr.dtype.element_ty).to(tl.float32)
-    out = _hadamard(turned, DIM, STAGES).to(x_ptr.dtype.element_ty)
+    if not QUANTIZE:
+        # The rotation's result has x's dtype; on the way to the quantiser it stays float32.
+        turned = turned.to(x_ptr.dtype.element_ty).to(tl.float32)
+    out = _hadamard(turned, DIM, STAGES)
     rows = token * num_heads + heads
     target = out_ptr + rows[:, None] * DIM + columns[None, :]
     if QUANTIZE:
-        values, scales = quantize_rows(out.to(tl.float32))
+        values, scales = quantize_rows(out)
         tl.store(target, values, mask=inside)
         tl.store(scale_ptr + rows, scales, mask=heads < num_heads)
     else:
-        tl.store(target, out, mask=inside)
+        tl.store(target, out.to(x_ptr.dtype.element_ty), mask=inside)
 
 
 def rotate_index_vectors(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from seamount.kernels.quant import decode_e4m3, dequantize, dequantize_blocks, quantize
+from seamount.kernels.quant import decode_e4m3, dequantize, dequantize_blocks, quantize, quantize_blocks
 
 
 @pytest.mark.parametrize("rows", [0, 1, 63, 65])
@@ -66,3 +66,27 @@ def test_block_scaled_weights(rows: int, columns: int, generator: torch.Generato
         assert restored[i, j].item() == weight[i, j].double().item() * scale[i // 128, j // 128].double().item()
     with pytest.raises(ValueError, match="scale_inv has shape"):
         dequantize_blocks(weight, torch.ones(9, 9), torch.float32)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("rows", "columns"), [(1, 1), (130, 257), (256, 128)])
+def test_blocks_give_back_what_they_held(
+    rows: int, columns: int, dtype: torch.dtype, generator: torch.Generator
+) -> None:
+    weight = (torch.randn((rows, columns), generator=generator) * torch.logspace(-3, 3, columns)).to(dtype)
+    values, scales = quantize_blocks(weight)
+    assert values.dtype == torch.float8_e4m3fn
+    assert scales.shape == (-(-rows // 128), -(-columns // 128))
+    for i in range(scales.shape[0]):
+        for j in range(scales.shape[1]):
+            block = weight[i * 128 : (i + 1) * 128, j * 128 : (j + 1) * 128]
+            amax = max(block.double().abs().max().item(), 1e-4)
+            assert scales[i, j].item() == 2.0 ** math.ceil(math.log2(amax / 448))
+    spread = scales.double().repeat_interleave(128, 0)[:rows].repeat_interleave(128, 1)[:, :columns]
+    error = (dequantize_blocks(values, scales, torch.float64) - weight.double()).abs()
+    assert (error <= weight.double().abs() / 16 + spread * 2**-10).all()
+
+
+def test_only_matrices_have_blocks() -> None:
+    with pytest.raises(ValueError, match="matrix"):
+        quantize_blocks(torch.zeros(128))

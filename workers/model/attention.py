@@ -6,7 +6,6 @@ from collections.abc import Callable, Mapping
 
 import torch
 from torch import Tensor
-from torch.nn.functional import linear
 
 from seamount.kernels.cache_write import write_latent
 from seamount.kernels.dense_mla import dense_mha, dense_mla
@@ -18,6 +17,7 @@ from seamount.kernels.sparse_mla import sparse_mla_decode, sparse_mla_prefill
 from seamount.workers.model.batch import AttentionPlan, DecodeRows, PrefillChunk, slots_at
 from seamount.workers.model.config import ModelConfig
 from seamount.workers.model.indexer import Indexer
+from seamount.workers.model.linear import project, project_all, weight_of
 
 
 class Attention:
@@ -26,15 +26,15 @@ class Attention:
     def __init__(self, config: ModelConfig, layout: CacheLayout, parameters: Mapping[str, Tensor]) -> None:
         self._config = config
         self._layout = layout
-        self._q_a_proj = parameters["q_a_proj.weight"]
+        self._q_a_proj = weight_of(parameters, "q_a_proj.weight")
         self._q_a_norm = parameters["q_a_layernorm.weight"]
-        self._q_b_proj = parameters["q_b_proj.weight"]
-        self._kv_a_proj = parameters["kv_a_proj_with_mqa.weight"]
+        self._q_b_proj = weight_of(parameters, "q_b_proj.weight")
+        self._kv_a_proj = weight_of(parameters, "kv_a_proj_with_mqa.weight")
         self._kv_a_norm = parameters["kv_a_layernorm.weight"]
         per_head = parameters["kv_b_proj.weight"].view(config.num_attention_heads, -1, config.kv_lora_rank)
         self._k_up = per_head[:, : config.qk_nope_head_dim]  # [H, N, C]
         self._v_up = per_head[:, config.qk_nope_head_dim :]  # [H, V, C]
-        self._o_proj = parameters["o_proj.weight"]
+        self._o_proj = weight_of(parameters, "o_proj.weight")
         indexer = {name.removeprefix("indexer."): at for name, at in parameters.items() if name.startswith("indexer.")}
         self._indexer = Indexer(config, layout, indexer)
 
@@ -54,15 +54,15 @@ class Attention:
         Returns [T, hidden]. T may be 0.
         """
         config, (cos, sin) = self._config, angles
-        q_latent = rms_norm(linear(x, self._q_a_proj), self._q_a_norm, config.rms_norm_eps)
-        kv = linear(x, self._kv_a_proj)
+        q_latent, kv, index_key = project_all(x, self._q_a_proj, self._kv_a_proj, self._indexer.key_weight)
+        q_latent = rms_norm(q_latent, self._q_a_norm, config.rms_norm_eps)
         latent, rope_key = kv[:, : config.kv_lora_rank], kv[:, config.kv_lora_rank :]
         eps = config.rms_norm_eps
         write_latent(latent_plane, slots, latent, rope_key, self._kv_a_norm, eps, cos, sin, self._layout)
-        self._indexer.write_keys(x, index_plane, slots, cos, sin)
+        self._indexer.write_keys(index_key, index_plane, slots, cos, sin)
         on_written()
 
-        q = linear(q_latent, self._q_b_proj).view(-1, config.num_attention_heads, config.qk_head_dim)
+        q = project(q_latent, self._q_b_proj).view(-1, config.num_attention_heads, config.qk_head_dim)
         q_rope = apply_rope_interleaved(q[..., config.qk_nope_head_dim :], cos, sin)
         q = torch.cat((q[..., : config.qk_nope_head_dim], q_rope), dim=-1)
         scored = self._scored_queries(x, q_latent, cos, sin, plan.scored_rows)
@@ -80,7 +80,7 @@ class Attention:
             if (own_rows := chunk.scored) is not None:
                 selected = self._indexer.select_chunk(chunk, scored[0][own_rows], scored[1][own_rows], index_plane)
             out[chunk.rows] = self._attend_chunk(chunk, q[chunk.rows], latent_plane, selected)
-        return linear(out, self._o_proj)
+        return project(out, self._o_proj)
 
     def _scored_queries(
         self, x: Tensor, q_latent: Tensor, cos: Tensor, sin: Tensor, rows: Tensor

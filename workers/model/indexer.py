@@ -6,15 +6,15 @@ from collections.abc import Mapping
 
 import torch
 from torch import Tensor
-from torch.nn.functional import linear
 
-from seamount.kernels.cache_write import rotate_index_vectors, write_index_key
+from seamount.kernels.cache_write import rotate_index_vectors, rotate_quantize_index_vectors, write_index_key
 from seamount.kernels.indexer import mqa_logits, paged_mqa_logits
 from seamount.kernels.layout import CacheLayout, unpack_index_pages
-from seamount.kernels.quant import decode_e4m3, quantize, wide_dtype
+from seamount.kernels.quant import decode_e4m3, wide_dtype
 from seamount.kernels.topk import topk_indices
 from seamount.workers.model.batch import DecodeRows, PrefillChunk
 from seamount.workers.model.config import ModelConfig
+from seamount.workers.model.linear import exact_bfloat16, project, project_wide, weight_of
 
 _KEY_NORM_EPS = 1e-6
 # Elements of the [rows, context] scores of a prefill chunk that exist at one time.
@@ -29,15 +29,15 @@ class Indexer:
         self._heads = config.index_n_heads
         self._head_dim = config.index_head_dim
         self._topk = config.index_topk
-        self._wq_b = parameters["wq_b.weight"]
-        self._wk = parameters["wk.weight"]
+        self._wq_b = weight_of(parameters, "wq_b.weight")
+        self.key_weight = weight_of(parameters, "wk.weight")
+        """wk: its product is the keys that ``write_keys`` takes; it reads what the attention's projections read."""
         self._norm_weight = parameters["k_norm.weight"]
         self._norm_bias = parameters["k_norm.bias"]
-        self._weights_proj = parameters["weights_proj.weight"]
+        self._weights_proj = exact_bfloat16(parameters["weights_proj.weight"])
 
-    def write_keys(self, x: Tensor, plane: Tensor, slots: Tensor, cos: Tensor, sin: Tensor) -> None:
-        """Every token's key is written, also where no selection happens yet: later queries will score it."""
-        key = linear(x, self._wk)
+    def write_keys(self, key: Tensor, plane: Tensor, slots: Tensor, cos: Tensor, sin: Tensor) -> None:
+        """Every token's key [T, D] is written, also where no selection happens yet: later queries will score it."""
         write_index_key(plane, slots, key, self._norm_weight, self._norm_bias, _KEY_NORM_EPS, cos, sin, self._layout)
 
     def queries(self, x: Tensor, q_latent: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
@@ -47,13 +47,12 @@ class Indexer:
         queries are e4m3 values and their scales are in the weights.
         """
         wide = wide_dtype(x.dtype)
-        q = linear(q_latent, self._wq_b).view(-1, self._heads, self._head_dim).to(wide)
-        q = rotate_index_vectors(q, cos, sin)
-        weights = linear(x.to(wide), self._weights_proj) * (self._heads**-0.5 * self._head_dim**-0.5)
+        q = project(q_latent, self._wq_b).view(-1, self._heads, self._head_dim)
+        weights = project_wide(x, self._weights_proj) * (self._heads**-0.5 * self._head_dim**-0.5)
         if self._layout.quantizes_index:
-            values, scales = quantize(q, block_size=self._head_dim)
+            values, scales = rotate_quantize_index_vectors(q, cos, sin)
             return decode_e4m3(values.view(torch.uint8), wide), weights * scales.squeeze(-1)
-        return q, weights
+        return rotate_index_vectors(q.to(wide), cos, sin), weights
 
     def select_decode(self, decode: DecodeRows, q: Tensor, weights: Tensor, plane: Tensor) -> Tensor:
         """Positions [S, topk] int64 (-1 after the last) for the scored decode rows; q, weights: theirs."""

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 
 import torch
 from torch import Tensor
-from torch.nn.functional import embedding, linear
+from torch.nn.functional import embedding
 
 from seamount.kernels.layout import CacheLayout, CachePlanes
 from seamount.kernels.norms import rms_norm
@@ -17,8 +17,9 @@ from seamount.workers.experts.dispatch import ExpertParallel
 from seamount.workers.model.attention import Attention
 from seamount.workers.model.batch import AttentionPlan, ForwardBatch
 from seamount.workers.model.config import ModelConfig
-from seamount.workers.model.moe import MLP, MoE
-from seamount.workers.model.parameters import parameter_dtype, parameter_shapes
+from seamount.workers.model.linear import exact_bfloat16, project_wide
+from seamount.workers.model.moe import FeedForward, MoE, make_mlp
+from seamount.workers.model.parameters import SCALE_SUFFIX, kept_shapes, parameter_dtype, parameter_shapes, place_of
 
 
 class Transformer:
@@ -27,7 +28,8 @@ class Transformer:
     layout: of the caches that the steps read and write; its dtype is the compute dtype.
     parameters: by the checkpoint's names, exactly those of ``parameter_shapes`` for the experts that this rank owns.
     They are kept as they are where their dtype is ``parameter_dtype(name, layout.dtype)``, else converted; drop the
-    mapping afterwards, or the converted ones exist twice.
+    mapping afterwards, or the converted ones exist twice. Projections may be block-scaled instead: float8_e4m3fn with
+    their ``*_scale_inv`` beside them, merged as ``parameters.place_of`` says.
     experts: this rank's share of the routed experts; every rank of the gang must step in unison.
     Raises InvalidArgument naming the first parameter that is missing, unknown or misshaped.
     """
@@ -38,10 +40,10 @@ class Transformer:
         self.config = config
         self.layout = layout
         self.dtype = layout.dtype
-        _check(parameters, self.parameter_shapes(config, experts.map.owned(experts.rank)))
-        kept = {name: value.to(parameter_dtype(name, self.dtype)) for name, value in parameters.items()}
+        _check(parameters, config, experts.map.owned(experts.rank))
+        kept = {name: _converted(name, value, self.dtype) for name, value in parameters.items()}
         self.expert_bytes = sum(value.nbytes for name, value in kept.items() if ".mlp.experts." in name)
-        """Bytes of the routed experts held here."""
+        """Bytes of the routed experts held here, block-scaled ones as stored (a CPU decodes them to float32)."""
         self.device = kept["model.embed_tokens.weight"].device
         """Where the parameters are; batches are moved there, planes must be there."""
         self._embedding = kept["model.embed_tokens.weight"]
@@ -50,7 +52,7 @@ class Transformer:
             for layer in range(config.num_hidden_layers)
         ]
         self._norm = kept["model.norm.weight"]
-        self._lm_head = kept["lm_head.weight"]
+        self._lm_head = exact_bfloat16(kept["lm_head.weight"])
         self._frequencies = _frequencies(config, wide_dtype(self.dtype)).to(self._embedding.device)
 
     @staticmethod
@@ -82,7 +84,7 @@ class Transformer:
 
             x = layer.forward(x, planes.latent[number], planes.index[number], batch.slots, angles, plan, written)
         wanted = rms_norm(x[batch.logit_rows], self._norm, self.config.rms_norm_eps)
-        return linear(wanted.to(self._lm_head.dtype), self._lm_head)
+        return project_wide(wanted, self._lm_head)
 
 
 class DecoderLayer:
@@ -101,7 +103,7 @@ class DecoderLayer:
         self._attention = Attention(config, layout, _below(parameters, "self_attn."))
         self._post_attention_norm = parameters["post_attention_layernorm.weight"]
         mlp = _below(parameters, "mlp.")
-        self._feed_forward: MLP | MoE = MLP(mlp) if config.is_dense(number) else MoE(config, mlp, experts)
+        self._feed_forward: FeedForward = make_mlp(mlp) if config.is_dense(number) else MoE(config, mlp, experts)
 
     def forward(
         self,
@@ -137,13 +139,24 @@ def _below(parameters: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
     return {name.removeprefix(prefix): value for name, value in parameters.items() if name.startswith(prefix)}
 
 
-def _check(parameters: Mapping[str, Tensor], expected: Mapping[str, tuple[int, ...]]) -> None:
+def _converted(name: str, value: Tensor, dtype: torch.dtype) -> Tensor:
+    if value.dtype == torch.float8_e4m3fn or name.endswith(SCALE_SUFFIX):
+        return value
+    return value.to(parameter_dtype(name, dtype))
+
+
+def _check(parameters: Mapping[str, Tensor], config: ModelConfig, owned_experts: Sequence[int]) -> None:
+    shapes = parameter_shapes(config, owned_experts)
+    scaled = [n for n, shape in shapes.items() if place_of(n, shape, owned_experts).name + SCALE_SUFFIX in parameters]
+    expected = kept_shapes(config, owned_experts, scaled)
     for name, shape in expected.items():
         if name not in parameters:
             raise InvalidArgument(f"the checkpoint lacks {name} of shape {shape}", field=name)
-        if tuple(parameters[name].shape) != shape:
-            actual = tuple(parameters[name].shape)
-            raise InvalidArgument(f"{name} has shape {actual}; config.json asks for {shape}", field=name)
+        value = parameters[name]
+        if tuple(value.shape) != shape:
+            raise InvalidArgument(f"{name} has shape {tuple(value.shape)}; config.json asks for {shape}", field=name)
+        if (value.dtype == torch.float8_e4m3fn) != (name + SCALE_SUFFIX in expected):
+            raise InvalidArgument(f"{name} is {value.dtype}; float8_e4m3fn and block scales go together", field=name)
     for name in parameters:
         if name not in expected:
             raise InvalidArgument(f"{name} is no parameter of this rank's model", field=name)

@@ -1,39 +1,47 @@
 """Loads a rank's share of a Hugging Face checkpoint: safetensors only, tensor by tensor, never a second copy.
 
 A rank touches only the experts that it owns: names and shapes come from the files' headers, bytes are read of the
-tensors that are needed. FP8 block-scaled projections are dequantised here, 128 rows at a time.
+tensors that are needed. Block-scaled FP8 projections keep their form and are read into their place in merged
+parameters (``parameters.place_of``); only kv_b_proj, which is used as floats, is dequantised here.
 """
 
 from __future__ import annotations
 
-import hashlib
 import json
 import math
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from torch import Tensor
 
 from seamount.kernels.layout import CacheLayout
-from seamount.kernels.quant import dequantize_blocks
+from seamount.kernels.quant import BLOCK_SIZE, dequantize_blocks
 from seamount.wire.errors import InvalidArgument
 from seamount.workers.experts.dispatch import ExpertParallel, LocalExperts
+from seamount.workers.model.checkpoint_files import find_tensors, open_tensors
 from seamount.workers.model.config import ModelConfig
-from seamount.workers.model.parameters import Shape, parameter_dtype, parameter_shapes
+from seamount.workers.model.parameters import (
+    SCALE_SUFFIX,
+    Place,
+    Shape,
+    block_counts,
+    fits_blocks,
+    kept_shapes,
+    parameter_dtype,
+    parameter_shapes,
+    place_of,
+    stays_block_scaled,
+)
 from seamount.workers.model.transformer import Transformer
 
 Progress = Callable[[str, int, int], None]
 """(name of the parameter just loaded, bytes read so far, bytes to read in all)."""
 
-_INDEX: Final = "model.safetensors.index.json"
-_SINGLE: Final = "model.safetensors"
-_SCALE: Final = "_scale_inv"
-_MAX_HEADER_BYTES: Final = 100 << 20
 _FLOATS: Final[Mapping[str, torch.dtype]] = {
     "F64": torch.float64,
     "F32": torch.float32,
@@ -89,114 +97,64 @@ def load_weights(
     path: Path,
     config: ModelConfig,
     *,
-    owned_experts: Collection[int],
+    owned_experts: Sequence[int],
     dtype: torch.dtype,
     device: str | torch.device = "cpu",
     progress: Progress | None = None,
 ) -> dict[str, Tensor]:
-    """Every parameter of one rank by its checkpoint name, each in ``parameter_dtype(name, dtype)``.
+    """Every parameter of one rank by its name, each in ``parameter_dtype(name, dtype)``, FP8 ones as stored.
+
+    Projections stored as e4m3 with block scales stay so, under the names and in the shapes of ``kept_shapes``, their
+    float32 scales as ``*_scale_inv`` beside them.
 
     path: folder with ``model.safetensors`` or shards and their index. owned_experts: global ids of routed experts.
     Memory: the result and one tensor as stored. Every header is checked before the first byte of data is read.
 
     Raises ``InvalidArgument`` (field ``model_path``) with reason MISSING_TENSOR, WRONG_SHAPE (names the tensor and both
-    shapes), WRONG_DTYPE, UNEXPECTED_TENSOR (neither of this architecture, nor an MTP layer or a copy that is known to
-    be unused) or BAD_CHECKPOINT (no or malformed files).
+    shapes), WRONG_DTYPE, BLOCKS_DO_NOT_FIT (an FP8 projection whose sides are no multiples of 128), UNEXPECTED_TENSOR
+    (neither of this architecture, nor an MTP layer or a copy that is known to be unused) or BAD_CHECKPOINT (no or
+    malformed files).
     """
-    block = _block_shape(path)
+    _check_quantization(path)
     wanted = parameter_shapes(config, owned_experts)
     with ExitStack() as stack:
-        where = _find_tensors(path)
+        where = find_tensors(path)
         _refuse_unexpected(where, config)
-        files = {file: _open(stack, file) for file in sorted(_files_of(wanted, where))}
-        sources = {name: _check(name, shape, where, files, block) for name, shape in wanted.items()}
+        files = {file: open_tensors(stack, file) for file in sorted(_files_of(wanted, where))}
+        sources = {name: _check(name, shape, where, files) for name, shape in wanted.items()}
+        scaled = {name for name, source in sources.items() if source.scale_file and stays_block_scaled(name)}
+        _check_mlps(wanted, scaled)
+        kept = kept_shapes(config, owned_experts, scaled)
         num_bytes_total = sum(source.num_bytes for source in sources.values())
         num_bytes_done = 0
         weights: dict[str, Tensor] = {}
+
+        def parameter(name: str, dtype: torch.dtype) -> Tensor:
+            if name not in weights:
+                weights[name] = torch.empty(kept[name], dtype=dtype, device=device)
+            return weights[name]
+
         for name, source in sources.items():
-            target = torch.empty(source.shape, dtype=parameter_dtype(name, dtype), device=device)
-            _read_into(target, name, source, files, block)
-            weights[name] = target
+            if name in scaled:
+                place = place_of(name, source.shape, owned_experts)
+                values = parameter(place.name, torch.float8_e4m3fn)
+                scales = parameter(place.name + SCALE_SUFFIX, torch.float32)
+                _read_blocks(values, scales, place, name, source, files)
+            else:
+                _read_into(parameter(name, parameter_dtype(name, dtype)), name, source, files)
             num_bytes_done += source.num_bytes
             if progress is not None:
                 progress(name, num_bytes_done, num_bytes_total)
         return weights
 
 
-def model_fingerprint(path: Path) -> str:
-    """SHA-256 (hex) that tells models apart without reading all of a large one.
-
-    Over ``config.json``, and for each safetensors file in name order its name, size, header and 16 blocks of 4 KiB at
-    even distances of its data: training changes every tensor, so samples see it. A change of single values between
-    the samples goes unseen. Raises ``InvalidArgument`` (BAD_CHECKPOINT) where files are missing or malformed.
-    """
-    digest = hashlib.sha256()
-
-    def add(part: bytes) -> None:
-        digest.update(len(part).to_bytes(8, "little") + part)
-
-    try:
-        add((path / "config.json").read_bytes())
-        for file in sorted(set(_find_tensors(path).values())):
-            size = file.stat().st_size
-            add(file.name.encode())
-            add(size.to_bytes(8, "little"))
-            with file.open("rb") as opened:
-                header = _read_header_bytes(opened.read(8), opened.read, file)
-                add(header)
-                start = 8 + len(header)
-                for i in range(16):
-                    opened.seek(start + (size - start) * i // 16)
-                    add(opened.read(4096))
-    except OSError as error:
-        raise _bad(f"cannot read {path}: {error}") from error
-    return digest.hexdigest()
-
-
 # ---- what is where
-
-
-def _find_tensors(path: Path) -> dict[str, Path]:
-    """The file of every stored tensor, from the index or, for a single file, from its header."""
-    index = path / _INDEX
-    if not index.exists():
-        return dict.fromkeys(_header_names(path / _SINGLE), path / _SINGLE)
-    try:
-        weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
-        pairs = {str(name): str(file) for name, file in weight_map.items()}
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise _bad(f"{index} is not a safetensors index: {error!r}") from error
-    for file_name in sorted(set(pairs.values())):
-        if Path(file_name).name != file_name or not file_name.endswith(".safetensors"):
-            raise _bad(f"{index} names the shard {file_name!r}; it must be a .safetensors file in the same folder")
-        if not (path / file_name).exists():
-            raise _bad(f"{index} names the shard {file_name}, which is not in {path}: fetch it again")
-    return {name: path / file_name for name, file_name in pairs.items()}
-
-
-def _header_names(file: Path) -> list[str]:
-    try:
-        with file.open("rb") as opened:
-            header = json.loads(_read_header_bytes(opened.read(8), opened.read, file))
-    except (OSError, ValueError) as error:
-        raise _bad(f"cannot read {file}: {error}; give a folder with safetensors") from error
-    return [name for name in header if name != "__metadata__"]
-
-
-def _read_header_bytes(length: bytes, read: Callable[[int], bytes], file: Path) -> bytes:
-    num_bytes = int.from_bytes(length, "little")
-    if len(length) < 8 or num_bytes > _MAX_HEADER_BYTES:
-        raise _bad(f"{file} is not a safetensors file: its header would have {num_bytes} bytes")
-    header = read(num_bytes)
-    if len(header) < num_bytes:
-        raise _bad(f"{file} is cut off inside its header: fetch it again")
-    return header
 
 
 def _refuse_unexpected(where: Mapping[str, Path], config: ModelConfig) -> None:
     known = parameter_shapes(config, range(config.n_routed_experts))
     for name in where:
-        base = name.removesuffix(_SCALE)
+        base = name.removesuffix(SCALE_SUFFIX)
         if base in known or _is_unused(name, config):
             continue
         raise InvalidArgument(
@@ -217,53 +175,67 @@ def _is_unused(name: str, config: ModelConfig) -> bool:
 
 
 def _files_of(wanted: Collection[str], where: Mapping[str, Path]) -> set[Path]:
-    return {where[stored] for name in wanted for stored in (name, name + _SCALE) if stored in where}
-
-
-def _open(stack: ExitStack, file: Path) -> Any:
-    try:
-        return stack.enter_context(safe_open(file, framework="pt"))
-    except (OSError, SafetensorError) as error:
-        raise _bad(f"cannot read {file}: {error}; fetch it again") from error
+    return {where[stored] for name in wanted for stored in (name, name + SCALE_SUFFIX) if stored in where}
 
 
 # ---- checking one parameter
 
 
-def _block_shape(path: Path) -> tuple[int, int]:
+def _check_quantization(path: Path) -> None:
     raw = json.loads((path / "config.json").read_text(encoding="utf-8"))  # ModelConfig has read it: it is well-formed
     quantization = raw.get("quantization_config") or {}
-    method = quantization.get("quant_method", "fp8")
-    size = quantization.get("weight_block_size", [128, 128])
-    valid = isinstance(size, list) and len(size) == 2 and all(type(n) is int and n > 0 for n in size)
-    if method != "fp8" or not valid:
+    blocks = [BLOCK_SIZE, BLOCK_SIZE]
+    method, size = quantization.get("quant_method", "fp8"), quantization.get("weight_block_size", blocks)
+    if method != "fp8" or size != blocks:
         raise InvalidArgument(
-            f"quantization_config in config.json has method {method!r} and blocks {size!r}; only fp8 with two positive "
-            "block sizes is read",
+            f"quantization_config in config.json has method {method!r} and blocks {size!r}; only fp8 with blocks "
+            f"{blocks} is read",
             field="quantization_config",
         )
-    return size[0], size[1]
 
 
-def _check(
-    name: str, shape: Shape, where: Mapping[str, Path], files: Mapping[Path, Any], block: tuple[int, int]
-) -> _Source:
+def _check_mlps(wanted: Mapping[str, Shape], scaled: Collection[str]) -> None:
+    """One form for the three projections of an MLP, and for all of a layer's routed experts: products are shared."""
+    forms: dict[str, tuple[bool, str]] = {}
+    for name in wanted:
+        unit = name.rsplit(".", 2)[0]
+        if ".mlp." not in name or ".mlp.gate." in name:
+            continue
+        unit = unit.rsplit(".", 1)[0] if ".experts." in name else unit
+        is_scaled, first = forms.setdefault(unit, (name in scaled, name))
+        if is_scaled != (name in scaled):
+            raise InvalidArgument(
+                f"{name} and {first} must both have block scales, or neither: quantise the whole of {unit}",
+                field="model_path",
+                reason="WRONG_DTYPE",
+            )
+
+
+def _check(name: str, shape: Shape, where: Mapping[str, Path], files: Mapping[Path, Any]) -> _Source:
     kind, found = _stored_kind(name, where, files)
     if found != shape:
         raise _wrong_shape(name, found, shape)
     num_bytes = math.prod(shape) * _FLOATS[kind].itemsize
-    scaled = name + _SCALE in where
+    scaled = name + SCALE_SUFFIX in where
     if scaled != (kind == "F8_E4M3"):
-        told = "has block scales beside it" if scaled else f"lacks {name}{_SCALE}"
+        told = "has block scales beside it" if scaled else f"lacks {name}{SCALE_SUFFIX}"
         raise InvalidArgument(f"{name} is stored as {kind} but {told}", field="model_path", reason="WRONG_DTYPE")
     if not scaled:
         return _Source(file=where[name], shape=shape, scale_file=None, num_bytes=num_bytes)
-    scale_kind, scale_found = _stored_kind(name + _SCALE, where, files)
-    scale_shape = (-(-shape[0] // block[0]), -(-shape[1] // block[1])) if len(shape) == 2 else ()
+    scale_kind, scale_found = _stored_kind(name + SCALE_SUFFIX, where, files)
+    scale_shape = block_counts(shape) if len(shape) == 2 else ()
     if scale_found != scale_shape:
-        raise _wrong_shape(name + _SCALE, scale_found, scale_shape)
+        raise _wrong_shape(name + SCALE_SUFFIX, scale_found, scale_shape)
+    if not fits_blocks(name, shape):
+        raise InvalidArgument(
+            f"{name} {list(shape)} is stored in FP8; its products need sides that are multiples of {BLOCK_SIZE}. "
+            "Store it as bfloat16 without scales (seamount checkpoint quantize leaves such tensors out)",
+            field="model_path",
+            reason="BLOCKS_DO_NOT_FIT",
+            metadata={"tensor": name},
+        )
     num_bytes += math.prod(scale_shape) * _FLOATS[scale_kind].itemsize
-    return _Source(file=where[name], shape=shape, scale_file=where[name + _SCALE], num_bytes=num_bytes)
+    return _Source(file=where[name], shape=shape, scale_file=where[name + SCALE_SUFFIX], num_bytes=num_bytes)
 
 
 def _stored_kind(name: str, where: Mapping[str, Path], files: Mapping[Path, Any]) -> tuple[str, Shape]:
@@ -292,17 +264,25 @@ def _wrong_shape(name: str, found: Shape, expected: Shape) -> InvalidArgument:
     )
 
 
-def _bad(message: str) -> InvalidArgument:
-    return InvalidArgument(message, field="model_path", reason="BAD_CHECKPOINT")
-
-
 # ---- reading one parameter
 
 
-def _read_into(target: Tensor, name: str, source: _Source, files: Mapping[Path, Any], block: tuple[int, int]) -> None:
+def _read_into(target: Tensor, name: str, source: _Source, files: Mapping[Path, Any]) -> None:
     stored: Tensor = files[source.file].get_tensor(name)
     if source.scale_file is None:
         target.copy_(stored)  # a copy on purpose: the file may be replaced while the model serves
         return
-    scale_inv: Tensor = files[source.scale_file].get_tensor(name + _SCALE)
-    dequantize_blocks(stored, scale_inv, target.dtype, block, out=target)
+    scale_inv: Tensor = files[source.scale_file].get_tensor(name + SCALE_SUFFIX)
+    dequantize_blocks(stored, scale_inv, target.dtype, out=target)
+
+
+def _read_blocks(
+    values: Tensor, scales: Tensor, place: Place, name: str, source: _Source, files: Mapping[Path, Any]
+) -> None:
+    if place.expert is not None:
+        values, scales = values[place.expert], scales[place.expert]
+    assert source.scale_file is not None
+    values[place.first_row : place.first_row + source.shape[0]] = files[source.file].get_tensor(name)
+    first_block = place.first_row // BLOCK_SIZE
+    blocks = slice(first_block, first_block + block_counts(source.shape)[0])
+    scales[blocks] = files[source.scale_file].get_tensor(name + SCALE_SUFFIX)

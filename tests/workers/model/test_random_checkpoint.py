@@ -9,7 +9,7 @@ from safetensors import safe_open
 from seamount.wire.errors import AlreadyExists, InvalidArgument
 from seamount.workers.model.config import ModelConfig
 from seamount.workers.model.parameters import parameter_shapes
-from seamount.workers.model.random_checkpoint import GEOMETRIES, quantize_fp8_blocks, write_random_checkpoint
+from seamount.workers.model.random_checkpoint import GEOMETRIES, write_random_checkpoint
 
 
 def read_all(path: Path) -> dict[str, torch.Tensor]:
@@ -75,16 +75,24 @@ def test_shards_hold_the_same_tensors_as_one_file(tmp_path: Path, seed: int) -> 
     assert not any(torch.equal(whole[name], others[name]) for name in whole)
 
 
-def test_fp8_blocks_give_back_what_they_held(tmp_path: Path, seed: int) -> None:
-    torch.manual_seed(seed)
-    weight = torch.randn(130, 257) * torch.logspace(-3, 3, 257)
-    quantized, scale = quantize_fp8_blocks(weight)
-    assert quantized.dtype == torch.float8_e4m3fn
-    assert scale.shape == (2, 3)
-    assert torch.equal(torch.exp2(torch.log2(scale).round()), scale)
-    spread = scale.repeat_interleave(128, 0)[:130].repeat_interleave(128, 1)[:, :257]
-    error = (quantized.float() * spread - weight).abs()
-    assert (error <= weight.abs() / 16 + spread * 2**-10).all()
+def test_fp8_stores_the_projections_that_fit(tmp_path: Path, seed: int) -> None:
+    write_random_checkpoint(tmp_path / "model", seed=seed, geometry="demo", vocab_size=64, fp8=True)
+    tensors = read_all(tmp_path / "model")
+    prefix = "model.layers.1."
+    for name, fits in {
+        "self_attn.kv_a_proj_with_mqa": True,
+        "self_attn.kv_b_proj": True,
+        "self_attn.q_b_proj": False,  # 64 columns are no whole block
+        "self_attn.indexer.weights_proj": False,
+        "mlp.gate": False,
+        "mlp.experts.3.down_proj": True,
+    }.items():
+        weight = tensors[f"{prefix}{name}.weight"]
+        assert weight.dtype == (torch.float8_e4m3fn if fits else torch.bfloat16), name
+        assert (f"{prefix}{name}.weight_scale_inv" in tensors) == fits
+    told = json.loads((tmp_path / "model" / "config.json").read_text())["quantization_config"]
+    assert f"{prefix}self_attn.q_b_proj" in told["modules_to_not_convert"]
+    assert f"{prefix}self_attn.kv_b_proj" not in told["modules_to_not_convert"]
 
 
 def test_nothing_is_left_after_a_failure(tmp_path: Path, seed: int) -> None:

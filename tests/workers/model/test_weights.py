@@ -12,10 +12,11 @@ from seamount.wire.errors import InvalidArgument
 from seamount.workers.experts.dispatch import LocalExperts
 from seamount.workers.experts.mapping import ExpertMap
 from seamount.workers.model.batch import ForwardBatch
+from seamount.workers.model.checkpoint_files import model_fingerprint
 from seamount.workers.model.config import ModelConfig
 from seamount.workers.model.parameters import parameter_dtype, parameter_shapes
 from seamount.workers.model.random_checkpoint import write_random_checkpoint
-from seamount.workers.model.weights import load_model, load_weights, model_fingerprint
+from seamount.workers.model.weights import load_model, load_weights
 
 VOCAB = 67
 
@@ -107,42 +108,105 @@ def test_layouts_that_do_not_fit_are_refused(checkpoint: Callable[..., Path]) ->
         load_model(checkpoint(), dtype=torch.float32, layout_name="int4")
 
 
-def test_fp8_blocks_are_dequantised(checkpoint: Callable[..., Path]) -> None:
-    path = checkpoint(fp8=True, dtype=torch.bfloat16)
-    weights = load(path)
+def merged(name: str, config: ModelConfig) -> tuple[str, slice, int | None]:
+    """Where a block-scaled tensor is expected: the parameter's name, its rows, its expert."""
+    inner = config.moe_intermediate_size if "experts." in name else config.intermediate_size
+    rows = slice(inner, None) if ".up_proj." in name else slice(inner) if ".gate_proj." in name else slice(None)
+    expert = None
+    if ".experts." in name:
+        expert = int(name.split(".experts.")[1].split(".")[0])
+        name = name.replace(f".experts.{expert}.", ".experts.")
+    return name.replace(".up_proj.", ".gate_up_proj.").replace(".gate_proj.", ".gate_up_proj."), rows, expert
+
+
+def test_fp8_blocks_stay_as_stored_in_their_merged_places(checkpoint: Callable[..., Path]) -> None:
+    path = checkpoint(fp8=True, geometry="demo", dtype=torch.bfloat16)
+    config, weights = ModelConfig.from_json(path), load(path, dtype=torch.bfloat16)
+    seen = 0
     with safe_open(path / "model.safetensors", framework="pt") as stored:
-        names = [name for name in stored.keys() if name.endswith("_scale_inv")]  # noqa: SIM118
-        assert len(names) > 40
-        partial = 0
-        for scale_name in names:
+        for scale_name in [name for name in stored.keys() if name.endswith("_scale_inv")]:  # noqa: SIM118
             name = scale_name.removesuffix("_scale_inv")
-            quantized, scale = stored.get_tensor(name), stored.get_tensor(scale_name)
-            out, width = quantized.shape
-            partial += out % 128 > 0
-            expected = torch.empty(out, width)
-            for row in range(out):
-                for block in range(scale.shape[1]):
-                    columns = slice(block * 128, (block + 1) * 128)
-                    expected[row, columns] = quantized[row, columns].float() * scale[row // 128, block]
-            assert torch.equal(weights[name], expected), name
-    assert partial > 5
-    exact = load(checkpoint("exact"))
-    name = "model.layers.0.self_attn.kv_a_proj_with_mqa.weight"
-    assert 0 < (weights[name] - exact[name]).norm() / exact[name].norm() < 0.05
+            values, scale = stored.get_tensor(name), stored.get_tensor(scale_name)
+            if "kv_b_proj" in name:
+                continue
+            target, rows, expert = merged(name, config)
+            kept, kept_scale = weights[target], weights[target + "_scale_inv"]
+            if expert is not None:
+                kept, kept_scale = kept[expert], kept_scale[expert]
+            assert kept.dtype == torch.float8_e4m3fn
+            assert torch.equal(kept[rows].view(torch.uint8), values.view(torch.uint8)), name
+            blocks = slice(rows.start and rows.start // 128, rows.stop and rows.stop // 128)
+            assert torch.equal(kept_scale[blocks], scale), name
+            seen += kept[rows].numel()
+    held = [value for value in weights.values() if value.dtype == torch.float8_e4m3fn]
+    assert seen == sum(value.numel() for value in held)
+    assert weights["model.layers.1.mlp.experts.gate_up_proj.weight"].shape == (16, 256, 256)
+
+
+def test_kv_b_proj_is_dequantised(checkpoint: Callable[..., Path]) -> None:
+    path = checkpoint(fp8=True)  # of this geometry nothing else fits
+    weights, name = load(path), "model.layers.1.self_attn.kv_b_proj.weight"
+    assert not [name for name in weights if name.endswith("_scale_inv")]
+    with safe_open(path / "model.safetensors", framework="pt") as stored:
+        values, scale = stored.get_tensor(name), stored.get_tensor(f"{name}_scale_inv")
+    expected = values.float() * scale.repeat_interleave(128, 0)[: values.shape[0]].repeat_interleave(128, 1)
+    assert torch.equal(weights[name], expected)
+
+
+@pytest.mark.parametrize(
+    ("name", "shape"),
+    [("self_attn.q_b_proj", (16 * 96, 64)), ("mlp.experts.2.up_proj", (48, 96))],
+)
+def test_fp8_tensors_that_fit_no_blocks_are_named(
+    checkpoint: Callable[..., Path], name: str, shape: tuple[int, int]
+) -> None:
+    path = checkpoint(geometry="demo" if "q_b" in name else "test")
+    full = f"model.layers.1.{name}.weight"
+    change = {
+        full: torch.zeros(shape).to(torch.float8_e4m3fn),
+        f"{full}_scale_inv": torch.ones(-(-shape[0] // 128), -(-shape[1] // 128)),
+    }
+    rewrite(path, lambda tensors: tensors.update(change))
+    with pytest.raises(InvalidArgument, match=rf"{full}.*multiples of 128.*bfloat16") as caught:
+        load(path)
+    assert caught.value.reason == "BLOCKS_DO_NOT_FIT"
+
+
+def test_an_mlp_in_two_forms_is_named(checkpoint: Callable[..., Path]) -> None:
+    path, name = checkpoint(fp8=True, geometry="demo"), "model.layers.1.mlp.experts.2.up_proj.weight"
+
+    def change(tensors: dict[str, torch.Tensor]) -> None:
+        tensors[name] = tensors[name].float()
+        del tensors[f"{name}_scale_inv"]
+
+    rewrite(path, change)
+    with pytest.raises(InvalidArgument, match=rf"{name}.*both have block scales") as caught:
+        load(path)
+    assert caught.value.reason == "WRONG_DTYPE"
+
+
+def test_other_block_sizes_are_refused(checkpoint: Callable[..., Path]) -> None:
+    path = checkpoint(fp8=True)
+    config = json.loads((path / "config.json").read_text())
+    config["quantization_config"]["weight_block_size"] = [64, 128]
+    (path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(InvalidArgument, match="blocks"):
+        load(path)
 
 
 def test_progress_counts_the_bytes_of_this_rank(checkpoint: Callable[..., Path]) -> None:
-    path = checkpoint(fp8=True)
+    path = checkpoint(fp8=True, geometry="demo")
     seen: list[tuple[str, int, int]] = []
     weights = load(path, owned_experts=range(2), progress=lambda *step: seen.append(step))
-    assert [name for name, _, _ in seen] == list(weights)
+    wanted = parameter_shapes(ModelConfig.from_json(path), range(2))
+    assert [name for name, _, _ in seen] == list(wanted)
     with safe_open(path / "model.safetensors", framework="pt") as stored:
-        names = set(stored.keys()) & (set(weights) | {f"{name}_scale_inv" for name in weights})
-        tensors = [stored.get_tensor(name) for name in names]
-    total = sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+        names = set(stored.keys()) & (set(wanted) | {f"{name}_scale_inv" for name in wanted})
+        total = sum(stored.get_tensor(name).nbytes for name in names)
     assert {step[2] for step in seen} == {total}
     assert [step[1] for step in seen] == sorted({step[1] for step in seen})
     assert seen[-1][1] == total
+    assert sum(tensor.nbytes for tensor in weights.values()) >= total
 
 
 def test_weights_do_not_follow_the_file(checkpoint: Callable[..., Path]) -> None:
@@ -190,9 +254,9 @@ def test_wrong_tensors_are_named(
 
 
 def test_a_scale_of_the_wrong_shape_is_named(checkpoint: Callable[..., Path]) -> None:
-    path, name = checkpoint(fp8=True), "model.layers.0.self_attn.kv_a_proj_with_mqa.weight_scale_inv"
+    path, name = checkpoint(fp8=True, geometry="demo"), "model.layers.0.self_attn.kv_a_proj_with_mqa.weight_scale_inv"
     rewrite(path, lambda tensors: tensors.update({name: torch.ones(1, 1)}))
-    with pytest.raises(InvalidArgument, match=r"weight_scale_inv is stored with shape \[1, 1\].*\[2, 1\]"):
+    with pytest.raises(InvalidArgument, match=r"weight_scale_inv is stored with shape \[1, 1\].*\[5, 2\]"):
         load(path)
 
 
