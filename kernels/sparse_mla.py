@@ -1,8 +1,8 @@
 """Multi-head latent attention (absorbed form) over the tokens that the indexer selected.
 
-    out[t, h] = sum_j p[t, h, j] kv[i_j, :C],   p = softmax_j(scale * q[t, h] . kv[i_j]),   i = indices[t]
+    out[t, h] = sum_j p[t, h, j] kv[i_j, :C],   p = softmax_j(scale * q[t, h] . kv[i_j]),   i = slots[t]
 
-Index -1 is no token, wherever it stands. A row without any token has out 0 and lse +inf.
+Slot -1 is no token, wherever it stands. A row without any token has out 0 and lse +inf.
 """
 
 from __future__ import annotations
@@ -12,7 +12,8 @@ from torch import Tensor
 
 from seamount.kernels.arguments import INTEGERS, check_plane, check_tensor
 from seamount.kernels.dense_mla import masked_softmax
-from seamount.kernels.layout import CacheLayout, gather_slots, unpack_latent
+from seamount.kernels.layout import PAGE_SIZE, CacheLayout, gather_slots, unpack_latent
+from seamount.kernels.quant import wide_dtype
 
 # Elements of the gathered [rows, k, C + R] latents that exist at one time. Few enough to stay in a core's cache: larger
 # tiles are slower (fresh memory for every temporary).
@@ -33,7 +34,7 @@ def sparse_mla_decode(
     strides or devices.
     """
     if q.is_cuda and layout.name != "exact":
-        _check_decode(q, plane, slots, layout)
+        _check(q, plane, slots, layout)
         from seamount.kernels.triton import sparse_mla
 
         return sparse_mla.sparse_mla_decode(q, plane, slots, layout, scale)
@@ -47,7 +48,30 @@ def sparse_mla_decode(
     return out, lse
 
 
-def _check_decode(q: Tensor, plane: Tensor, slots: Tensor, layout: CacheLayout) -> None:
+def sparse_mla_prefill(
+    q: Tensor, plane: Tensor, slots: Tensor, layout: CacheLayout, scale: float
+) -> tuple[Tensor, Tensor]:
+    """Many rows whose slots overlap, as those of one sequence do: ``sparse_mla_decode``, fit for that.
+
+    Takes and returns what ``sparse_mla_decode`` does. On the CPU a slot that several rows chose is unpacked once; on
+    CUDA nothing is copied.
+    """
+    if q.is_cuda and layout.name != "exact":
+        _check(q, plane, slots, layout)
+        from seamount.kernels.triton import sparse_mla
+
+        return sparse_mla.sparse_mla_decode(q, plane, slots, layout, scale)
+    num_rows, heads, _ = q.shape
+    kv, indices = _distinct_latents(plane, slots, layout)
+    out = q.new_empty((num_rows, heads, layout.kv_lora_rank))
+    lse = q.new_empty((num_rows, heads))
+    for rows in _tiles(num_rows, indices.shape[1] * layout.latent_dim):
+        latents = kv.index_select(0, indices[rows].flatten()).view(*indices[rows].shape, layout.latent_dim)
+        out[rows], lse[rows] = _attend(q[rows], latents, slots[rows] < 0, scale, layout.kv_lora_rank)
+    return out, lse
+
+
+def _check(q: Tensor, plane: Tensor, slots: Tensor, layout: CacheLayout) -> None:
     if q.dim() != 3 or q.shape[2] != layout.latent_dim:
         raise ValueError(f"q has shape {tuple(q.shape)}; it must be [B, H, {layout.latent_dim}]")
     if q.dtype not in (torch.bfloat16, torch.float16, torch.float32):
@@ -58,20 +82,20 @@ def _check_decode(q: Tensor, plane: Tensor, slots: Tensor, layout: CacheLayout) 
     check_tensor("slots", slots, (q.shape[0], slots.shape[1]), q.device, INTEGERS)
 
 
-def sparse_mla_prefill(q: Tensor, kv: Tensor, indices: Tensor, scale: float, value_dim: int) -> tuple[Tensor, Tensor]:
-    """The rows of one sequence over its context, read from the cache once.
+def _distinct_latents(plane: Tensor, slots: Tensor, layout: CacheLayout) -> tuple[Tensor, Tensor]:
+    """The latents [n, C + R] of all slots that some row chose, each once, and where each row finds its own: [T, k].
 
-    q: [T, H, C + R] float32 or float64; kv: [L, C + R], the same dtype; value_dim: C.
-    indices: [T, k] int64 positions in kv, -1 for none; distinct within a row. T and k may be 0.
-    Returns (out [T, H, C], lse [T, H]) in q's dtype.
+    Where ``slots`` is -1 the second result names any latent; without a single slot there is one, of zeros.
     """
-    num_rows, heads, _ = q.shape
-    out = q.new_empty((num_rows, heads, value_dim))
-    lse = q.new_empty((num_rows, heads))
-    for rows in _tiles(num_rows, indices.shape[1] * kv.shape[1]):
-        latents = kv.index_select(0, indices[rows].clamp(min=0).flatten()).view(*indices[rows].shape, kv.shape[1])
-        out[rows], lse[rows] = _attend(q[rows], latents, indices[rows] < 0, scale, value_dim)
-    return out, lse
+    is_chosen = torch.zeros(plane.shape[0] * PAGE_SIZE, dtype=torch.bool, device=plane.device)
+    is_chosen[slots[slots >= 0]] = True
+    chosen = is_chosen.nonzero().squeeze(1)
+    if chosen.shape[0] == 0:
+        dtype = wide_dtype(layout.dtype)
+        return torch.zeros((1, layout.latent_dim), dtype=dtype, device=plane.device), torch.zeros_like(slots)
+    kv = unpack_latent(gather_slots(plane, chosen, layout, "latent"), layout)
+    indices = (is_chosen.cumsum(0) - 1)[slots.clamp(min=0)]
+    return kv, indices.clamp_(min=0)
 
 
 def _attend(q: Tensor, latents: Tensor, invalid: Tensor, scale: float, value_dim: int) -> tuple[Tensor, Tensor]:

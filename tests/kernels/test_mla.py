@@ -60,10 +60,16 @@ def _padded(rows: list[list[int]], k: int) -> Tensor:
 @pytest.mark.parametrize("num_keys", [1, 63, 64, 65, 150])
 def test_prefill_over_selected_rows(num_keys: int, dtype: torch.dtype, generator: torch.Generator) -> None:
     k = 16
+    layout = CacheLayout.create("exact", kv_lora_rank=RANK, qk_rope_head_dim=ROPE, index_head_dim=32, dtype=dtype)
+    plane = layout.allocate(1, 3).latent[0].fill_(0xFF)  # NaN wherever nothing is written
     kv = torch.randn((num_keys, RANK + ROPE), generator=generator, dtype=dtype)
+    context = torch.randperm(3 * 64, generator=generator)[:num_keys]
+    scatter_slots(plane, context, pack_latent(kv[:, :RANK], kv[:, RANK:], layout), layout, "latent")
     rows = _random_rows(9, k, num_keys, generator)
     q = torch.randn((9, HEADS, RANK + ROPE), generator=generator, dtype=dtype)
-    out, lse = sparse_mla_prefill(q, kv, _padded(rows, k), SCALE, RANK)
+    slots = _padded([[int(context[at]) for at in row] for row in rows], k)
+    slots[4] = slots[4][torch.randperm(k, generator=generator)]  # -1 may stand anywhere
+    out, lse = sparse_mla_prefill(q, plane, slots, layout, SCALE)
     _check(out, lse, q, kv, rows, 1e-5 if dtype == torch.float32 else 1e-12)
     assert not out[0].any()
     visible = torch.zeros(9, num_keys, dtype=torch.bool)
@@ -105,7 +111,7 @@ def test_nothing_to_attend_to(rows: int, k: int) -> None:
     q, nothing = torch.randn(rows, HEADS, RANK + ROPE), torch.full((rows, k), -1)
     for out, lse in (
         sparse_mla_decode(q, plane, nothing, layout, SCALE),
-        sparse_mla_prefill(q, torch.full((2, RANK + ROPE), math.nan), nothing, SCALE, RANK),
+        sparse_mla_prefill(q, plane, nothing, layout, SCALE),
         dense_mla(q, torch.zeros(k, RANK + ROPE), torch.zeros(rows, k, dtype=torch.bool), SCALE, RANK),
     ):
         assert out.shape == (rows, HEADS, RANK)

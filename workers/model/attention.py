@@ -98,14 +98,11 @@ class Attention:
 
     def _attend_chunk(self, chunk: PrefillChunk, q: Tensor, plane: Tensor, selected: Tensor | None) -> Tensor:
         num_rows, num_keys = q.shape[0], chunk.slots.shape[0]
-        if selected is not None and selected.numel() < num_keys:
-            # A short append behind a long context: read the selected slots only.
-            picked = chunk.slots[selected.clamp(min=0)].masked_fill_(selected < 0, -1)
-            return self._attend_slots(q, plane, picked)
-        kv = unpack_latent(gather_slots(plane, chunk.slots, self._layout, "latent"), self._layout)
         scale, rank = self._config.softmax_scale, self._config.kv_lora_rank
         if selected is not None:
-            return self._values(sparse_mla_prefill(self._absorb(q), kv, selected, scale, rank)[0])
+            picked = chunk.slots[selected.clamp(min=0)].masked_fill_(selected < 0, -1)
+            return self._values(sparse_mla_prefill(self._absorb(q), plane, picked, self._layout, scale)[0])
+        kv = unpack_latent(gather_slots(plane, chunk.slots, self._layout, "latent"), self._layout)
         causal = torch.arange(num_keys, device=q.device) < chunk.lengths.unsqueeze(1)
         if self._plain_is_cheaper(num_rows, num_keys):
             return self._attend_plain(q, kv, causal)
