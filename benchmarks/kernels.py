@@ -87,6 +87,20 @@ def page_tables(num_pages: int, batch: int, context: int) -> Tensor:
     return torch.randint(num_pages, (batch, pages), device="cuda", dtype=torch.int32)
 
 
+def sparse_shapes(quick: bool) -> Iterator[tuple[int, int, int, int]]:
+    """Context, batch, queries a sequence, heads."""
+    for context in (32768,) if quick else (8192, 32768, 131072):
+        for batch in (1, 8, 32, 64, 128):
+            yield context, batch, 1, 128
+    if quick:
+        return
+    for batch in (1, 8, 32, 64, 128):
+        yield 32768, batch, 2, 128
+    for heads in (64, 16):
+        for batch in (1, 8, 32, 128):
+            yield 32768, batch, 1, heads
+
+
 def sparse_rows(quick: bool) -> Iterator[Row]:
     try:
         import flash_mla
@@ -94,15 +108,14 @@ def sparse_rows(quick: bool) -> Iterator[Row]:
         flash_mla = None
     from seamount.kernels.layout import pack_latent
 
-    context = 32768
-    num_pages = 32 * context // 64
     latent = torch.randn((256 * 64, 576), device="cuda")
-    plane = tiled_pages(pack_latent(latent[:, :512], latent[:, 512:], LAYOUT).view(256, -1), num_pages)
-    shapes = [(1, 1, 128), (8, 1, 128), (32, 1, 128), (64, 1, 128), (128, 1, 128)]
-    if not quick:
-        shapes += [(1, 2, 128), (8, 2, 128), (32, 2, 128), (64, 2, 128), (128, 2, 128)]
-        shapes += [(1, 1, 64), (32, 1, 64), (128, 1, 64), (1, 1, 16), (32, 1, 16), (128, 1, 16)]
-    for batch, queries, heads in shapes:
+    template = pack_latent(latent[:, :512], latent[:, 512:], LAYOUT).view(256, -1)
+    plane = template
+    for context, batch, queries, heads in sparse_shapes(quick):
+        num_pages = 32 * context // 64
+        if plane.shape[0] != num_pages:
+            del plane
+            plane = tiled_pages(template, num_pages)
         rows = batch * queries
         sets = num_sets(rows * TOPK * 656)
         chosen = [
@@ -113,7 +126,7 @@ def sparse_rows(quick: bool) -> Iterator[Row]:
         slots = [x[:, torch.randperm(TOPK, device="cuda")].contiguous() for x in chosen]
         q = [torch.randn((rows, heads, 576), device="cuda").bfloat16() for _ in range(sets)]
 
-        def ours(i: int, q: list[Tensor] = q, slots: list[Tensor] = slots) -> object:
+        def ours(i: int, q: list[Tensor] = q, slots: list[Tensor] = slots, plane: Tensor = plane) -> object:
             return sparse_mla_decode(q[i], plane, slots[i], LAYOUT, SCALE)
 
         row: Row = {"kernel": "sparse_mla_decode", "shape": f"b{batch} s_q{queries} h{heads} k{TOPK} ctx{context}"}
