@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import importlib.util
 import random
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import pytest
@@ -185,7 +188,7 @@ def build_rank(
 ) -> Rank:
     gang = gang or Gang.alone()
     model = model or engine_model(LocalExperts(engine_config().n_routed_experts))
-    planes = model.layout.allocate(model.config.num_hidden_layers, num_pages)
+    planes = model.layout.allocate(model.config.num_hidden_layers, num_pages, model.device)
     for plane in (*planes.latent, *planes.index):
         plane.fill_(0xFF)  # NaN: nobody may depend on what is not written
     reservations = Reservations(num_pages=num_pages, fingerprint="f", layout=model.layout.signature)
@@ -201,6 +204,17 @@ def build_rank(
         **({"eos_token_id": NEVER_EOS, "vocab_limit": model.config.vocab_size} | more),
     )
     return Rank(engine, reservations)
+
+
+@pytest.fixture(scope="session")
+def layer_reference() -> ModuleType:
+    """The float32 layer of ``layer_reference.py`` beside this file."""
+    spec = importlib.util.spec_from_file_location("layer_reference", Path(__file__).with_name("layer_reference.py"))
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
 
 
 @pytest.fixture(scope="session")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import random
 
 import pytest
@@ -12,68 +11,13 @@ from torch import Tensor
 from seamount.kernels.layout import CacheLayout, CachePlanes
 from seamount.workers.experts.dispatch import LocalExperts
 from seamount.workers.model.batch import ForwardBatch
-from seamount.workers.model.config import ModelConfig, YarnConfig
+from seamount.workers.model.config import ModelConfig
 from seamount.workers.model.parameters import parameter_shapes
 from seamount.workers.model.transformer import Transformer
 
 pytestmark = [pytest.mark.gpu, pytest.mark.figures]
 
 NUM_PAGES = 40
-DEMO = ModelConfig(
-    vocab_size=512,
-    hidden_size=256,
-    intermediate_size=512,
-    moe_intermediate_size=128,
-    num_hidden_layers=1,
-    num_attention_heads=16,
-    q_lora_rank=64,
-    kv_lora_rank=512,
-    qk_nope_head_dim=32,
-    qk_rope_head_dim=64,
-    v_head_dim=32,
-    index_n_heads=64,
-    index_head_dim=128,
-    index_topk=64,
-    n_routed_experts=16,
-    n_shared_experts=1,
-    num_experts_per_tok=4,
-    n_group=4,
-    topk_group=2,
-    norm_topk_prob=True,
-    routed_scaling_factor=2.5,
-    first_k_dense_replace=0,
-    rms_norm_eps=1e-6,
-    max_position_embeddings=163840,
-    rope_theta=10000.0,
-    yarn=YarnConfig(factor=40.0, original_max_position_embeddings=4096, mscale=1.0, mscale_all_dim=1.0),
-    bos_token_id=0,
-    eos_token_id=1,
-)
-FULL_SIZE = dataclasses.replace(
-    DEMO,
-    vocab_size=1024,
-    hidden_size=7168,
-    intermediate_size=18432,
-    moe_intermediate_size=2048,
-    num_attention_heads=128,
-    q_lora_rank=1536,
-    qk_nope_head_dim=128,
-    v_head_dim=128,
-    index_topk=2048,
-    n_routed_experts=256,
-    num_experts_per_tok=8,
-    n_group=8,
-    topk_group=4,
-)
-
-
-@pytest.fixture
-def seed() -> int:
-    if not torch.cuda.is_available():
-        pytest.skip("no CUDA device here")
-    chosen = random.SystemRandom().randrange(1 << 31)
-    print(f"seed {chosen}")
-    return chosen
 
 
 def parameters(config: ModelConfig, seed: int, device: str, dtype: torch.dtype) -> dict[str, Tensor]:
@@ -100,11 +44,11 @@ def moved(planes: CachePlanes, device: str) -> CachePlanes:
 
 
 @pytest.mark.parametrize("layout", ["fp8", "bf16"])
-def test_a_layer_agrees_with_the_cpu_on_the_same_inputs(seed: int, layout: str) -> None:
+def test_a_layer_agrees_with_the_cpu_on_the_same_inputs(seed: int, demo: ModelConfig, layout: str) -> None:
     dtype = torch.bfloat16
-    weights = parameters(DEMO, seed, "cpu", dtype)
-    cpu = transformer(DEMO, weights, layout, dtype)
-    gpu = transformer(DEMO, {name: value.to("cuda") for name, value in weights.items()}, layout, dtype)
+    weights = parameters(demo, seed, "cpu", dtype)
+    cpu = transformer(demo, weights, layout, dtype)
+    gpu = transformer(demo, {name: value.to("cuda") for name, value in weights.items()}, layout, dtype)
     planes = cpu.layout.allocate(1, NUM_PAGES)
     rng = random.Random(seed)
     pages = rng.sample(range(NUM_PAGES), NUM_PAGES)
@@ -132,9 +76,9 @@ def test_a_layer_agrees_with_the_cpu_on_the_same_inputs(seed: int, layout: str) 
     assert same_bytes > 0.98
 
 
-def test_a_full_size_layer_prefills_and_decodes(seed: int) -> None:
+def test_a_full_size_layer_prefills_and_decodes(seed: int, full_size: ModelConfig) -> None:
     dtype = torch.bfloat16
-    model = transformer(FULL_SIZE, parameters(FULL_SIZE, seed, "cuda", dtype), "fp8", dtype)
+    model = transformer(full_size, parameters(full_size, seed, "cuda", dtype), "fp8", dtype)
     planes = model.layout.allocate(1, 64, "cuda")
     rng = random.Random(seed)
     ids = [rng.randrange(1024) for _ in range(3000)]
