@@ -51,7 +51,7 @@ bench: $(READY)  ## run the CPU benchmarks (8 minutes on an idle machine)
 
 bench-kernels:  ## measure the GPU kernels; needs a CUDA device
 	@mkdir -p gen/seamount && ln -sfn ../../kernels gen/seamount/kernels
-	@set -e; for name in kernels kernels_write; do \
+	@set -e; for name in kernels kernels_write kernels_gemm; do \
 		echo "== benchmarks.$$name"; PYTHONPATH=gen $(GPU_PYTHON) -m benchmarks.$$name; done
 
 clean:  ## remove the environment and everything generated; checkpoints stay

@@ -5,11 +5,14 @@ Imports torch alone: GPU machines need no other package of this project.
 
 from __future__ import annotations
 
+import importlib
 import json
+import os
 import statistics
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -52,6 +55,32 @@ def time_us(launches: Sequence[Callable[[], object]], *, repeats: int = 7, min_l
     return statistics.median(times)
 
 
+def compared(
+    kernel: str, shape: str, ours: float, peer: float | None, bound: float | None, *, num_bytes: float, flop: float = 0
+) -> Row:
+    """One row: both times in microseconds, their ratio and what it should be at most, and the rates of ours."""
+    return {
+        "kernel": kernel,
+        "shape": shape,
+        "ours_us": round(ours, 2),
+        "peer_us": None if peer is None else round(peer, 2),
+        "ratio": None if peer is None else round(ours / peer, 3),
+        "bound": bound,
+        "gb_per_s": round(num_bytes / ours / 1e3, 1),
+        "tflop_per_s": round(flop / ours / 1e6, 1) if flop else None,
+    }
+
+
+def deep_gemm_module() -> Any:
+    """DeepGEMM (sgl-deep-gemm with apache-tvm-ffi), or None where it is not installed. It compiles at first use."""
+    os.environ.setdefault("DG_JIT_CACHE_DIR", "/tmp/deep_gemm_cache")
+    os.environ.setdefault("CUDA_HOME", "/usr/local/cuda")
+    try:
+        return importlib.import_module("deep_gemm")
+    except ImportError:
+        return None
+
+
 def random_fp8(*shape: int) -> torch.Tensor:
     """Random normal float8_e4m3fn on the GPU, made in parts: no second copy in a wider type."""
     out = torch.empty(shape, dtype=torch.float8_e4m3fn, device="cuda")
@@ -63,16 +92,14 @@ def random_fp8(*shape: int) -> torch.Tensor:
     return out
 
 
-def publish_gpu(name: str, rows: Sequence[Row]) -> None:
-    """Print rows and write them, with date and device, to ``results/<name>.jsonl``."""
+def publish_gpu(name: str, rows: Iterable[Row]) -> None:
+    """Print rows as they come and, at the end, write them with date and device to ``results/<name>.jsonl``."""
     device = f"{torch.cuda.get_device_name()}, torch {torch.__version__}"
     stamp: Row = {"benchmark": name, "date": datetime.now(UTC).date().isoformat(), "machine": device}
+    lines = []
+    for row in rows:
+        lines.append(json.dumps(stamp | row) + "\n")
+        shown = (f"{key} {value:.2f}" if isinstance(value, float) else f"{value}" for key, value in row.items())
+        print("  ".join(shown), flush=True)
     RESULTS.mkdir(exist_ok=True)
-    with (RESULTS / f"{name}.jsonl").open("w", encoding="utf-8") as results:
-        for row in rows:
-            results.write(json.dumps(stamp | row) + "\n")
-            print(
-                "  ".join(
-                    f"{key} {value:.2f}" if isinstance(value, float) else f"{value}" for key, value in row.items()
-                )
-            )
+    (RESULTS / f"{name}.jsonl").write_text("".join(lines), encoding="utf-8")
