@@ -5,7 +5,7 @@ twice the L2; a figure is the median replay divided by the number of sets. Peers
 importable (sgl-flash-mla, sgl-deep-gemm with apache-tvm-ffi); top-k's peer is SGLang's, as published beside
 torch.topk, times what torch.topk takes here. ``bound`` is the ratio to be reached.
 
-    python benchmarks/kernels.py [--only sparse,indexer] [--quick] [--json]
+    python benchmarks/kernels.py [--only sparse,prefill,indexer] [--quick] [--json]
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ import os
 import statistics
 import sys
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -23,8 +24,8 @@ import torch
 from torch import Tensor
 
 from seamount.kernels.indexer import paged_mqa_logits
-from seamount.kernels.layout import CacheLayout
-from seamount.kernels.sparse_mla import sparse_mla_decode
+from seamount.kernels.layout import CacheLayout, pack_latent
+from seamount.kernels.sparse_mla import sparse_mla_decode, sparse_mla_prefill
 from seamount.kernels.topk import topk_indices
 
 RESULTS = Path(__file__).parent / "results" / "kernels_h100.jsonl"
@@ -168,6 +169,54 @@ def sparse_rows(quick: bool) -> Iterator[Row]:
         yield finish(row, 1.0 if rows <= 32 else 1.2)
 
 
+def prefill_rows(quick: bool) -> Iterator[Row]:
+    """The last s_q queries of a context over the top-k of what each sees; the peer reads bf16 whatever the cache."""
+    try:
+        import flash_mla
+    except ImportError:
+        flash_mla = None
+    shapes = [(1024, 8192, 128), (1024, 32768, 128), (1024, 131072, 128)]
+    if not quick:
+        shapes += [(4096, 8192, 128), (4096, 32768, 128), (4096, 131072, 128), (4096, 32768, 64)]
+    for queries, context, heads in shapes:
+        q = [torch.randn((queries, heads, 576), device="cuda").bfloat16() for _ in range(2)]
+        slots = [spread_slots(queries, context) for _ in range(2)]
+        latent = torch.randn((context, 576), device="cuda")
+        peer_us = None
+        if flash_mla is not None:
+            kv, narrow = latent.bfloat16().view(context, 1, 576), [x.view(queries, 1, TOPK) for x in slots]
+
+            def theirs(i: int, q: list[Tensor] = q, kv: Tensor = kv, narrow: list[Tensor] = narrow) -> object:
+                return flash_mla.flash_mla_sparse_fwd(q[i], kv, narrow[i], SCALE, 512, use_legacy=True)
+
+            peer_us = microseconds(theirs, 2)
+        for name in ("bf16", "fp8"):
+            layout = replace(LAYOUT, name=name)
+            plane = pack_latent(latent[:, :512], latent[:, 512:], layout).view(context // 64, -1)
+
+            def ours(
+                i: int,
+                q: list[Tensor] = q,
+                plane: Tensor = plane,
+                slots: list[Tensor] = slots,
+                layout: CacheLayout = layout,
+            ) -> object:
+                return sparse_mla_prefill(q[i], plane, slots[i], layout, SCALE)
+
+            row: Row = {"kernel": f"sparse_mla_prefill_{name}", "peer_us": peer_us}
+            row["shape"] = f"s_q{queries} h{heads} k{TOPK} ctx{context}"
+            row["ours_us"] = microseconds(ours, 2)
+            yield finish(row, 1.2)
+
+
+def spread_slots(queries: int, context: int) -> Tensor:
+    """One slot from each of TOPK equal parts of what each of the last queries sees: [queries, TOPK] int32."""
+    parts = torch.arange(context - queries + 1, context + 1, device="cuda").clamp_min(TOPK).unsqueeze(1) / TOPK
+    at = torch.arange(TOPK, device="cuda")
+    first, end = (parts * at).floor(), (parts * (at + 1)).floor()
+    return (first + torch.rand((queries, TOPK), device="cuda") * (end - first)).int().clamp_max(context - 1)
+
+
 def deep_gemm_module() -> Any:
     os.environ.setdefault("DG_JIT_CACHE_DIR", "/tmp/deep_gemm_cache")
     os.environ.setdefault("CUDA_HOME", "/usr/local/cuda")
@@ -275,14 +324,14 @@ def finish(row: Row, bound: float | None) -> Row:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--only", default="sparse,indexer", help="sections, separated by commas")
+    parser.add_argument("--only", default="sparse,prefill,indexer", help="sections, separated by commas")
     parser.add_argument("--quick", action="store_true", help="the shapes that have a bound")
     parser.add_argument("--json", action="store_true", help="JSON lines instead of a table")
     arguments = parser.parse_args()
     if not torch.cuda.is_available():
         print("benchmarks/kernels.py: no CUDA device here, nothing measured")
         return
-    sections = {"sparse": sparse_rows, "indexer": indexer_rows}
+    sections = {"sparse": sparse_rows, "prefill": prefill_rows, "indexer": indexer_rows}
     wanted = arguments.only.split(",")
     stamp = {"device": torch.cuda.get_device_name(), "torch": torch.__version__}
     rows = []
