@@ -277,6 +277,28 @@ def checkpoint_init(
     console.print(f"wrote {path}", markup=False, highlight=False)
 
 
+@checkpoint_app.command("quantize")
+def checkpoint_quantize(
+    source: Annotated[Path, typer.Argument(help="Folder of a bfloat16 or float32 checkpoint.")],
+    target: Annotated[Path, typer.Argument(help="New folder.")],
+) -> None:
+    """Write a checkpoint's FP8 form: projections as e4m3 with a power-of-two scale a block of 128 x 128.
+
+    Embedding, head, gate, norms and projections that are no whole blocks stay as they are; other files are copied.
+
+    \b
+    Examples:
+      seamount checkpoint quantize checkpoints/mine checkpoints/mine-fp8
+    """
+    from seamount.cluster.terminal import ReadingBar
+    from seamount.workers.model.quantize_checkpoint import quantize_checkpoint
+
+    console = Console()
+    with ReadingBar(console, f"quantising {source}") as bar:
+        quantize_checkpoint(source, target, progress=bar.show)
+    console.print(f"wrote {target}", markup=False, highlight=False)
+
+
 def _make_default_checkpoint(settings: Settings, console: Console) -> None:
     from seamount.cluster.checkpoint import init_checkpoint, needs_default
 

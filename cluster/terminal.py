@@ -7,7 +7,17 @@ from types import TracebackType
 from typing import Self
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TaskID, TextColumn, TimeElapsedColumn
+from rich.progress import (
+    BarColumn,
+    DownloadColumn,
+    MofNCompleteColumn,
+    Progress,
+    SpinnerColumn,
+    TaskID,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
 
 
 class StartDisplay:
@@ -51,6 +61,31 @@ class StartDisplay:
 
     def stop(self) -> None:
         """Leave the display as it is; repeating it is harmless."""
+        self._progress.stop()
+
+
+class ReadingBar:
+    """A bar of bytes read, on a terminal only. Call ``show`` with each tensor."""
+
+    def __init__(self, console: Console, title: str) -> None:
+        self._progress = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(bar_width=24),
+            DownloadColumn(),
+            TimeRemainingColumn(),
+            console=console,
+            disable=not console.is_terminal,
+        )
+        self._task = self._progress.add_task(printable(title), total=None)
+
+    def show(self, name: str, num_bytes_done: int, num_bytes_total: int) -> None:
+        self._progress.update(self._task, completed=num_bytes_done, total=num_bytes_total)
+
+    def __enter__(self) -> Self:
+        self._progress.start()
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
         self._progress.stop()
 
 

@@ -19,7 +19,7 @@ from seamount.cluster.settings import load_settings
 from seamount.router.tenants import read_api_keys
 from seamount.router.tokenizer import Tokenizer
 
-COMMANDS = ("up", "demo", "status", "chat", "settings", "key", "checkpoint init")
+COMMANDS = ("up", "demo", "status", "chat", "settings", "key", "checkpoint init", "checkpoint quantize")
 ENVIRONMENT = {name: value for name, value in os.environ.items() if not name.startswith("SEAMOUNT_")} | {
     "COLUMNS": "200",
     "NO_COLOR": "1",
@@ -101,6 +101,7 @@ def test_version(capsys: pytest.CaptureFixture[str]) -> None:
         (["checkpoint", "init"], "Missing argument"),
         (["checkpoint", "init", "x", "--geometry", "huge"], "geometry 'huge' is unknown"),
         (["checkpoint", "init", "x", "--dtype", "int8"], "dtype 'int8' is unknown"),
+        (["checkpoint", "quantize", "none", "new"], "cannot read"),
         (["chat", "--tools", "none.json"], "cannot read none.json"),
         (["chat", "--address", "127.0.0.1:1", "--tls-ca", "none.pem"], "cannot read none.pem"),
         (["chat", "--address", "127.0.0.1:1", "--tls-key", "k.pem"], "needs its key"),
@@ -190,6 +191,16 @@ def test_checkpoints_are_whole_and_repeatable(capsys: pytest.CaptureFixture[str]
     assert run("checkpoint", "init", "a", "--geometry", "test") == 1
     assert "exists" in capsys.readouterr().err
     assert {f.name: f.read_bytes() for f in Path("a").iterdir()} == contents["a"]
+
+
+def test_quantising_keeps_the_tokenizer_and_says_where_it_wrote(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run("checkpoint", "init", "model") == 0
+    assert run("checkpoint", "quantize", "model", "model-fp8") == 0
+    assert "wrote model-fp8" in capsys.readouterr().out
+    assert Path("model-fp8/tokenizer.json").read_bytes() == Path("model/tokenizer.json").read_bytes()
+    assert json.loads(Path("model-fp8/config.json").read_text())["quantization_config"]["quant_method"] == "fp8"
+    assert run("checkpoint", "quantize", "model", "model-fp8") == 1
+    assert "exists" in capsys.readouterr().err
 
 
 @contextmanager
