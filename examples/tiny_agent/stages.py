@@ -1,0 +1,110 @@
+"""The stages of training: what each one trains, on what, for how long, with which learning rates."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from types import MappingProxyType
+
+from torch import nn
+
+from examples.tiny_agent.config import DENSE_LENGTH, MAX_POSITION
+from examples.tiny_agent.documents import LONG, SHORT, Mixture
+from examples.tiny_agent.model import Model
+
+MTP_WEIGHT = 0.3
+BALANCE_SPEED = 0.001
+"""Step of the gates' bias towards equal loads (DeepSeek-V3, 2.1.2)."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Stage:
+    """steps: of the whole stage, however many runs it takes. decay_share: of the steps, at the end, over which the
+    learning rates fall linearly to a tenth; before it they stay. A run starts with ``warm_up`` rising steps, because
+    moments are not saved."""
+
+    name: str
+    mixture: Mixture
+    sequence_length: int
+    batch_size: int
+    steps: int
+    matrix_lr: float
+    other_lr: float
+    warm_up: int
+    decay_share: float
+
+    @property
+    def batch_tokens(self) -> int:
+        return self.sequence_length * self.batch_size
+
+    def lr_factor(self, step: int, step_of_run: int) -> float:
+        """step: of the stage, from 0; step_of_run: the same since this run began."""
+        left = (self.steps - step) / max(1.0, self.decay_share * self.steps)
+        return min(1.0, (step_of_run + 1) / self.warm_up) * max(0.1, min(1.0, left))
+
+
+STAGES: Mapping[str, Stage] = MappingProxyType(
+    {
+        stage.name: stage
+        for stage in (
+            # The whole model but the indexers, which dense attention does not need.
+            Stage(
+                name="dense",
+                mixture=SHORT,
+                sequence_length=DENSE_LENGTH,
+                batch_size=64,
+                steps=15_000,
+                matrix_lr=2e-3,
+                other_lr=4e-3,
+                warm_up=100,
+                decay_share=0.4,
+            ),
+            # The indexers alone, towards the attention of the frozen model; the published learning rate.
+            Stage(
+                name="indexer",
+                mixture=LONG,
+                sequence_length=MAX_POSITION,
+                batch_size=4,
+                steps=400,
+                matrix_lr=1e-3,
+                other_lr=1e-3,
+                warm_up=20,
+                decay_share=0.5,
+            ),
+            # Everything, over selected tokens.
+            Stage(
+                name="sparse",
+                mixture=LONG,
+                sequence_length=MAX_POSITION,
+                batch_size=4,
+                steps=1_000,
+                matrix_lr=5e-4,
+                other_lr=1e-3,
+                warm_up=50,
+                decay_share=0.8,
+            ),
+        )
+    }
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Trained:
+    """matrices go to Muon, others to AdamW, both at the stage's rates; the indexers go to AdamW in either stage."""
+
+    matrices: list[nn.Parameter]
+    others: list[nn.Parameter]
+
+
+def trained_parameters(model: Model, stage: str) -> Trained:
+    """What a stage trains; all other parameters keep ``requires_grad`` False from here on."""
+    trained = Trained([], [])
+    for name, parameter in model.named_parameters():
+        indexer = ".indexer." in name
+        parameter.requires_grad_(stage == "sparse" or indexer == (stage == "indexer"))
+        if not parameter.requires_grad:
+            continue
+        # Muon is for matrices between hidden states; an embedding's rows are no directions of one map.
+        inner = parameter.dim() >= 2 and name not in ("embed_tokens", "lm_head") and not name.endswith(".gate")
+        (trained.matrices if inner and not indexer else trained.others).append(parameter)
+    return trained

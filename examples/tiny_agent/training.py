@@ -1,0 +1,158 @@
+"""One run of one stage: batches in, parameters moved, metrics out, until the steps or the minutes are used up."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from examples.tiny_agent.attention import DenseAttention
+from examples.tiny_agent.costs import H100_BF16_FLOPS, training_flops
+from examples.tiny_agent.data import Batch
+from examples.tiny_agent.feeding import Fed, Targets, feed
+from examples.tiny_agent.indexing import IndexerWarmUp, Rows, SelectedAttention
+from examples.tiny_agent.model import Angles, Attend, Model, MoE
+from examples.tiny_agent.objectives import HeadSums, cross_entropy
+from examples.tiny_agent.optimizer import Optimizer
+from examples.tiny_agent.stages import BALANCE_SPEED, MTP_WEIGHT, Stage, trained_parameters
+
+LOG_EVERY = 10
+
+
+@dataclass(slots=True)
+class Sums:
+    """Over the steps since the last line of metrics; tensors stay on the device until then."""
+
+    totals: dict[str, Tensor | float] = field(default_factory=dict)
+
+    def add(self, **values: Tensor | float) -> None:
+        for name, value in values.items():
+            kept = value.detach() if isinstance(value, Tensor) else value
+            self.totals[name] = self.totals.get(name, 0.0) + kept
+
+    def take(self) -> dict[str, float]:
+        taken = {name: float(value) for name, value in self.totals.items()}
+        self.totals.clear()
+        return taken
+
+
+class Training:
+    """model: on the device where it trains, in float32. step: of the stage, where an earlier run stopped."""
+
+    def __init__(self, model: Model, stage: Stage, *, seed: int, step: int = 0) -> None:
+        self.model, self.stage, self.step = model, stage, step
+        self._device = model.embed_tokens.device
+        self._first_step = step
+        trained = trained_parameters(model, stage.name)
+        self._optimizer = Optimizer(trained.matrices, trained.others)
+        # The rows that the indexer learns from depend on the step alone, not on where runs were cut.
+        self._generator = torch.Generator(device=self._device)
+        self._seed = seed
+        self._sums = Sums()
+
+    def run(
+        self,
+        batches: Iterator[Batch],
+        *,
+        deadline: float,
+        max_steps: int | None = None,
+        on_metrics: Callable[[dict[str, Any]], None],
+    ) -> None:
+        """Train until the stage is done, ``max_steps`` were made, or ``time.monotonic()`` reaches ``deadline``."""
+        last = self.stage.steps if max_steps is None else min(self.stage.steps, self.step + max_steps)
+        logged = time.monotonic()
+        while self.step < last and time.monotonic() < deadline:
+            self.train(feed(next(batches), self._device))
+            if self.step % LOG_EVERY == 0 or self.step == last:
+                metrics = self._metrics(time.monotonic() - logged)  # waits for the device
+                logged = time.monotonic()
+                on_metrics(metrics)
+
+    def train(self, batch: Fed) -> None:
+        """One step."""
+        self._generator.manual_seed(self._seed * 1_000_003 + self.step)
+        angles = self.model.angles(batch.positions)
+        if self.stage.name == "indexer":
+            self._train_indexer(batch, angles)
+        else:
+            self._train_model(batch, angles)
+        factor = self.stage.lr_factor(self.step, self.step - self._first_step)
+        self._optimizer.step(factor * self.stage.matrix_lr, factor * self.stage.other_lr)
+        flops = training_flops(self.model.config, self.stage.name, batch)
+        self._sums.add(steps=1.0, tokens=float(batch.num_tokens), flops=flops)
+        self.step += 1
+
+    def _train_indexer(self, batch: Fed, angles: Angles) -> None:
+        rows = Rows(batch.document_ids, batch.positions)
+        scale = self.model.config.softmax_scale
+        attend = IndexerWarmUp(rows, DenseAttention(batch.document_ids, scale), scale, self._generator)
+        with torch.no_grad():
+            x, _ = self.model(batch.tokens, angles, attend)
+            self.model.forward_mtp(x, batch.tokens.roll(-1, 1), angles, attend)
+        self._sums.add(divergence=attend.divergence)
+
+    def _train_model(self, batch: Fed, angles: Angles) -> None:
+        attend = self._attend(batch)
+        hidden, loads = self.model(batch.tokens, angles, attend)
+        merged, load = self.model.forward_mtp(hidden, batch.tokens.roll(-1, 1), angles, attend)
+        own = self._predict(self.model.head_input(hidden), batch.next_tokens)
+        ahead = self._predict(merged, batch.after_next)
+        loss = own.loss / max(1, batch.next_tokens.count)
+        mtp_loss = ahead.loss / max(1, batch.after_next.count)
+        (loss + MTP_WEIGHT * mtp_loss).backward()
+        imbalance = balance(self.model, [*loads, load])
+        self._sums.add(loss=loss, mtp_loss=mtp_loss, imbalance=imbalance)
+        self._sums.add(accuracy=own.correct / max(1, batch.next_tokens.count))
+        if isinstance(attend, SelectedAttention):
+            self._sums.add(divergence=attend.divergence)
+
+    def _attend(self, batch: Fed) -> Attend:
+        scale = self.model.config.softmax_scale
+        if self.stage.name == "dense":
+            return DenseAttention(batch.document_ids, scale)
+        rows = Rows(batch.document_ids, batch.positions)
+        return SelectedAttention(rows, self.model.config.index_topk, scale, self._generator)
+
+    def _predict(self, hidden: Tensor, targets: Targets) -> HeadSums:
+        rows = hidden.flatten(0, 1).index_select(0, targets.rows)
+        return cross_entropy(rows, self.model.lm_head, targets.tokens, targets.weights)
+
+    def _metrics(self, seconds: float) -> dict[str, Any]:
+        sums = self._sums.take()
+        steps, tokens, flops = (sums.pop(name) for name in ("steps", "tokens", "flops"))
+        means = {name: value / steps for name, value in sums.items()}
+        if "divergence" in means:
+            means["divergence"] /= sum(1 for _ in self.model.all_layers())
+        return {
+            "stage": self.stage.name,
+            "step": self.step,
+            **{name: round(value, 5) for name, value in means.items()},
+            "tokens_per_s": round(tokens / seconds),
+            "mfu": round(flops / seconds / H100_BF16_FLOPS, 4),
+            "seconds": round(seconds, 3),
+        }
+
+
+@torch.no_grad()
+def balance(model: Model, loads: list[Tensor]) -> Tensor:
+    """Move each gate's bias by ``BALANCE_SPEED`` towards equal loads; loads: [E] tokens of each MoE layer in order.
+
+    Returns the mean over layers of the largest load over the mean load.
+    """
+    gates = [layer.mlp for layer in model.all_layers() if isinstance(layer.mlp, MoE)]
+    worst = loads[0].new_zeros(())
+    for gate, load in zip(gates, loads, strict=True):
+        gate.gate_bias += BALANCE_SPEED * torch.sign(load.mean() - load)
+        worst += load.max() / load.mean()
+    return worst / len(gates)
+
+
+def append_json_line(path: Path, values: dict[str, Any]) -> None:
+    with path.open("a", encoding="utf-8") as file:
+        file.write(json.dumps(values) + "\n")
