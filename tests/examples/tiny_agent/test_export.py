@@ -16,6 +16,8 @@ from examples.tiny_agent.model import Model
 from seamount.workers.model.batch import ForwardBatch
 from seamount.workers.model.weights import load_model
 
+torch.set_num_threads(1)
+
 TOLERANCE = 1e-4
 VOCAB = 256
 
