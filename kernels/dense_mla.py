@@ -1,9 +1,9 @@
-"""Multi-head latent attention over a contiguous context, in its two equal forms.
+"""Multi-head latent attention of a chunk over all the tokens that it may see, in its two equal forms.
 
 Absorbed (every head reads the same latent row, values are its first C channels):
-    out[t, h] = sum_s p[t, h, s] kv[s, :C],   p = softmax_s(scale * q[t, h] . kv[s])
-Plain (keys and values of each head expanded from the latent):
-    out[t, h] = sum_s p[t, h, s] v[s, h],     p = softmax_s(scale * q[t, h] . k[s, h])
+    out[t, h] = sum_s p[t, h, s] kv[s, :C],   p = softmax_s(scale * q[t, h] . kv[s]),   s < lengths[t]
+Plain (keys and values of each head expanded from the latent, the rotary part of a key shared by the heads):
+    out[t, h] = sum_s p[t, h, s] v[s, h],     p = softmax_s(scale * q[t, h] . (k[s, h] | k_rope[s]))
 
 lse[t, h] is the natural logarithm of the softmax's denominator. A row that sees no key has out 0 and lse +inf.
 """
@@ -13,66 +13,100 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from seamount.kernels.arguments import INTEGERS, check_tensor
+from seamount.kernels.layout import CacheLayout, gather_slots, unpack_latent
+from seamount.kernels.quant import wide_dtype
+from seamount.kernels.softmax import masked_softmax
+from seamount.kernels.sparse_mla import sparse_mla_prefill
+
 # Elements of the [heads, rows, keys] scores that exist at one time; more where they are too few rows: every tile of
 # rows reads all keys again.
 _TILE_ELEMENTS = 1 << 21
 _MIN_TILE_ROWS = 16
 
 
-def dense_mla(q: Tensor, kv: Tensor, visible: Tensor, scale: float, value_dim: int) -> tuple[Tensor, Tensor]:
-    """Absorbed form.
+def dense_mla(
+    q: Tensor, plane: Tensor, slots: Tensor, lengths: Tensor, layout: CacheLayout, scale: float
+) -> tuple[Tensor, Tensor]:
+    """Absorbed form, over the paged cache.
 
-    q: [T, H, C + R] float32 or float64; kv: [L, C + R], the same dtype; value_dim: C.
-    visible: [T, L] bool: which rows of kv a query sees (causality, selection). T and L may be 0. Rows of kv that are
-    seen by no query must be finite too.
-    Returns (out [T, H, C], lse [T, H]) in q's dtype.
+    q: [T, H, C + R] float32 or float64, latent part first; plane: a latent plane [num_pages, page bytes] uint8.
+    slots: [L] int64, the context's physical slots in order; lengths: [T] int64: row t sees the first lengths[t] of
+    them. T and L may be 0. Slots that no row sees may hold anything. Returns (out [T, H, C], lse [T, H]) in q's dtype.
+
+    On CUDA with an fp8 or bf16 plane this is ``sparse_mla_prefill`` with every visible slot chosen: dtypes and errors
+    as there.
     """
+    if q.is_cuda and layout.name != "exact":
+        chosen = torch.where(_visible(lengths, slots.shape[0]), slots, -1)
+        return sparse_mla_prefill(q, plane, chosen, layout, scale)
     num_rows, heads, _ = q.shape
-    out = q.new_empty((num_rows, heads, value_dim))
+    kv = unpack_latent(gather_slots(plane, slots[: _longest(lengths)], layout, "latent"), layout)
+    unseen = ~_visible(lengths, kv.shape[0])
+    out = q.new_empty((num_rows, heads, layout.kv_lora_rank))
     lse = q.new_empty((num_rows, heads))
-    tile = max(_MIN_TILE_ROWS, _TILE_ELEMENTS // max(1, heads * kv.shape[0]))
-    for start in range(0, num_rows, tile):
-        rows = slice(start, start + tile)
+    for rows in _tiles(num_rows, heads * kv.shape[0]):
         scores = (q[rows].flatten(0, 1) @ kv.T).view(*q[rows].shape[:2], kv.shape[0])
-        probabilities, lse[rows] = masked_softmax(scores, ~visible[rows].unsqueeze(1), scale)
-        out[rows] = probabilities @ kv[:, :value_dim]
+        probabilities, lse[rows] = masked_softmax(scores, unseen[rows].unsqueeze(1), scale)
+        out[rows] = probabilities @ kv[:, : layout.kv_lora_rank]
     return out, lse
 
 
-def dense_mha(q: Tensor, k: Tensor, v: Tensor, visible: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+def dense_mha(q: Tensor, k: Tensor, k_rope: Tensor, v: Tensor, lengths: Tensor, scale: float) -> tuple[Tensor, Tensor]:
     """Plain form.
 
-    q: [T, H, N + R]; k: [L, H, N + R]; v: [L, H, V]; ``visible`` and empty cases as in ``dense_mla``.
-    Returns (out [T, H, V], lse [T, H]) in q's dtype.
+    q: [T, H, N + R]; k: [L, H, N]; k_rope: [L, R]; v: [L, H, V], one dtype, last dimensions dense; lengths: [T] int64:
+    row t sees the first lengths[t] keys. T and L may be 0; what no row sees may hold anything.
+    Returns (out [T, H, V] in q's dtype, lse [T, H] in float32, or float64 where q is).
+
+    On CUDA with bfloat16 a kernel does this if N and V are powers of two from 16 to 256 and R is one to 128 or 0.
+    Raises ValueError there for other shapes, dtypes, strides or devices.
     """
+    if q.is_cuda and q.dtype == torch.bfloat16:
+        from seamount.kernels.triton import dense_mla as triton_dense
+
+        if triton_dense.is_supported(k.shape[2], k_rope.shape[1], v.shape[2]):
+            _check(q, k, k_rope, v, lengths)
+            return triton_dense.dense_mha(q, k, k_rope, v, lengths, scale)
     num_rows, heads, _ = q.shape
+    wide = wide_dtype(q.dtype)
     out = q.new_empty((num_rows, heads, v.shape[-1]))
-    lse = q.new_empty((num_rows, heads))
-    keys, values = k.permute(1, 2, 0), v.transpose(0, 1)
-    tile = max(_MIN_TILE_ROWS, _TILE_ELEMENTS // max(1, heads * k.shape[0]))
-    for start in range(0, num_rows, tile):
-        rows = slice(start, start + tile)
-        scores = torch.bmm(q[rows].transpose(0, 1), keys)
-        probabilities, tile_lse = masked_softmax(scores, ~visible[rows], scale)
+    lse = q.new_empty((num_rows, heads), dtype=wide)
+    context = slice(_longest(lengths))
+    k = torch.cat((k[context], k_rope[context].unsqueeze(1).expand(-1, heads, -1)), dim=-1)
+    keys, values = k.to(wide).permute(1, 2, 0), v[context].to(wide).transpose(0, 1)
+    unseen = ~_visible(lengths, k.shape[0])
+    for rows in _tiles(num_rows, heads * k.shape[0]):
+        scores = torch.bmm(q[rows].to(wide).transpose(0, 1), keys)
+        probabilities, tile_lse = masked_softmax(scores, unseen[rows], scale)
         out[rows] = torch.bmm(probabilities, values).transpose(0, 1)
         lse[rows] = tile_lse.transpose(0, 1)
     return out, lse
 
 
-def masked_softmax(scores: Tensor, masked: Tensor, scale: float) -> tuple[Tensor, Tensor]:
-    """softmax(scale * scores) over the last dimension without the masked keys, and its log denominator.
+def _check(q: Tensor, k: Tensor, k_rope: Tensor, v: Tensor, lengths: Tensor) -> None:
+    num_keys, heads, nope = k.shape
+    kind = (q.device, (torch.bfloat16,))
+    check_tensor("q", q, (q.shape[0], heads, nope + k_rope.shape[1]), *kind)
+    check_tensor("k", k, k.shape, *kind)
+    check_tensor("k_rope", k_rope, (num_keys, k_rope.shape[1]), *kind)
+    check_tensor("v", v, (num_keys, heads, v.shape[2]), *kind)
+    check_tensor("lengths", lengths, q.shape[:1], q.device, INTEGERS)
+    for name, x in (("q", q), ("k", k), ("k_rope", k_rope), ("v", v)):
+        if x.numel() and x.stride(-1) != 1:
+            raise ValueError(f"{name} has strided channels; those of a head must be adjacent")
 
-    scores: [..., L], overwritten; masked: bool, broadcastable to it. L may be 0.
-    Returns (probabilities [..., L], lse [...]); a row without any key has probabilities 0 and lse +inf.
-    """
-    scores.mul_(scale).masked_fill_(masked, float("-inf"))
-    if scores.shape[-1] == 0:
-        return scores, scores.new_full(scores.shape[:-1], float("inf"))
-    top = scores.amax(dim=-1, keepdim=True)
-    top.masked_fill_(top == float("-inf"), 0)
-    scores.sub_(top).exp_()
-    total = scores.sum(dim=-1, keepdim=True)
-    empty = total == 0
-    scores.div_(total.masked_fill(empty, 1))
-    lse = (total.log() + top).masked_fill_(empty, float("inf"))
-    return scores, lse.squeeze(-1)
+
+def _longest(lengths: Tensor) -> int:
+    """Keys beyond it may hold anything: 0 * NaN would reach the sums."""
+    return int(lengths.max()) if lengths.numel() else 0
+
+
+def _visible(lengths: Tensor, num_keys: int) -> Tensor:
+    """[T, L] bool."""
+    return torch.arange(num_keys, device=lengths.device) < lengths.unsqueeze(1)
+
+
+def _tiles(num_rows: int, elements_per_row: int) -> list[slice]:
+    tile = max(_MIN_TILE_ROWS, _TILE_ELEMENTS // max(1, elements_per_row))
+    return [slice(start, start + tile) for start in range(0, num_rows, tile)]

@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 
 from seamount.kernels.arguments import INTEGERS, check_plane, check_tensor
-from seamount.kernels.dense_mla import masked_softmax
 from seamount.kernels.layout import PAGE_SIZE, CacheLayout, gather_slots, unpack_latent
 from seamount.kernels.quant import wide_dtype
+from seamount.kernels.softmax import masked_softmax
 
 # Elements of the gathered [rows, k, C + R] latents that exist at one time. Few enough to stay in a core's cache: larger
 # tiles are slower (fresh memory for every temporary).

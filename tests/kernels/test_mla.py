@@ -72,12 +72,6 @@ def test_prefill_over_selected_rows(num_keys: int, dtype: torch.dtype, generator
     out, lse = sparse_mla_prefill(q, plane, slots, layout, SCALE)
     _check(out, lse, q, kv, rows, 1e-5 if dtype == torch.float32 else 1e-12)
     assert not out[0].any()
-    visible = torch.zeros(9, num_keys, dtype=torch.bool)
-    for t, row in enumerate(rows):
-        visible[t, row] = True
-    masked, masked_lse = dense_mla(q, kv, visible, SCALE, RANK)
-    assert torch.allclose(masked, out, atol=1e-5)
-    assert torch.allclose(masked_lse, lse, atol=1e-5)
 
 
 @pytest.mark.usefixtures("tiles")
@@ -112,7 +106,7 @@ def test_nothing_to_attend_to(rows: int, k: int) -> None:
     for out, lse in (
         sparse_mla_decode(q, plane, nothing, layout, SCALE),
         sparse_mla_prefill(q, plane, nothing, layout, SCALE),
-        dense_mla(q, torch.zeros(k, RANK + ROPE), torch.zeros(rows, k, dtype=torch.bool), SCALE, RANK),
+        dense_mla(q, plane, torch.arange(k), torch.zeros(rows, dtype=torch.int64), layout, SCALE),
     ):
         assert out.shape == (rows, HEADS, RANK)
         assert not out.any()
@@ -123,23 +117,31 @@ def test_nothing_to_attend_to(rows: int, k: int) -> None:
 @pytest.mark.parametrize(("num_rows", "num_keys"), [(1, 1), (5, 63), (64, 65)])
 def test_plain_and_absorbed_forms_are_equal(num_rows: int, num_keys: int, generator: torch.Generator) -> None:
     nope, value = 12, 10
+    layout = CacheLayout.create(
+        "exact", kv_lora_rank=RANK, qk_rope_head_dim=ROPE, index_head_dim=32, dtype=torch.float64
+    )
+    plane = layout.allocate(1, 3).latent[0].fill_(0xFF)  # NaN wherever nothing is written
     q = torch.randn((num_rows, HEADS, nope + ROPE), generator=generator, dtype=torch.float64)
     kv = torch.randn((num_keys, RANK + ROPE), generator=generator, dtype=torch.float64)
+    slots = torch.randperm(3 * 64, generator=generator)[:num_keys]
+    scatter_slots(plane, slots, pack_latent(kv[:, :RANK], kv[:, RANK:], layout), layout, "latent")
     k_up = torch.randn((HEADS, nope, RANK), generator=generator, dtype=torch.float64) * 0.1
     v_up = torch.randn((HEADS, value, RANK), generator=generator, dtype=torch.float64) * 0.1
-    causal = torch.arange(num_keys) < torch.randint(0, num_keys + 1, (num_rows, 1), generator=generator)
-    keys = torch.empty(num_keys, HEADS, nope + ROPE, dtype=torch.float64)
+    lengths = torch.randint(0, num_keys + 1, (num_rows,), generator=generator)
+    keys = torch.empty(num_keys, HEADS, nope, dtype=torch.float64)
     values = torch.empty(num_keys, HEADS, value, dtype=torch.float64)
     absorbed = torch.empty(num_rows, HEADS, RANK + ROPE, dtype=torch.float64)
     for h in range(HEADS):
-        keys[:, h] = torch.cat((kv[:, :RANK] @ k_up[h].T, kv[:, RANK:]), 1)
+        keys[:, h] = kv[:, :RANK] @ k_up[h].T
         values[:, h] = kv[:, :RANK] @ v_up[h].T
         absorbed[:, h] = torch.cat((q[:, h, :nope] @ k_up[h], q[:, h, nope:]), 1)
-    plain, plain_lse = dense_mha(q, keys, values, causal, SCALE)
-    latent, latent_lse = dense_mla(absorbed, kv, causal, SCALE, RANK)
+    plain, plain_lse = dense_mha(q, keys, kv[:, RANK:], values, lengths, SCALE)
+    latent, latent_lse = dense_mla(absorbed, plane, slots, lengths, layout, SCALE)
     projected = torch.stack([latent[:, h] @ v_up[h].T for h in range(HEADS)], 1)
     assert torch.allclose(plain, projected, atol=1e-10)
     assert torch.allclose(plain_lse, latent_lse, atol=1e-10)
-    for t in range(num_rows):
-        expected, _ = _reference(q[t, 1], keys[causal[t], 1], values[causal[t], 1])
+    whole = torch.cat((keys[:, 1], kv[:, RANK:]), 1)
+    for t, length in enumerate(lengths.tolist()):
+        expected, expected_lse = _reference(q[t, 1], whole[:length], values[:length, 1])
         assert torch.allclose(plain[t, 1], expected, atol=1e-10)
+        assert plain_lse[t, 1].item() == pytest.approx(expected_lse, abs=1e-10)

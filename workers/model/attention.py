@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping
 
 import torch
 from torch import Tensor
+from torch.nn.functional import linear
 
 from seamount.kernels.cache_write import write_latent
 from seamount.kernels.dense_mla import dense_mha, dense_mla
@@ -31,7 +32,8 @@ class Attention:
         self._q_b_proj = weight_of(parameters, "q_b_proj.weight")
         self._kv_a_proj = weight_of(parameters, "kv_a_proj_with_mqa.weight")
         self._kv_a_norm = parameters["kv_a_layernorm.weight"]
-        per_head = parameters["kv_b_proj.weight"].view(config.num_attention_heads, -1, config.kv_lora_rank)
+        self._kv_up = parameters["kv_b_proj.weight"]  # [H * (N + V), C]
+        per_head = self._kv_up.view(config.num_attention_heads, -1, config.kv_lora_rank)
         self._k_up = per_head[:, : config.qk_nope_head_dim]  # [H, N, C]
         self._v_up = per_head[:, config.qk_nope_head_dim :]  # [H, V, C]
         self._o_proj = weight_of(parameters, "o_proj.weight")
@@ -98,29 +100,26 @@ class Attention:
 
     def _attend_chunk(self, chunk: PrefillChunk, q: Tensor, plane: Tensor, selected: Tensor | None) -> Tensor:
         num_rows, num_keys = q.shape[0], chunk.slots.shape[0]
-        scale, rank = self._config.softmax_scale, self._config.kv_lora_rank
+        scale = self._config.softmax_scale
         if selected is not None:
             picked = chunk.slots[selected.clamp(min=0)].masked_fill_(selected < 0, -1)
             return self._values(sparse_mla_prefill(self._absorb(q), plane, picked, self._layout, scale)[0])
-        kv = unpack_latent(gather_slots(plane, chunk.slots, self._layout, "latent"), self._layout)
-        causal = torch.arange(num_keys, device=q.device) < chunk.lengths.unsqueeze(1)
         if self._plain_is_cheaper(num_rows, num_keys):
-            return self._attend_plain(q, kv, causal)
-        return self._values(dense_mla(self._absorb(q), kv, causal, scale, rank)[0])
+            return self._attend_plain(chunk, q, plane)
+        return self._values(dense_mla(self._absorb(q), plane, chunk.slots, chunk.lengths, self._layout, scale)[0])
 
     def _attend_slots(self, q: Tensor, plane: Tensor, slots: Tensor) -> Tensor:
         context, _ = sparse_mla_decode(self._absorb(q), plane, slots, self._layout, self._config.softmax_scale)
         return self._values(context)
 
-    def _attend_plain(self, q: Tensor, kv: Tensor, visible: Tensor) -> Tensor:
-        """Expand each head's keys and values from the latents: q [n, H, N + R], kv [L, C + R] to [n, H * V]."""
-        latent, rope_key = kv[:, : self._config.kv_lora_rank], kv[:, self._config.kv_lora_rank :]
-        latent = latent.to(q.dtype)
-        k_nope = torch.einsum("lc,hnc->lhn", latent, self._k_up).to(kv.dtype)
-        v = torch.einsum("lc,hvc->lhv", latent, self._v_up).to(kv.dtype)
-        k = torch.cat((k_nope, rope_key.unsqueeze(1).expand(-1, k_nope.shape[1], -1)), dim=-1)
-        out, _ = dense_mha(q.to(kv.dtype), k, v, visible, self._config.softmax_scale)
-        return out.flatten(1).to(q.dtype)
+    def _attend_plain(self, chunk: PrefillChunk, q: Tensor, plane: Tensor) -> Tensor:
+        """Expand each head's keys and values from the cached latents: q [n, H, N + R] to [n, H * V]."""
+        config = self._config
+        kv = unpack_latent(gather_slots(plane, chunk.slots, self._layout, "latent"), self._layout)
+        latent, rope_key = torch.split(kv.to(q.dtype), [config.kv_lora_rank, config.qk_rope_head_dim], dim=-1)
+        expanded = linear(latent, self._kv_up).view(kv.shape[0], config.num_attention_heads, -1)
+        k, v = torch.split(expanded, [config.qk_nope_head_dim, config.v_head_dim], dim=-1)
+        return dense_mha(q, k, rope_key, v, chunk.lengths, config.softmax_scale)[0].flatten(1)
 
     def _plain_is_cheaper(self, num_rows: int, num_keys: int) -> bool:
         """By multiplications: the plain form expands every key once, the absorbed one works in the wider latent."""
