@@ -12,20 +12,102 @@ from torch import Tensor
 
 from seamount.kernels.arguments import INTEGERS, check_plane, check_tensor
 from seamount.kernels.layout import PAGE_SIZE, CacheLayout, unpack_index_pages
+from seamount.kernels.topk import topk_indices
 
 # Elements of the [rows, heads, keys] scores, or of the decoded keys, that exist at one time. Few enough to stay in a
 # core's cache: larger tiles are slower (fresh memory for every temporary).
 _TILE_ELEMENTS = 1 << 19
 _TILE_ROWS = 8
+# Scores of a prefill chunk that exist at one time before the best are selected.
+_CPU_TILE_SCORES = 16 << 20
+_GPU_TILE_SCORES = 128 << 20
 
 
-def mqa_logits(q: Tensor, k: Tensor, weights: Tensor, lengths: Tensor, k_scales: Tensor | None = None) -> Tensor:
-    """Indexer scores of the rows of one sequence against its contiguous keys.
+def mqa_logits(
+    q: Tensor, plane: Tensor, weights: Tensor, lengths: Tensor, pages: Tensor, layout: CacheLayout
+) -> Tensor:
+    """Indexer scores of many rows of one sequence, as prefill has them, against its paged keys.
 
-    q: [T, H, D] float32 or float64; k: [L, D], the same dtype; weights: [T, H]; k_scales: [L] or None for 1.
-    lengths: [T] int64: row t sees keys [0, lengths[t]). T and L may be 0.
-    Returns [T, L] in q's dtype; -inf at s >= lengths[t], whatever the unused keys hold.
+    q: [T, H, D] float32 or float64; plane: an index plane [num_pages, page bytes] uint8; weights: [T, H].
+    lengths: [T] int64: row t sees keys [0, lengths[t]); pages: [P] int64, the sequence's physical pages. T and P may
+    be 0.
+    Returns [T, P * 64] in q's dtype; -inf at s >= lengths[t], whatever the unused slots hold.
+
+    On CUDA with an e4m3 index plane: q is e4m3, or holds e4m3 numbers in a wider dtype (others are rounded); the result
+    is float32; lengths and pages may be int32. Raises ValueError for other shapes, dtypes, strides or devices.
     """
+    num_rows, width = q.shape[0], pages.shape[0] * PAGE_SIZE
+    if _on_gpu(q, layout):
+        _check_rows(q, plane, weights, lengths, pages, layout)
+        logits = torch.full((num_rows, width), float("-inf"), dtype=torch.float32, device=q.device)
+        _write_logits(q.to(torch.float8_e4m3fn), plane, weights, lengths, pages, layout, logits)
+        return logits
+    keys, scales = unpack_index_pages(plane.index_select(0, pages), layout)
+    return _rows_reference(q, keys, weights, lengths, scales)
+
+
+def mqa_topk_indices(
+    q: Tensor, plane: Tensor, weights: Tensor, lengths: Tensor, pages: Tensor, layout: CacheLayout, k: int
+) -> Tensor:
+    """``topk_indices`` of ``mqa_logits``: [T, k] int64. Few rows' scores exist at one time.
+
+    Arguments as for the two. Returns the positions of the min(k, lengths[t]) best keys, ascending, then -1.
+    """
+    num_rows, width = q.shape[0], pages.shape[0] * PAGE_SIZE
+    selected = torch.empty((num_rows, k), dtype=torch.int64, device=q.device)
+    if on_gpu := _on_gpu(q, layout):
+        _check_rows(q, plane, weights, lengths, pages, layout)
+        q, weights, tile = q.to(torch.float8_e4m3fn), weights.float().contiguous(), _GPU_TILE_SCORES
+    else:
+        keys, scales = unpack_index_pages(plane.index_select(0, pages), layout)
+        tile = _CPU_TILE_SCORES
+    tile = max(8, tile // max(1, width) // 8 * 8)
+    for start in range(0, num_rows, tile):
+        rows = slice(start, start + tile)
+        if on_gpu:
+            # Scores beyond a row's length stay unwritten: the selection does not read them.
+            logits = torch.empty((q[rows].shape[0], width), dtype=torch.float32, device=q.device)
+            _write_logits(q[rows], plane, weights[rows], lengths[rows], pages, layout, logits)
+        else:
+            logits = _rows_reference(q[rows], keys, weights[rows], lengths[rows], scales)
+        selected[rows] = topk_indices(logits, k, lengths[rows])
+    return selected
+
+
+def _on_gpu(q: Tensor, layout: CacheLayout) -> bool:
+    return q.is_cuda and layout.quantizes_index and layout.index_head_dim >= 32
+
+
+def _write_logits(
+    q: Tensor, plane: Tensor, weights: Tensor, lengths: Tensor, pages: Tensor, layout: CacheLayout, logits: Tensor
+) -> None:
+    """Writes logits[t, s] for s < lengths[t]; elsewhere -inf or nothing. q: e4m3."""
+    from seamount.kernels.triton import indexer, prefill_logits
+
+    if prefill_logits.is_supported(q, layout):
+        prefill_logits.write_logits(
+            q.contiguous(), plane, weights.float().contiguous(), lengths.contiguous(), pages.contiguous(), logits
+        )
+    elif logits.numel():
+        # Other sizes: every row as a sequence of its own.
+        tables = pages.contiguous().expand(q.shape[0], -1)
+        rows = (q.unsqueeze(1), plane, weights.unsqueeze(1), lengths.unsqueeze(1), tables, layout)
+        logits.copy_(indexer.paged_mqa_logits(*rows).squeeze(1))
+
+
+def _check_rows(q: Tensor, plane: Tensor, weights: Tensor, lengths: Tensor, pages: Tensor, layout: CacheLayout) -> None:
+    if q.dim() != 3 or q.shape[2] != layout.index_head_dim:
+        raise ValueError(f"q has shape {tuple(q.shape)}; it must be [T, H, {layout.index_head_dim}]")
+    if not q.is_floating_point():
+        raise ValueError(f"q is {q.dtype}; it must be float8_e4m3fn or a wider float")
+    check_plane(plane, layout, "index", q.device)
+    check_tensor("weights", weights, q.shape[:2], q.device)
+    check_tensor("lengths", lengths, q.shape[:1], q.device, INTEGERS)
+    check_tensor("pages", pages, (pages.numel(),), q.device, INTEGERS)
+
+
+def _rows_reference(q: Tensor, k: Tensor, weights: Tensor, lengths: Tensor, k_scales: Tensor | None) -> Tensor:
+    """k: [L, D] contiguous keys in q's dtype; k_scales: [L] or None for 1. Returns [T, L]."""
     num_rows, heads, _ = q.shape
     num_keys = k.shape[0]
     logits = torch.empty((num_rows, num_keys), dtype=q.dtype, device=q.device)
@@ -57,7 +139,7 @@ def paged_mqa_logits(
     On CUDA with an e4m3 index plane: q is e4m3, or holds e4m3 numbers in a wider dtype (others are rounded); the result
     is float32; lengths and page tables may be int32. Raises ValueError for other shapes, dtypes, strides or devices.
     """
-    if q.is_cuda and layout.quantizes_index and layout.index_head_dim >= 32:
+    if _on_gpu(q, layout):
         _check_paged(q, plane, weights, context_lens, page_tables, layout)
         from seamount.kernels.triton import indexer
 

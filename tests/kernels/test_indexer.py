@@ -5,7 +5,7 @@ import torch
 from torch import Tensor
 
 from seamount.kernels import indexer
-from seamount.kernels.indexer import mqa_logits, paged_mqa_logits
+from seamount.kernels.indexer import mqa_logits, mqa_topk_indices, paged_mqa_logits
 from seamount.kernels.layout import CacheLayout, pack_index_key, scatter_slots
 from seamount.kernels.quant import dequantize, quantize
 
@@ -14,33 +14,60 @@ def _score(q: Tensor, k: Tensor, w: Tensor) -> float:
     return sum(float(w[h]) * max(float(q[h] @ k), 0.0) for h in range(q.shape[0]))
 
 
+def _paged(key: Tensor, layout: CacheLayout, generator: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:
+    """A plane that holds the keys [L, D] in shuffled pages, NaN elsewhere; their pages; the keys as stored."""
+    num_pages = -(-key.shape[0] // 64)
+    pages = torch.randperm(num_pages + 3, generator=generator)[:num_pages]
+    plane = layout.allocate(1, num_pages + 3).index[0].fill_(0xFF)
+    at = torch.arange(key.shape[0])
+    scatter_slots(plane, pages[at // 64] * 64 + at % 64, pack_index_key(key, layout), layout, "index")
+    return plane, pages, dequantize(*quantize(key, key.shape[1])) if layout.quantizes_index else key
+
+
 @pytest.mark.parametrize(("num_rows", "num_keys"), [(0, 5), (1, 0), (1, 1), (9, 63), (9, 64), (17, 65)])
-@pytest.mark.parametrize("scaled", [False, True])
+@pytest.mark.parametrize("name", ["fp8", "exact"])
 @pytest.mark.parametrize("tile", [None, 40])
-def test_contiguous_keys(
+def test_rows_of_one_sequence(
     num_rows: int,
     num_keys: int,
-    scaled: bool,
+    name: str,
     tile: int | None,
     generator: torch.Generator,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     if tile is not None:
         monkeypatch.setattr(indexer, "_TILE_ELEMENTS", tile)
+    layout = CacheLayout.create(name, kv_lora_rank=128, qk_rope_head_dim=8, index_head_dim=16, dtype=torch.float32)
+    plane, pages, k = _paged(torch.randn((num_keys, 16), generator=generator), layout, generator)
     q = torch.randn((num_rows, 3, 16), generator=generator)
-    k = torch.randn((num_keys, 16), generator=generator)
     w = torch.randn((num_rows, 3), generator=generator)
-    scales = torch.rand(num_keys, generator=generator) + 0.1 if scaled else None
     lengths = torch.randint(0, num_keys + 1, (num_rows,), generator=generator)
-    actual = mqa_logits(q, k, w, lengths, scales)
-    assert actual.shape == (num_rows, num_keys)
+    actual = mqa_logits(q, plane, w, lengths, pages, layout)
+    assert actual.shape == (num_rows, 64 * len(pages))
     for t in range(num_rows):
-        for s in range(num_keys):
-            if s >= lengths[t]:
-                assert actual[t, s].item() == float("-inf")
-            else:
-                expected = _score(q[t], k[s], w[t]) * (1.0 if scales is None else float(scales[s]))
-                assert actual[t, s].item() == pytest.approx(expected, abs=1e-4)
+        assert (actual[t, lengths[t] :] == float("-inf")).all()
+        for s in range(int(lengths[t])):
+            assert actual[t, s].item() == pytest.approx(_score(q[t], k[s], w[t]), abs=1e-4)
+
+
+@pytest.mark.parametrize("tile", [None, 1])
+@pytest.mark.parametrize("num_rows", [0, 1, 8, 19])
+def test_selection_is_that_of_the_scores(
+    num_rows: int, tile: int | None, generator: torch.Generator, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if tile is not None:
+        monkeypatch.setattr(indexer, "_CPU_TILE_SCORES", tile)
+    layout = CacheLayout.create("fp8", kv_lora_rank=128, qk_rope_head_dim=8, index_head_dim=32, dtype=torch.float32)
+    plane, pages, _ = _paged(torch.randn((150, 32), generator=generator), layout, generator)
+    q, w = torch.randn((num_rows, 3, 32), generator=generator), torch.randn((num_rows, 3), generator=generator)
+    lengths = torch.randint(0, 151, (num_rows,), generator=generator)
+    selected = mqa_topk_indices(q, plane, w, lengths, pages, layout, 20)
+    assert selected.shape == (num_rows, 20)
+    logits = mqa_logits(q, plane, w, lengths, pages, layout)
+    for t in range(num_rows):
+        count = min(20, int(lengths[t]))
+        best = logits[t].sort(descending=True, stable=True).indices[:count].sort().values
+        assert selected[t].tolist() == best.tolist() + [-1] * (20 - count)
 
 
 @pytest.mark.parametrize("name", ["fp8", "exact"])

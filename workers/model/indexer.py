@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from seamount.kernels.cache_write import rotate_index_vectors, rotate_quantize_index_vectors, write_index_key
-from seamount.kernels.indexer import mqa_logits, paged_mqa_logits
-from seamount.kernels.layout import CacheLayout, unpack_index_pages
+from seamount.kernels.indexer import mqa_topk_indices, paged_mqa_logits
+from seamount.kernels.layout import CacheLayout
 from seamount.kernels.quant import decode_e4m3, wide_dtype
 from seamount.kernels.topk import topk_indices
 from seamount.workers.model.batch import DecodeRows, PrefillChunk
@@ -17,8 +17,6 @@ from seamount.workers.model.config import ModelConfig
 from seamount.workers.model.linear import exact_bfloat16, project, project_wide, weight_of
 
 _KEY_NORM_EPS = 1e-6
-# Elements of the [rows, context] scores of a prefill chunk that exist at one time.
-_TILE_ELEMENTS = 16 << 20
 
 
 class Indexer:
@@ -64,14 +62,4 @@ class Indexer:
 
     def select_chunk(self, chunk: PrefillChunk, q: Tensor, weights: Tensor, plane: Tensor) -> Tensor:
         """Positions [n, topk] int64 (-1 after the last) for the rows of a chunk; q, weights: theirs."""
-        num_keys = chunk.slots.shape[0]
-        keys, scales = unpack_index_pages(plane.index_select(0, chunk.pages), self._layout)
-        scales = None if scales is None else scales[:num_keys]
-        tile = max(1, _TILE_ELEMENTS // num_keys)
-        selected = []
-        for start in range(0, q.shape[0], tile):
-            rows = slice(start, start + tile)
-            lengths = chunk.lengths[rows]
-            logits = mqa_logits(q[rows], keys[:num_keys], weights[rows], lengths, scales)
-            selected.append(topk_indices(logits, self._topk, lengths))
-        return torch.cat(selected)
+        return mqa_topk_indices(q, plane, weights, chunk.lengths, chunk.pages, self._layout, self._topk)

@@ -14,6 +14,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from seamount.kernels import indexer as index_kernels
 from seamount.workers.model import indexer as indexer_module
 from seamount.workers.model.config import ModelConfig
 
@@ -126,7 +127,7 @@ class Selections:
 @pytest.fixture
 def selections(monkeypatch: pytest.MonkeyPatch) -> Selections:
     seen = Selections()
-    choose = indexer_module.topk_indices
+    choose = index_kernels.topk_indices
 
     def watched(logits: Tensor, k: int, lengths: Tensor) -> Tensor:
         indices = choose(logits, k, lengths)
@@ -135,6 +136,7 @@ def selections(monkeypatch: pytest.MonkeyPatch) -> Selections:
         seen.rows.append((indices.clone(), lengths.clone()))
         return indices
 
+    monkeypatch.setattr(index_kernels, "topk_indices", watched)
     monkeypatch.setattr(indexer_module, "topk_indices", watched)
     return seen
 

@@ -9,11 +9,11 @@ import pytest
 import torch
 from torch import Tensor
 
+from seamount.kernels import indexer as index_kernels
 from seamount.kernels.layout import CacheLayout
 from seamount.kernels.rope import rope_angles, rope_frequencies
 from seamount.wire.errors import InvalidArgument
 from seamount.workers.experts.dispatch import LocalExperts
-from seamount.workers.model import indexer as indexer_module
 from seamount.workers.model.attention import Attention
 from seamount.workers.model.batch import AttentionPlan, ForwardBatch
 from seamount.workers.model.config import ModelConfig
@@ -175,14 +175,14 @@ def test_each_layer_stays_within_quantisation_error(
     parameters = random_parameters(config, seed)
     generator = torch.Generator().manual_seed(seed)
     scores: list[tuple[Tensor, Tensor]] = []
-    choose = indexer_module.topk_indices
+    choose = index_kernels.topk_indices
 
     def watched(logits: Tensor, k: int, lengths: Tensor) -> Tensor:
         scores.append((logits, choose(logits, k, lengths)))
         # Both runs then attend to the exact run's choice, so that outputs differ by quantisation alone.
         return scores[0][1]
 
-    monkeypatch.setattr(indexer_module, "topk_indices", watched)
+    monkeypatch.setattr(index_kernels, "topk_indices", watched)
     batch = ForwardBatch.create([([0] * count, 0, [2, 0, 1])])
     for layer in range(config.num_hidden_layers):
         prefix = f"model.layers.{layer}.self_attn."
