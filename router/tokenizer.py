@@ -9,7 +9,7 @@ from __future__ import annotations
 import enum
 import hashlib
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -103,6 +103,10 @@ class Tokenizer:
         # The batch form lets other threads run meanwhile, and computes no offsets; the plain one holds the GIL.
         ids: list[int] = self._encoder.encode_batch_fast([text], add_special_tokens=False)[0].ids
         return ids
+
+    def encode_all(self, texts: Sequence[str]) -> list[list[int]]:
+        """``encode`` of each text, in one go."""
+        return [encoding.ids for encoding in self._encoder.encode_batch_fast(texts, add_special_tokens=False)]
 
     def encode_bytes(self, data: bytes) -> list[int]:
         """Like ``encode`` for the UTF-8 of a text; bytes that are no valid UTF-8 become their single-byte ids."""
