@@ -10,6 +10,7 @@ the same order, and a stopped run goes on at ``first_batch``.
 from __future__ import annotations
 
 import multiprocessing
+import os
 from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -17,12 +18,13 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from examples.tiny_agent.documents import SHORT, Document, DocumentSource, Mixture
+from examples.tiny_agent.conversation import Document
+from examples.tiny_agent.documents import SHORT, DocumentSource, Mixture
 
 PADDING = -1
 """Document id of padding, at the end of a row."""
-_MAX_MISFITS = 24
-"""Documents in a row that fit into no row before a batch counts as full."""
+_DRAWN_SHARE = 1.05
+"""Tokens that are drawn for a batch, over its room; what does not fit is dropped."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -74,19 +76,19 @@ def batches(
         while True:
             yield make_batch(shape, index)
             index += 1
-    with multiprocessing.get_context("spawn").Pool(num_workers) as pool:
-        ahead = deque(pool.apply_async(_packed_batch, (shape, first_batch + i)) for i in range(2 * num_workers))
+    with multiprocessing.get_context("spawn").Pool(num_workers, initializer=_begin_worker) as pool:
+        ahead = deque(pool.apply_async(packed_batch, (shape, first_batch + i)) for i in range(2 * num_workers))
         index = first_batch + len(ahead)
         while True:
             packed = ahead.popleft().get()
-            ahead.append(pool.apply_async(_packed_batch, (shape, index)))
+            ahead.append(pool.apply_async(packed_batch, (shape, index)))
             index += 1
-            yield _unpacked(packed)
+            yield unpacked(packed)
 
 
 def make_batch(shape: BatchShape, index: int) -> Batch:
     """Batch ``index``, made here and now."""
-    return _unpacked(_packed_batch(shape, index))
+    return unpacked(packed_batch(shape, index))
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,7 +103,12 @@ class PackedBatch:
     """Of each row's documents."""
 
 
-def _packed_batch(shape: BatchShape, index: int) -> PackedBatch:
+def _begin_worker() -> None:
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # one thread a worker
+
+
+def packed_batch(shape: BatchShape, index: int) -> PackedBatch:
+    """Batch ``index`` in the form that travels."""
     rows = _fill_rows(DocumentSource.shared(), shape, index)
     tokens = np.zeros((shape.batch_size, shape.sequence_length), np.uint16)
     loss_mask = np.zeros((shape.batch_size, shape.sequence_length), np.bool_)
@@ -115,26 +122,28 @@ def _packed_batch(shape: BatchShape, index: int) -> PackedBatch:
 
 
 def _fill_rows(source: DocumentSource, shape: BatchShape, index: int) -> list[list[Document]]:
-    """Whole documents into rows, each into the fullest row that has room for it."""
+    """A little more documents than there is room for, longest first, each into the fullest row that can take it."""
+    drawn: list[Document] = []
+    missing = _DRAWN_SHARE * shape.batch_size * shape.sequence_length
+    for document in source.documents(shape.mixture, seed=(shape.seed, index), max_tokens=shape.sequence_length):
+        drawn.append(document)
+        missing -= len(document.token_ids)
+        if missing <= 0:
+            break
     rows: list[list[Document]] = [[] for _ in range(shape.batch_size)]
     room = [shape.sequence_length] * shape.batch_size
-    misfits = 0
-    for document in source.documents(shape.mixture, seed=(shape.seed, index), max_tokens=shape.sequence_length):
+    for document in sorted(drawn, key=lambda document: -len(document.token_ids)):
         length = len(document.token_ids)
         fitting = [row for row in range(shape.batch_size) if room[row] >= length]
         if fitting:
             row = min(fitting, key=room.__getitem__)
             rows[row].append(document)
             room[row] -= length
-            misfits = 0
-        else:
-            misfits += 1
-            if misfits == _MAX_MISFITS:
-                break
     return rows
 
 
-def _unpacked(packed: PackedBatch) -> Batch:
+def unpacked(packed: PackedBatch) -> Batch:
+    """A packed batch as the trainer takes it."""
     shape = packed.tokens.shape
     document_ids = np.full(shape, PADDING, np.int32)
     positions = np.zeros(shape, np.int32)

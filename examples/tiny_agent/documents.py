@@ -1,40 +1,81 @@
-"""Training documents: conversations as token ids, with the assistant's tokens marked."""
+"""Training documents: conversations of several turns over one world, and long documents with several questions."""
 
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar
 
-import numpy as np
-import numpy.typing as npt
-
-from seamount.router.encoding import render
-from seamount.router.messages import Message, Role, ThinkingMode
-from seamount.router.tokenizer import Control, Tokenizer
+from examples.tiny_agent.conversation import Conversation, Document, DocumentEncoder, MarkedPiece, marked_pieces
+from examples.tiny_agent.long_documents import make_long_document, needle_turn
+from examples.tiny_agent.shapes import NoVariant
+from examples.tiny_agent.tasks import MAKERS, SYSTEMS
+from examples.tiny_agent.turns import Scene, TaskKind, Turn
+from examples.tiny_agent.values import INVENTED_SHARE, Draw, Split
+from seamount.router.messages import ThinkingMode
+from seamount.router.tokenizer import Tokenizer
 
 TOKENIZER = Path(__file__).parent / "tokenizer"
+_AT_ONCE = 24
+"""Conversations that are tokenised together."""
+_MAX_REFUSALS = 12
+_TOKENS_OF_A_QUESTION = 90
+"""Roughly, with its answer: what a long document leaves room for."""
 
 
-@dataclass(frozen=True, slots=True)
-class Document:
-    token_ids: npt.NDArray[np.uint16]
-    """[n], from BOS to the last EOS."""
-    loss_mask: npt.NDArray[np.bool_]
-    """[n], True at the assistant's tokens."""
-
-
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Mixture:
-    """name: of the mixture."""
+    """What training documents are drawn from.
+
+    weights: of the kinds of turns. needle_share: of documents that are a long document with questions, between
+    ``min_length`` tokens and what fits. max_turns: of a conversation; half of the conversations have at most
+    ``usual_turns``. max_tools: likewise. chat_share: of conversations without any reasoning.
+    """
 
     name: str
+    weights: tuple[tuple[TaskKind, float], ...]
+    needle_share: float
+    min_length: int
+    usual_turns: int
+    max_turns: int
+    max_tools: int
+    chat_share: float
+    invented_share: float = INVENTED_SHARE
 
 
-SHORT = Mixture("short")
-LONG = Mixture("long")
+_WEIGHTS = (
+    (TaskKind.SINGLE, 0.22),
+    (TaskKind.MULTI, 0.28),
+    (TaskKind.PARALLEL, 0.13),
+    (TaskKind.ERRORS, 0.11),
+    (TaskKind.FOLLOW_UP, 0.12),
+    (TaskKind.NO_TOOL, 0.07),
+    (TaskKind.PLAN, 0.07),
+)
+SHORT = Mixture(
+    name="short",
+    weights=_WEIGHTS,
+    needle_share=0.1,
+    min_length=200,
+    usual_turns=2,
+    max_turns=5,
+    max_tools=9,
+    chat_share=0.08,
+)
+"""For sequences of about 2K tokens."""
+LONG = Mixture(
+    name="long",
+    weights=_WEIGHTS,
+    needle_share=0.6,
+    min_length=512,
+    usual_turns=4,
+    max_turns=40,
+    max_tools=16,
+    chat_share=0.05,
+)
+"""For sequences of up to 16K tokens."""
 
 
 class DocumentSource:
@@ -44,6 +85,7 @@ class DocumentSource:
 
     def __init__(self, tokenizer: Tokenizer) -> None:
         self._tokenizer = tokenizer
+        self._encoder = DocumentEncoder(tokenizer)
 
     @classmethod
     def shared(cls) -> DocumentSource:
@@ -54,24 +96,62 @@ class DocumentSource:
 
     def documents(self, mixture: Mixture, *, seed: tuple[int, ...], max_tokens: int) -> Iterator[Document]:
         """Endless documents of at most ``max_tokens`` tokens each, a function of the arguments alone."""
-        rng = random.Random(repr((mixture.name, seed)))
+        rng = random.Random(repr((mixture.name, seed, max_tokens)))
         while True:
-            text = "".join(rng.choices("abcdefgh 0123456789", k=rng.randint(4, max_tokens // 4)))
-            ids: list[int] = []
-            mask: list[bool] = []
-            conversation = [
-                Message(role=Role.USER, content=f"Repeat {text}"),
-                Message(role=Role.ASSISTANT, reasoning_content="Copy it.", content=text),
-            ]
-            own = False
-            for piece in render(conversation, mode=ThinkingMode.THINKING).pieces():
-                new = (
-                    [self._tokenizer.control_id(piece)]
-                    if isinstance(piece, Control)
-                    else self._tokenizer.encode(str(piece))
-                )
-                ids.extend(new)
-                mask.extend([own] * len(new))
-                own = own or piece is Control.THINK
-            if len(ids) <= max_tokens:
-                yield Document(np.array(ids, np.uint16), np.array(mask, np.bool_))
+            renderings = [self._rendering(rng, mixture, max_tokens) for _ in range(_AT_ONCE)]
+            for document in self._encoder.encode(renderings):
+                if len(document.token_ids) <= max_tokens:
+                    yield document
+
+    def count_tokens(self, texts: Sequence[str]) -> list[int]:
+        """Number of tokens of each text."""
+        return [len(ids) for ids in self._tokenizer.encode_all(texts)]
+
+    def _rendering(self, rng: random.Random, mixture: Mixture, max_tokens: int) -> list[MarkedPiece]:
+        if rng.random() < mixture.needle_share:
+            draw = Draw(Split.TRAINING, rng, invented_share=mixture.invented_share)
+            return marked_pieces(self._needles(draw, mixture, max_tokens), ThinkingMode.THINKING)
+        mode = ThinkingMode.CHAT if rng.random() < mixture.chat_share else ThinkingMode.THINKING
+        return marked_pieces(conversation(rng, mixture), mode)
+
+    def _needles(self, draw: Draw, mixture: Mixture, max_tokens: int) -> Conversation:
+        """A long document and questions about it; lengths are drawn evenly on a logarithmic scale."""
+        least, most = mixture.min_length, max(mixture.min_length, max_tokens - 2 * _TOKENS_OF_A_QUESTION)
+        length = int(least * (most / least) ** draw.rng.random())
+        num_questions = max(1, min(24, (max_tokens - length) // _TOKENS_OF_A_QUESTION, length // 64))
+        document = make_long_document(draw, self.count_tokens, length=length, num_targets=num_questions)
+        turns = tuple(needle_turn(draw, document, fact) for fact in document.targets)
+        return Conversation(system=document.text, tools=(), turns=turns)
+
+
+def conversation(rng: random.Random, mixture: Mixture) -> Conversation:
+    """Some turns over one world."""
+    while True:
+        draw = Draw(Split.TRAINING, rng, invented_share=mixture.invented_share)
+        try:
+            scene = Scene(
+                draw,
+                num_tables=draw.between(1, 3),
+                max_tools=draw.between(2, mixture.max_tools),
+                for_checking=False,
+            )
+        except NoVariant:
+            continue
+        turns = _turns(scene, mixture)
+        if turns:
+            return Conversation(system=draw.one(SYSTEMS), tools=tuple(scene.tools.tools), turns=turns)
+
+
+def _turns(scene: Scene, mixture: Mixture) -> tuple[Turn, ...]:
+    draw = scene.draw
+    count = draw.between(1, mixture.usual_turns if draw.chance(0.5) else mixture.max_turns)
+    kinds, weights = zip(*mixture.weights, strict=True)
+    turns: list[Turn] = []
+    refusals = 0
+    while len(turns) < count and refusals < _MAX_REFUSALS:
+        turn = MAKERS[draw.rng.choices(kinds, weights)[0]](scene)
+        if turn is None:
+            refusals += 1
+        else:
+            turns.append(turn)
+    return tuple(turns)
