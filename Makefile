@@ -47,6 +47,12 @@ test-gpu:  ## kernels and model on a CUDA device; needs torch, triton, grpcio, p
 	@ln -sfn ../../proto/wire gen/seamount/wire
 	PYTHONPATH=gen $(GPU_PYTHON) -m pytest -q -rs -m gpu --confcutdir=tests/kernels tests/kernels/gpu tests/workers/gpu
 
+# Without PyTorch's caching an allocation ends where its tensor does, and an access beyond it is seen.
+memcheck-gpu:  ## every kernel on small shapes under compute-sanitizer; needs a CUDA device and the CUDA toolkit
+	@mkdir -p gen/seamount && ln -sfn ../../kernels gen/seamount/kernels
+	PYTHONPATH=gen PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool memcheck --target-processes application-only \
+		--error-exitcode 1 $(GPU_PYTHON) -m pytest -q -m gpu --confcutdir=tests/kernels tests/kernels/gpu/test_every_operation.py
+
 test-interpreter: $(READY)  ## the GPU kernels' tests on a CPU, in Triton's interpreter (once fetches 190 MB; 3 minutes)
 	@test -d $(INTERPRETER)/triton || $(BIN)/pip install -q --target $(INTERPRETER) triton==3.6.0 numpy==2.2.6
 	TRITON_INTERPRET=1 PYTHONPATH=$(INTERPRETER):gen $(BIN)/python -m pytest -q -rs --confcutdir=tests/kernels tests/kernels/gpu
