@@ -6,16 +6,18 @@ Rows hold several documents; attention stays inside one. On CUDA both forms run 
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
-from torch.nn.attention.flex_attention import BlockMask, flex_attention
-from torch.nn.functional import scaled_dot_product_attention
+from torch.nn.attention.flex_attention import AuxRequest, BlockMask, flex_attention
 
 from examples.tiny_agent.compiling import compiled
 from examples.tiny_agent.model import Angles, Layer, Projected
 
 BLOCK = 128
 """Rows and keys of a block of FlexAttention's mask; sequence lengths are multiples of it on CUDA."""
+_TILES: Any = {"fwd_BLOCK_M": 128, "fwd_BLOCK_N": 64, "fwd_num_stages": 3, "fwd_num_warps": 8}
 
 
 class DenseAttention:
@@ -27,22 +29,31 @@ class DenseAttention:
     def __init__(self, document_ids: Tensor, scale: float) -> None:
         self._scale = scale
         ids = document_ids.masked_fill(document_ids < 0, document_ids.shape[1])
-        self._mask = document_mask(ids) if ids.is_cuda else visible_pairs(ids).unsqueeze(1)
+        self._mask = document_mask(ids) if ids.is_cuda else visible_pairs(ids)
 
     def __call__(self, layer: Layer, projected: Projected, angles: Angles) -> Tensor:
+        return self.attend(projected)[0]
+
+    def attend(self, projected: Projected) -> tuple[Tensor, Tensor]:
+        """See ``attend``."""
         return attend(projected, self._mask, self._scale)
 
 
 @compiled
-def attend(projected: Projected, mask: BlockMask | Tensor, scale: float) -> Tensor:
-    """softmax(q k^T * scale) v over the visible pairs; mask: a BlockMask, or [B, 1, T, T] bool."""
+def attend(projected: Projected, mask: BlockMask | Tensor, scale: float) -> tuple[Tensor, Tensor]:
+    """softmax(q k^T * scale) v over the visible pairs; mask: a BlockMask, or [B, T, T] bool.
+
+    Returns the heads' values [B, T, H, V] and the logarithms of the softmaxes' denominators [B, H, T] float32.
+    """
     q, k, v = (heads.transpose(1, 2) for heads in (projected.q, projected.k, projected.v))
     if isinstance(mask, BlockMask):
-        out = flex_attention(q, k, v, block_mask=mask, scale=scale)
-        assert isinstance(out, Tensor)
-    else:
-        out = scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale)
-    return out.transpose(1, 2)
+        aux = AuxRequest(lse=True)
+        out, extra = flex_attention(q, k, v, block_mask=mask, scale=scale, return_aux=aux, kernel_options=_TILES)
+        return out.transpose(1, 2), extra.lse
+    logits = ((q @ k.mT).float() * scale).masked_fill(~mask.unsqueeze(1), float("-inf"))
+    lse = logits.logsumexp(-1)
+    share = (logits - lse.unsqueeze(-1)).exp().to(v.dtype)
+    return (share @ v).transpose(1, 2), lse
 
 
 def visible_pairs(document_ids: Tensor) -> Tensor:

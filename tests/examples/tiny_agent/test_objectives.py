@@ -8,11 +8,19 @@ import pytest
 import torch
 from torch import Tensor
 
-from examples.tiny_agent import indexing, objectives
-from examples.tiny_agent.attention import DenseAttention, document_mask, visible_pairs
+from examples.tiny_agent import objectives
+from examples.tiny_agent.attention import DenseAttention, attend, document_mask, visible_pairs
 from examples.tiny_agent.config import model_config
 from examples.tiny_agent.index_scores import index_scores
-from examples.tiny_agent.indexing import IndexerWarmUp, Rows, SelectedAttention, learn, pack_bits, select
+from examples.tiny_agent.indexing import (
+    IndexerWarmUp,
+    Rows,
+    SelectedAttention,
+    learn,
+    pack_bits,
+    select,
+    selected_pairs,
+)
 from examples.tiny_agent.model import Layer, Model, Projected
 
 torch.set_num_threads(1)
@@ -89,8 +97,8 @@ def test_scores_and_selection(seed: int) -> None:
     ids, positions = _documents(seed, 2, 96)
     rows = Rows(ids, positions)
     q, k, weights = torch.randn(2, 96, 4, 16), torch.randn(2, 96, 16), torch.randn(2, 96, 4)
-    scores = index_scores(q, k, weights, rows.starts, 32, 96)
-    picked = select(q, k, weights, rows.starts, 10)
+    scores = index_scores(q[:, 32:], k, weights[:, 32:], rows.starts[:, 32:], rows.numbers[:, 32:])
+    picked = select(q, k, weights, rows, 10)
     for b in range(2):
         for t in range(96):
             first = t - int(positions[b, t]) if ids[b, t] >= 0 else t
@@ -133,22 +141,22 @@ def _divergence(
 
 
 @pytest.mark.parametrize("selected", [False, True])
-def test_divergence_and_its_gradients(seed: int, selected: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(indexing, "DIVERGENCE_ELEMENTS", 5 * 64)
+def test_divergence_and_its_gradients(seed: int, selected: bool) -> None:
     model = Model(model_config(**SMALL), torch.float32)
     ids, positions = _documents(seed, 2, 64)
     rows, layer, angles = Rows(ids, positions), model.layers[1], model.angles(positions)
     with torch.no_grad():
         projected = layer.project(model.embed(torch.randint(128, (2, 64))), angles)
         q, weights = layer.self_attn.indexer.queries(projected.x, projected.q_latent, angles)
-        picked = select(q, layer.self_attn.indexer.keys(projected.x, angles), weights, rows.starts, 7)
-    real = [torch.nonzero(rows.real[b]).flatten()[-20:] for b in range(2)]
-    drawn = torch.stack(real)
-    allowed = visible_pairs(rows.ids)
+        picked = select(q, layer.self_attn.indexer.keys(projected.x, angles), weights, rows, 7)
+    drawn = torch.stack([torch.nonzero(rows.real[b]).flatten()[-20:] for b in range(2)])
+    allowed = visible_pairs(ids.masked_fill(ids < 0, 64))
     if selected:
-        allowed = torch.zeros(2, 64, 65, dtype=torch.bool).scatter_(2, picked.masked_fill(picked < 0, 64), True)
-        allowed = allowed[..., :64]
-    value = learn(layer, projected, angles, rows, drawn, picked if selected else None, model.config.softmax_scale)
+        allowed = selected_pairs(picked, 64)
+        assert (allowed.sum(2) == (rows.numbers - rows.starts + 1).clamp(max=7)).all()
+    scale = model.config.softmax_scale
+    _, lse = attend(projected, allowed, scale)
+    value = learn(layer, projected, lse, angles, rows, drawn, picked if selected else None, scale)
     own = {name: parameter.grad for name, parameter in model.named_parameters() if parameter.grad is not None}
     expected = _divergence(layer, projected, model, positions, drawn, allowed)
     assert value.item() == pytest.approx(expected.item(), rel=1e-4)
