@@ -143,6 +143,11 @@ class RouterSettings(_Section):
     turn_deadline_s: float = Field(
         default=600.0, gt=0, le=limits.MAX_TURN_DEADLINE_S, description="Where a turn names none"
     )
+    token_log_kept_s: float = Field(
+        default=600.0,
+        gt=0,
+        description="The token log of an ended turn; one without a result cannot be resumed after that",
+    )
     sampling: SamplingDefaults = SamplingDefaults()
 
     @model_validator(mode="after")

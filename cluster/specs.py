@@ -86,7 +86,8 @@ def router_spec(settings: Settings, *, redis_url: str, port: int, allow_forced_t
         beat_s=settings.directory.beat_s,
         dead_after_s=settings.directory.dead_after_s,
         call_timeout_s=settings.engine.step_timeout_s,
-        progress_timeout_s=settings.engine.step_timeout_s * 2,
+        progress_timeout_s=settings.engine.step_timeout_s,
+        token_log_kept_s=router.token_log_kept_s,
         allow_forced_tokens=allow_forced_tokens,
     )
 

@@ -5,8 +5,9 @@
         for event in client.run_turn(session.id, [user("Hello")]):
             print(event.content_delta.text, end="")
 
-Every call has a deadline. What may safely be repeated is, a bounded number of times: reads, and writes under an
-idempotency key (made by the client where none is given). Errors are those of ``seamount.wire.errors``, nothing else.
+Every call has a deadline. A turn's stream that breaks goes on where it broke, at another router if need be. What may
+safely be repeated is, a bounded number of times: reads, and writes under an idempotency key (made by the client where
+none is given). Errors are those of ``seamount.wire.errors``, nothing else.
 """
 
 from __future__ import annotations
@@ -23,11 +24,11 @@ from seamount.router.client_async import (
     AsyncClient,
     History,
     Sampling,
-    Tls,
     system,
     tool_result,
     user,
 )
+from seamount.router.client_routers import Tls
 from seamount.router.client_turn import Retries, Turn, TurnStream
 from seamount.router.messages import Message, Role, ThinkingMode, Tool, ToolCall
 from seamount.v1 import events_pb2
@@ -173,6 +174,7 @@ class Client:
     list_sessions = _waiting(AsyncClient.list_sessions)
     delete_session = _waiting(AsyncClient.delete_session)
     run_turn = _streaming(AsyncClient.run_turn)
+    resume_turn = _streaming(AsyncClient.resume_turn)
     cancel_turn = _waiting(AsyncClient.cancel_turn)
     generate = _streaming(AsyncClient.generate)
     tokenize = _waiting(AsyncClient.tokenize)

@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import asyncio
+import time
 import uuid
-from collections.abc import AsyncGenerator, Awaitable, Sequence
+from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass
-from pathlib import Path
 from types import TracebackType
 from typing import Any, Protocol, Self, TypeVar
 
 import grpc
 
-from seamount.router.client_turn import Frame, Retries, TurnStream
+from seamount.router.client_routers import Router, Routers, Tls
+from seamount.router.client_turn import Frame, Retries, Seen, TurnStream
 from seamount.router.messages import (
     Message,
     Role,
@@ -25,21 +26,16 @@ from seamount.router.messages import (
 )
 from seamount.v1 import (
     admin_pb2,
-    admin_pb2_grpc,
     common_pb2,
     events_pb2,
     inference_pb2,
-    inference_pb2_grpc,
     session_pb2,
-    session_pb2_grpc,
     worker_pb2,
 )
-from seamount.wire import limits
-from seamount.wire.credentials import bearer, channel_credentials
+from seamount.wire.credentials import bearer
 from seamount.wire.durations import duration
 from seamount.wire.errors import SeamountError, Unavailable, from_rpc_error
 
-CONNECT_TIMEOUT_S = 1.0
 DEFAULT_TIMEOUT_S = 10.0
 """Of a call that answers once."""
 DEFAULT_STREAM_TIMEOUT_S = 900.0
@@ -79,15 +75,6 @@ class Sampling:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Tls:
-    """ca_file: PEM authorities that sign the router's certificate (None = the usual ones); the pair: for mutual TLS."""
-
-    ca_file: Path | None = None
-    certificate_file: Path | None = None
-    key_file: Path | None = None
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
 class History:
     """A session with everything said in it. receipts: one a turn that generated."""
 
@@ -118,7 +105,8 @@ class _Method(Protocol[Request_contra, Response_co]):
 class AsyncClient:
     """Belongs to one event loop. Close it, or use it in ``async with``.
 
-    address: host:port of a router. api_key: None where the deployment has no key file. tls: None = plain text.
+    address: host:port of a router, or several, separated by commas: where one does not answer, the next one is asked,
+    and a turn's stream goes on there. api_key: None where the deployment has no key file. tls: None = plain text.
     """
 
     def __init__(
@@ -134,10 +122,7 @@ class AsyncClient:
         self._metadata = bearer(api_key)
         self._timeout_s = timeout_s
         self._retries = retries or Retries()
-        self._channel = _channel(address, tls)
-        self._sessions = session_pb2_grpc.SessionServiceStub(self._channel)
-        self._inference = inference_pb2_grpc.InferenceServiceStub(self._channel)
-        self._admin = admin_pb2_grpc.AdminServiceStub(self._channel)
+        self._routers = Routers(address, tls)
 
     async def __aenter__(self) -> Self:
         return self
@@ -148,8 +133,8 @@ class AsyncClient:
         await self.close()
 
     async def close(self) -> None:
-        """End every call and the connection."""
-        await self._channel.close()
+        """End every call and the connections."""
+        await self._routers.close()
 
     # --- sessions
 
@@ -168,17 +153,17 @@ class AsyncClient:
             thinking_mode=common_pb2.ThinkingMode.Name(thinking_mode.value),
             defaults=_proto(defaults),
         )
-        return (await self._call(self._sessions.CreateSession, request)).session
+        return (await self._call(lambda to: to.sessions.CreateSession, request)).session
 
     async def get_session(self, session_id: str) -> session_pb2.Session:
         """Raises ``NotFound``, also for another tenant's session."""
         request = session_pb2.GetSessionRequest(session_id=session_id)
-        return (await self._call(self._sessions.GetSession, request)).session
+        return (await self._call(lambda to: to.sessions.GetSession, request)).session
 
     async def get_history(self, session_id: str) -> History:
         """The session with the messages of every committed turn. Raises as ``get_session`` does."""
         request = session_pb2.GetSessionRequest(session_id=session_id, include_messages=True)
-        answer = await self._call(self._sessions.GetSession, request)
+        answer = await self._call(lambda to: to.sessions.GetSession, request)
         return History(
             session=answer.session, messages=messages_from_proto(answer.messages), receipts=tuple(answer.receipts)
         )
@@ -186,12 +171,12 @@ class AsyncClient:
     async def list_sessions(self, *, page_size: int = 0, page_token: str = "") -> tuple[list[session_pb2.Session], str]:
         """One page and the token of the next one (empty at the end). page_size: 0 = the server's choice."""
         request = session_pb2.ListSessionsRequest(page_size=page_size, page_token=page_token)
-        answer = await self._call(self._sessions.ListSessions, request)
+        answer = await self._call(lambda to: to.sessions.ListSessions, request)
         return list(answer.sessions), answer.next_page_token
 
     async def delete_session(self, session_id: str) -> None:
         """Repeating it is harmless."""
-        await self._call(self._sessions.DeleteSession, session_pb2.DeleteSessionRequest(session_id=session_id))
+        await self._call(lambda to: to.sessions.DeleteSession, session_pb2.DeleteSessionRequest(session_id=session_id))
 
     def run_turn(
         self,
@@ -202,11 +187,13 @@ class AsyncClient:
         expected_head: int | None = None,
         deadline_s: float | None = None,
         idempotency_key: str | None = None,
+        cancel_on_disconnect: bool = False,
     ) -> TurnStream:
         """Append messages and, unless the last one is the assistant's, generate the answer.
 
         deadline_s: of the turn, on the server; None = the deployment's. idempotency_key: the same one again, with the
         same messages, gets the first result; None = a fresh one for this stream and its own retries.
+        cancel_on_disconnect: the turn ends with its last stream, instead of finishing for whoever resumes it.
         """
         request = session_pb2.RunTurnRequest(
             session_id=session_id,
@@ -214,24 +201,65 @@ class AsyncClient:
             messages=[message_to_proto(message) for message in messages],
             sampling=_proto(sampling),
             expected_head=expected_head,
+            on_disconnect=session_pb2.DISCONNECT_POLICY_CANCEL
+            if cancel_on_disconnect
+            else session_pb2.DISCONNECT_POLICY_FINISH,
         )
         timeout_s = DEFAULT_STREAM_TIMEOUT_S
         if deadline_s is not None:
             request.deadline.CopyFrom(duration(deadline_s))
             timeout_s = deadline_s + _STREAM_SLACK_S
 
-        async def frames() -> AsyncGenerator[Frame, None]:
-            call = self._sessions.RunTurn(request, metadata=self._metadata, timeout=timeout_s)
-            async with aclosing(self._answers(call)) as answers:
+        return TurnStream(self._session_frames(session_id, timeout_s, request), self._retries)
+
+    def resume_turn(
+        self,
+        session_id: str,
+        turn_id: str,
+        *,
+        after_sequence: int = 0,
+        timeout_s: float = DEFAULT_STREAM_TIMEOUT_S,
+    ) -> TurnStream:
+        """The events of a turn after one that was seen, then those to come; ``result()`` sums up these alone.
+
+        Raises ``NotFound`` for an unknown turn, and for one that ended without a result when its log had expired.
+        """
+
+        seen = Seen(turn_id=turn_id, sequence=after_sequence)
+        return TurnStream(self._session_frames(session_id, timeout_s), self._retries, seen=seen)
+
+    def _session_frames(
+        self, session_id: str, timeout_s: float, run: session_pb2.RunTurnRequest | None = None
+    ) -> Callable[[Seen], AsyncGenerator[Frame, None]]:
+        """Run, and from the first event on resume; all calls together take at most ``timeout_s``."""
+        until = time.monotonic() + timeout_s
+
+        async def frames(seen: Seen) -> AsyncGenerator[Frame, None]:
+            left_s = max(0.0, until - time.monotonic())
+            if run is None or seen.turn_id:
+                async with aclosing(self._resumed(session_id, seen, left_s)) as resumed:
+                    async for told in resumed:
+                        yield told.events, ()
+                return
+            calls = self._answers(lambda to: to.sessions.RunTurn(run, metadata=self._metadata, timeout=left_s))
+            async with aclosing(calls) as answers:
                 async for answer in answers:
                     yield answer.events, ()
 
-        return TurnStream(frames, self._retries)
+        return frames
+
+    def _resumed(
+        self, session_id: str, seen: Seen, timeout_s: float
+    ) -> AsyncGenerator[session_pb2.ResumeTurnResponse, None]:
+        request = session_pb2.ResumeTurnRequest(
+            session_id=session_id, turn_id=seen.turn_id, after_sequence=seen.sequence
+        )
+        return self._answers(lambda to: to.sessions.ResumeTurn(request, metadata=self._metadata, timeout=timeout_s))
 
     async def cancel_turn(self, session_id: str, turn_id: str = "") -> bool:
         """Whether such a turn was running. turn_id: empty = whichever runs, and then not retried."""
         request = session_pb2.CancelTurnRequest(session_id=session_id, turn_id=turn_id)
-        answer = await self._call(self._sessions.CancelTurn, request, repeatable=bool(turn_id))
+        answer = await self._call(lambda to: to.sessions.CancelTurn, request, repeatable=bool(turn_id))
         return answer.cancelled
 
     # --- stateless
@@ -252,13 +280,13 @@ class AsyncClient:
         else:
             request.messages.CopyFrom(_messages(prompt, thinking_mode))
 
-        async def frames() -> AsyncGenerator[Frame, None]:
-            call = self._inference.Generate(request, metadata=self._metadata, timeout=timeout_s)
-            async with aclosing(self._answers(call)) as answers:
+        async def frames(_: Seen) -> AsyncGenerator[Frame, None]:
+            calls = self._answers(lambda to: to.inference.Generate(request, metadata=self._metadata, timeout=timeout_s))
+            async with aclosing(calls) as answers:
                 async for answer in answers:
                     yield answer.events, answer.token_ids
 
-        return TurnStream(frames, Retries(max_attempts=1))
+        return TurnStream(frames, Retries(max_attempts=1, resume_for_s=0.0))
 
     async def tokenize(
         self,
@@ -273,79 +301,67 @@ class AsyncClient:
             request.text = text
         else:
             request.messages.CopyFrom(_messages(text, thinking_mode))
-        return list((await self._call(self._inference.Tokenize, request)).token_ids)
+        return list((await self._call(lambda to: to.inference.Tokenize, request)).token_ids)
 
     async def list_models(self) -> list[inference_pb2.Model]:
-        return list((await self._call(self._inference.ListModels, inference_pb2.ListModelsRequest())).models)
+        return list((await self._call(lambda to: to.inference.ListModels, inference_pb2.ListModelsRequest())).models)
 
     # --- operators
 
     async def list_pools(self) -> list[admin_pb2.PoolState]:
-        return list((await self._call(self._admin.ListPools, admin_pb2.ListPoolsRequest())).pools)
+        return list((await self._call(lambda to: to.admin.ListPools, admin_pb2.ListPoolsRequest())).pools)
 
     async def list_ranks(self, pool: worker_pb2.Pool = worker_pb2.POOL_UNSPECIFIED) -> list[admin_pb2.Rank]:
         """pool: unspecified = all."""
-        return list((await self._call(self._admin.ListRanks, admin_pb2.ListRanksRequest(pool=pool))).ranks)
+        return list((await self._call(lambda to: to.admin.ListRanks, admin_pb2.ListRanksRequest(pool=pool))).ranks)
 
     async def list_rank_sessions(self, rank_id: str) -> list[str]:
         request = admin_pb2.ListRankSessionsRequest(rank_id=rank_id)
-        return list((await self._call(self._admin.ListRankSessions, request)).session_ids)
+        return list((await self._call(lambda to: to.admin.ListRankSessions, request)).session_ids)
 
     # --- calls
 
-    async def _call(self, method: _Method[Request, Response], request: Request, *, repeatable: bool = True) -> Response:
+    async def _call(
+        self, method: Callable[[Router], _Method[Request, Response]], request: Request, *, repeatable: bool = True
+    ) -> Response:
         attempt = 1
         while True:
+            router = self._routers.current
             try:
-                await self._connect()
-                return await method(request, timeout=self._timeout_s, metadata=self._metadata)
+                await router.connect()
+                return await method(router)(request, timeout=self._timeout_s, metadata=self._metadata)
             except grpc.RpcError as error:
                 failure: SeamountError = from_rpc_error(error)
             except Unavailable as error:
                 failure = error
+            if isinstance(failure, Unavailable):
+                self._routers.move_on(router)
             delay_s = self._retries.delay_s(failure, attempt) if repeatable else None
             if delay_s is None:
                 raise failure
             attempt += 1
             await asyncio.sleep(delay_s)
 
-    async def _answers(self, call: grpc.aio.UnaryStreamCall[Any, Response]) -> AsyncGenerator[Response, None]:
+    async def _answers(
+        self, begin: Callable[[Router], grpc.aio.UnaryStreamCall[Any, Response]]
+    ) -> AsyncGenerator[Response, None]:
+        router = self._routers.current
         try:
-            await self._connect()
-            async for answer in call:
-                yield answer
+            await router.connect()
+            call = begin(router)
+            try:
+                async for answer in call:
+                    yield answer
+            finally:
+                call.cancel()
         except grpc.RpcError as error:
-            raise from_rpc_error(error) from None
-        finally:
-            call.cancel()
-
-    async def _connect(self) -> None:
-        """A router that hangs still accepts connections for a while: so many seconds, then another is worth a try."""
-        if self._channel.get_state(try_to_connect=True) is grpc.ChannelConnectivity.READY:
-            return
-        try:
-            async with asyncio.timeout(CONNECT_TIMEOUT_S):
-                await self._channel.channel_ready()
-        except TimeoutError:
-            raise Unavailable(
-                f"no connection to {self.address} within {CONNECT_TIMEOUT_S:g} s: is a router running there?",
-                reason="NO_CONNECTION",
-                retry_after_s=0.1,
-            ) from None
-
-
-def _channel(address: str, tls: Tls | None) -> grpc.aio.Channel:
-    options: list[tuple[str, Any]] = [
-        ("grpc.max_send_message_length", limits.MAX_MESSAGE_BYTES),
-        ("grpc.max_receive_message_length", -1),  # a long history may be larger than any one request
-        ("grpc.initial_reconnect_backoff_ms", 100),
-        ("grpc.min_reconnect_backoff_ms", 100),
-        ("grpc.max_reconnect_backoff_ms", 1000),
-    ]
-    if tls is None:
-        return grpc.aio.insecure_channel(address, options=options)
-    credentials = channel_credentials(tls.ca_file, certificate_file=tls.certificate_file, key_file=tls.key_file)
-    return grpc.aio.secure_channel(address, credentials, options=options)
+            failure = from_rpc_error(error)
+            if isinstance(failure, Unavailable):
+                self._routers.move_on(router)
+            raise failure from None
+        except Unavailable:
+            self._routers.move_on(router)
+            raise
 
 
 def _key(given: str | None) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import random
+import time
 from collections.abc import AsyncGenerator, Callable, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass, replace
@@ -49,18 +50,25 @@ class Turn:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Retries:
-    """Bounded attempts with growing, jittered pauses; a server's own retry time counts where it is longer."""
+    """Bounded attempts with growing, jittered pauses; a server's own retry time counts where it is longer.
+
+    resume_for_s: a session's turn goes on without its client, so its broken stream is opened again for as long as this,
+    however many attempts that are, counted from its last event.
+    """
 
     max_attempts: int = 3
     first_delay_s: float = 0.2
+    resume_for_s: float = 30.0
 
-    def delay_s(self, error: SeamountError, attempt: int) -> float | None:
-        """How long to wait after ``attempt`` (from 1) failed; None = give up."""
+    def delay_s(self, error: SeamountError, attempt: int, *, still_s: float | None = None) -> float | None:
+        """How long to wait after ``attempt`` (from 1) failed; None = give up. still_s: since the last event of a
+        turn that may be resumed."""
         passing = isinstance(error, Unavailable) or error.retry_after_s is not None
         asked_s = error.retry_after_s or 0.0
-        if not passing or attempt >= self.max_attempts or asked_s > _MAX_DELAY_S:
+        has_time = still_s is not None and still_s < self.resume_for_s
+        if not passing or (attempt >= self.max_attempts and not has_time) or asked_s > _MAX_DELAY_S:
             return None
-        backoff = self.first_delay_s * 2.0 ** (attempt - 1) * random.uniform(0.5, 1.5)
+        backoff = self.first_delay_s * 2.0 ** min(attempt - 1, 8) * random.uniform(0.5, 1.5)
         return min(max(asked_s, backoff), _MAX_DELAY_S)
 
 
@@ -68,18 +76,36 @@ Frame = tuple[Sequence[events_pb2.TurnEvent], Sequence[int]]
 """Events, and the token ids behind them (Generate only)."""
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Seen:
+    """How far a stream has come: the turn's id ('' before its first event) and the last event's number."""
+
+    turn_id: str = ""
+    sequence: int = 0
+
+
+_NOTHING = Seen()
+
+
 class TurnStream:
     """The events of one turn, in order, each once: ``async for event in stream``, then ``await stream.result()``.
 
-    A broken stream is opened again where the turn has an idempotency key: the server repeats the events, those seen are
-    left out. Leaving early (``aclose``, ``async with``) ends this stream alone, not a session's turn.
+    A broken stream of a session's turn is opened again, behind the last event that was seen. Leaving early (``aclose``,
+    ``async with``) ends this stream alone, not a session's turn.
     Raises the typed error that the turn or the call ended with.
     """
 
-    def __init__(self, open_frames: Callable[[], AsyncGenerator[Frame, None]], retries: Retries) -> None:
+    def __init__(
+        self,
+        open_frames: Callable[[Seen], AsyncGenerator[Frame, None]],
+        retries: Retries,
+        *,
+        seen: Seen = _NOTHING,
+    ) -> None:
+        """seen: what was told of the turn before this stream."""
         self._open_frames = open_frames
         self._retries = retries
-        self._collected = _Collected()
+        self._collected = _Collected(seen)
         self._events = self._follow()
 
     def __aiter__(self) -> Self:
@@ -107,19 +133,21 @@ class TurnStream:
         await self._events.aclose()
 
     async def _follow(self) -> AsyncGenerator[events_pb2.TurnEvent, None]:
-        attempt = 1
+        attempt, moved_at = 1, time.monotonic()
         while not self._collected.ended:
-            num_seen = self._collected.last_sequence
+            seen = self._collected.seen
             try:
-                async with aclosing(self._open_frames()) as frames:
+                async with aclosing(self._open_frames(seen)) as frames:
                     async for events, token_ids in frames:
+                        moved_at = time.monotonic()
                         for event in self._collected.take(events, token_ids):
                             yield event
                 if not self._collected.ended:
                     raise Unavailable("the stream ended before the turn did", reason="STREAM_CUT", retry_after_s=0.0)
             except SeamountError as error:
-                attempt = 1 if self._collected.last_sequence > num_seen else attempt
-                delay_s = self._retries.delay_s(error, attempt)
+                attempt = 1 if self._collected.seen != seen else attempt
+                still_s = time.monotonic() - moved_at if self._collected.seen.turn_id else None
+                delay_s = self._retries.delay_s(error, attempt, still_s=still_s)
                 if delay_s is None:
                     raise
                 attempt += 1
@@ -131,11 +159,11 @@ class TurnStream:
 class _Collected:
     """Grows with a turn's events."""
 
-    def __init__(self) -> None:
-        self.last_sequence = 0
+    def __init__(self, seen: Seen) -> None:
+        self.last_sequence = seen.sequence
         self.ended = False
         self.failure: SeamountError | None = None
-        self._turn_id = ""
+        self._turn_id = seen.turn_id
         self._started = events_pb2.TurnStarted()
         self._reasoning: list[str] = []
         self._content: list[str] = []
@@ -144,6 +172,10 @@ class _Collected:
         self._finished = events_pb2.TurnFinished()
         self._logprobs: list[common_pb2.TokenLogprobs] = []
         self._token_ids: list[int] = []
+
+    @property
+    def seen(self) -> Seen:
+        return Seen(turn_id=self._turn_id, sequence=self.last_sequence)
 
     def take(self, events: Sequence[events_pb2.TurnEvent], token_ids: Sequence[int]) -> list[events_pb2.TurnEvent]:
         """The events among these that are new and for the reader: repeated ones, and a failure, are not."""

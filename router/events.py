@@ -82,13 +82,20 @@ class TurnEvents:
             self._event(finished=events_pb2.TurnFinished(reason=reason, receipt=receipt)),
         ]
 
+    def cancelled(self, num_prompt_tokens: int) -> list[events_pb2.TurnEvent]:
+        """The last two events of a turn that was cancelled. They carry no logprobs, whatever was still withheld."""
+        self._logprobs = []
+        usage = events_pb2.Usage(num_prompt_tokens=num_prompt_tokens)
+        return self.finished(common_pb2.FINISH_REASON_CANCELLED, usage)
+
     def failed(self, status: common_pb2.Status) -> events_pb2.TurnEvent:
-        """The last event of a turn that failed."""
+        """The last event of a turn that failed, without logprobs."""
+        self._logprobs = []
         return self._event(failed=events_pb2.TurnFailed(status=status))
 
-    def untold(self, last_events: Sequence[events_pb2.TurnEvent]) -> None:
-        """These last events are not told after all: others take their numbers."""
-        self._sequence -= len(last_events)
+    def told_until(self, sequence: int) -> None:
+        """The events after this number are not told after all: others take their numbers."""
+        self._sequence = sequence
 
     def _delta(self, delta: ParsedDelta) -> events_pb2.TurnEvent:
         if isinstance(delta, ContentText):

@@ -1,11 +1,17 @@
 #!lua name=seamount_1
 -- Every transition of a session, each one atomic step.
 --
--- Keys of a session share the hash tag {tenant/session}, so that one function may touch all three:
+-- Keys of a session share the hash tag {tenant/session}, so that one function may touch all four:
 --   KEYS[1] meta   hash: what is said once (record, created), where the session stands (rest, head, epoch, chain,
---                  summary …) and the running turn (turn, key, hash, owner, nonce, deadline, params; turn = '' for none)
+--                  summary …) and the running turn (turn, key, hash, owner, nonce, deadline; turn = '' for none)
 --   KEYS[2] turns  list: one entry a committed turn: 32 bytes of chain, then the TurnRecord
 --   KEYS[3] keys   hash: idempotency key -> outcome (packed), of turns that ended for good
+--   KEYS[4] log    stream, one a turn: its start, its tokens, its end. It expires some time after the turn's end.
+--
+-- Entries of a log have one field: 'start' (TurnStart) under the id 0-1, 'tokens' (LoggedTokens: of the prompt their
+-- number, under 0-2, then what is sampled, under n-0 with n tokens up to the entry's last), and 'ended' (TurnEvent) or
+-- 'committed' (index of its entry in turns) last. A writer names the id before its own: a repeated append is recognised,
+-- a gap refused.
 --
 -- Rules. A function checks everything first and writes last: an error raised by Lua keeps the writes made before it.
 -- Times are the server's own. Numbers are stored in decimal; 2^53 is never reached. Bytes are opaque here. An answer
@@ -16,7 +22,7 @@
 
 local VIEW = {'record', 'rest', 'head', 'epoch', 'chain', 'summary', 'rank', 'prompt_tokens', 'output_tokens',
               'updated', 'turn', 'key', 'owner', 'deadline'}
-local HIDDEN = {'tenant', 'session', 'created', 'num_keys', 'hash', 'nonce', 'params', 'create_hash'}
+local HIDDEN = {'tenant', 'session', 'created', 'num_keys', 'hash', 'nonce', 'create_hash'}
 
 local function decimal(number)
   return string.format('%.0f', number)
@@ -81,7 +87,23 @@ end
 -- Clears the running turn's fields and sets those given.
 local function write_meta(keys, fields)
   redis.call('HSET', keys[1], 'turn', '', 'key', '', 'hash', '', 'owner', '', 'nonce', '', 'deadline', '0',
-             'params', '', 'updated', decimal(now_ms()), unpack(fields))
+             'updated', decimal(now_ms()), unpack(fields))
+end
+
+-- Id, field and value of a log's last entry; nil for a log that is not there.
+local function last_entry(log)
+  local last = redis.call('XREVRANGE', log, '+', '-', 'COUNT', 1)[1]
+  if not last then return nil end
+  return last[1], last[2][1], last[2][2]
+end
+
+-- Writes the log's last entry, where there is a log, and lets it expire.
+local function close_log(log, field, value, kept_ms)
+  local id = last_entry(log)
+  if not id then return end
+  local num_tokens, place = string.match(id, '^(%d+)-(%d+)$')
+  redis.call('XADD', log, num_tokens .. '-' .. decimal(tonumber(place) + 1), field, value)
+  redis.call('PEXPIRE', log, kept_ms)
 end
 
 -- ARGV tenant, session, record, body hash, summary, chain root, created (ms)
@@ -97,7 +119,7 @@ local function create_session(keys, argv)
   redis.call('HSET', keys[1], 'tenant', tenant, 'session', session, 'record', record, 'create_hash', body_hash,
              'summary', argv[5], 'chain', argv[6], 'created', argv[7], 'updated', decimal(now_ms()), 'rest', 'idle',
              'head', '0', 'epoch', '0', 'num_keys', '0', 'rank', '', 'prompt_tokens', '0', 'output_tokens', '0',
-             'turn', '', 'key', '', 'hash', '', 'owner', '', 'nonce', '', 'deadline', '0', 'params', '')
+             'turn', '', 'key', '', 'hash', '', 'owner', '', 'nonce', '', 'deadline', '0')
   meta = load(keys, tenant, session)
   return {'CREATED', meta.created, view(meta)}
 end
@@ -123,15 +145,14 @@ local function replay(keys, meta, outcome)
 end
 
 -- ARGV tenant, session, key, body hash, known head, expected head ('' = any), turn id, nonce, owner, time to live (ms),
---      grace (ms), epoch to supersede ('' = none), parameters
---   {BEGUN, turn, parameters, view, first, entries} · {DONE, view, turn, index, chain before ('' = root), entry}
+--      grace (ms), start, how long a log is kept (ms).   KEYS[4]: the log of the turn id
+--   {BEGUN, turn, view, first, entries} · {DONE, view, turn, index, chain before ('' = root), entry}
 --   {ENDED, view, turn, event}
 --   {RUNNING, view}: this key's turn runs · {IN_PROGRESS, ms until its deadline, turn}: another one does
 --   {KEY_REUSED} · {HEAD_MOVED, head} · {CLOSED} · {NOT_FOUND} · {DATA_LOSS, part}
--- A turn that was taken over under its own key keeps its id and parameters: what it streams is the same again.
 local function begin_turn(keys, argv)
   local key, body_hash, known_head, expected_head = argv[3], argv[4], tonumber(argv[5]), tonumber(argv[6])
-  local turn, nonce, owner, params = argv[7], argv[8], argv[9], argv[13]
+  local turn, nonce, owner = argv[7], argv[8], argv[9]
   local now = now_ms()
   local deadline, grace = now + tonumber(argv[10]), tonumber(argv[11])
   local meta, refusal = load(keys, argv[1], argv[2])
@@ -151,26 +172,61 @@ local function begin_turn(keys, argv)
   local first, entries = entries_after(keys, meta, known_head)
   if meta.turn ~= '' then
     if same_key and meta.nonce == nonce then -- this very call again: its first answer was lost
-      return {'BEGUN', meta.turn, meta.params, view(meta), first, entries}
+      return {'BEGUN', meta.turn, view(meta), first, entries}
     end
-    local judged_dead = argv[12] ~= '' and tonumber(argv[12]) == meta.epoch
-    if not judged_dead and now <= meta.deadline + grace then
+    if now <= meta.deadline + grace then
       if same_key then return {'RUNNING', view(meta)} end
       return {'IN_PROGRESS', decimal(math.max(0, meta.deadline + grace - now)), meta.turn}
     end
-    if same_key then turn, params = meta.turn, meta.params end
   end
   if expected_head and expected_head ~= meta.head then return {'HEAD_MOVED', decimal(meta.head)} end
   if meta.rest ~= 'idle' and meta.rest ~= 'waiting_for_tools' then return {'CLOSED'} end
 
   meta.turn, meta.key, meta.owner, meta.deadline, meta.epoch = turn, key, owner, deadline, meta.epoch + 1
   meta.updated = decimal(now)
+  redis.call('DEL', keys[4])
+  redis.call('XADD', keys[4], '0-1', 'start', argv[12])
+  redis.call('PEXPIRE', keys[4], decimal(deadline - now + grace + tonumber(argv[13])))
   redis.call('HSET', keys[1], 'turn', turn, 'key', key, 'hash', body_hash, 'owner', owner, 'nonce', nonce,
-             'deadline', decimal(deadline), 'params', params, 'epoch', decimal(meta.epoch), 'updated', meta.updated)
-  return {'BEGUN', turn, params, view(meta), first, entries}
+             'deadline', decimal(deadline), 'epoch', decimal(meta.epoch), 'updated', meta.updated)
+  return {'BEGUN', turn, view(meta), first, entries}
 end
 
--- ARGV tenant, session, key, turn, epoch, chain before, entry, rest, summary, rank, prompt tokens, output tokens
+-- Takes a running turn from an owner that is judged dead: from now on everything of its epoch is refused.
+-- ARGV tenant, session, known head, turn, the dead owner's epoch, new owner
+--   {TAKEN, ms until its deadline (may be negative), view, first, entries}
+--   {STALE, epoch}: it ended, or another one was faster · {NOT_FOUND} · {DATA_LOSS, part}
+local function take_over_turn(keys, argv)
+  local known_head, turn, epoch, owner = tonumber(argv[3]), argv[4], tonumber(argv[5]), argv[6]
+  local meta, refusal = load(keys, argv[1], argv[2])
+  if not meta then return refusal end
+  local is_repeated = meta.turn == turn and meta.epoch == epoch + 1 and meta.owner == owner
+  if not is_repeated then
+    if meta.turn ~= turn or meta.epoch ~= epoch then return {'STALE', decimal(meta.epoch)} end
+    if not last_entry(keys[4]) then return {'DATA_LOSS', 'log'} end
+    meta.owner, meta.epoch = owner, epoch + 1
+    redis.call('HSET', keys[1], 'owner', owner, 'epoch', decimal(meta.epoch))
+  end
+  local first, entries = entries_after(keys, meta, known_head)
+  return {'TAKEN', decimal(meta.deadline - now_ms()), view(meta), first, entries}
+end
+
+-- KEYS meta, log. ARGV turn, epoch, id of the entry before, id, tokens
+--   {LOGGED} · {STALE, epoch} · {NOT_FOUND} · {DATA_LOSS, part}: the entry before is not the last one
+local function append_tokens(keys, argv)
+  local turn, epoch, before, id = argv[1], tonumber(argv[2]), argv[3], argv[4]
+  local values = redis.call('HMGET', keys[1], 'turn', 'epoch')
+  if not values[1] then return {'NOT_FOUND'} end
+  if values[1] ~= turn or tonumber(values[2]) ~= epoch then return {'STALE', values[2] or ''} end
+  local last = last_entry(keys[2])
+  if last == id then return {'LOGGED'} end -- again: the first answer was lost
+  if last ~= before then return {'DATA_LOSS', 'log'} end
+  redis.call('XADD', keys[2], id, 'tokens', argv[5])
+  return {'LOGGED'}
+end
+
+-- ARGV tenant, session, key, turn, epoch, chain before, entry, rest, summary, rank, prompt tokens, output tokens,
+--      how long the log is kept (ms)
 --   {COMMITTED, view} · {STALE, epoch} · {NOT_FOUND} · {DATA_LOSS, part}
 local function commit_turn(keys, argv)
   local key, turn, epoch, before, entry, rest = argv[3], argv[4], tonumber(argv[5]), argv[6], argv[7], argv[8]
@@ -189,6 +245,7 @@ local function commit_turn(keys, argv)
   local outcome = cmsgpack.pack({status = 'done', hash = meta.hash, turn = turn, epoch = epoch, index = meta.head})
 
   redis.call('RPUSH', keys[2], entry)
+  close_log(keys[4], 'committed', decimal(meta.head), argv[13])
   redis.call('HSET', keys[3], meta.key, outcome)
   write_meta(keys, {'head', decimal(meta.head + 1), 'num_keys', decimal(meta.num_keys + 1), 'rest', rest,
                     'chain', string.sub(entry, 1, 32), 'summary', argv[9], 'rank', argv[10],
@@ -197,40 +254,64 @@ local function commit_turn(keys, argv)
   return {'COMMITTED', view(load(keys, argv[1], argv[2]))}
 end
 
--- Ends a turn and leaves the head as it was. With an event, a retry under the key is answered by it; with '' the key
--- is forgotten and a retry runs anew under a higher epoch.
--- ARGV tenant, session, key, turn, epoch, event
---   {ENDED, view} · {COMMITTED}: too late · {STALE, epoch} · {NOT_FOUND} · {DATA_LOSS, part}
+-- Ends a turn and leaves the head as it was. An event that ends it for good answers every retry under the key; else the
+-- key is forgotten and a retry runs anew under a higher epoch. Without an event it is as if the turn had never begun.
+-- The event's number counts the events of what is logged, so it is refused where that is another entry's.
+-- ARGV tenant, session, key, turn, epoch, event, '1' if for good, id of the log's last entry, how long it is kept (ms)
+--   {ENDED, view, event it ended with} · {COMMITTED}: too late · {LOGGED, id of the last entry} · {STALE, epoch}
+--   {NOT_FOUND} · {DATA_LOSS, part}
 local function fail_turn(keys, argv)
-  local key, turn, epoch, event = argv[3], argv[4], tonumber(argv[5]), argv[6]
+  local key, turn, epoch, event, for_good = argv[3], argv[4], tonumber(argv[5]), argv[6], argv[7] == '1'
   local meta, refusal = load(keys, argv[1], argv[2])
   if not meta then return refusal end
+  local last, kind, value = last_entry(keys[4])
   if meta.turn ~= turn or meta.epoch ~= epoch then
     local outcome = outcome_of(keys, key)
     if outcome and outcome.turn == turn and outcome.epoch == epoch then
       if outcome.status == 'done' then return {'COMMITTED'} end
-      return {'ENDED', view(meta)}
+      return {'ENDED', view(meta), outcome.event}
     end
-    if meta.turn == '' and meta.epoch == epoch then return {'ENDED', view(meta)} end
+    if meta.turn == '' and meta.epoch == epoch then
+      return {'ENDED', view(meta), kind == 'ended' and value or event}
+    end
     return {'STALE', decimal(meta.epoch)}
   end
+  if event ~= '' and last and last ~= argv[8] then return {'LOGGED', last} end
 
-  if event ~= '' then
+  if event == '' then
+    redis.call('DEL', keys[4])
+  else
+    close_log(keys[4], 'ended', event, argv[9])
+  end
+  if for_good then
     local outcome = {status = 'ended', hash = meta.hash, turn = turn, epoch = epoch, event = event}
     redis.call('HSET', keys[3], meta.key, cmsgpack.pack(outcome))
     write_meta(keys, {'num_keys', decimal(meta.num_keys + 1)})
   else
     write_meta(keys, {'num_keys', decimal(meta.num_keys)})
   end
-  return {'ENDED', view(load(keys, argv[1], argv[2]))}
+  return {'ENDED', view(load(keys, argv[1], argv[2])), event}
 end
 
--- Checks nothing, so that a damaged session can be deleted too: the keys name the tenant.
+-- Checks nothing, so that a damaged session can be deleted too: the keys name the tenant. The logs that its turns left
+-- go with it; their names share the session's tag, but who deletes does not know them.
 --   {DELETED|ABSENT, created, or '' where that is lost}
 local function delete_session(keys, argv)
-  local created = false
-  if redis.call('TYPE', keys[1]).ok == 'hash' then created = redis.call('HGET', keys[1], 'created') end
-  return {redis.call('UNLINK', keys[1], keys[2], keys[3]) > 0 and 'DELETED' or 'ABSENT', created or ''}
+  local created, doomed = false, {keys[1], keys[2], keys[3]}
+  local log_of = string.gsub(keys[1], 'meta$', 'log:')
+  if redis.call('TYPE', keys[1]).ok == 'hash' then
+    created = redis.call('HGET', keys[1], 'created')
+    doomed[#doomed + 1] = log_of .. (redis.call('HGET', keys[1], 'turn') or '')
+  end
+  if redis.call('TYPE', keys[3]).ok == 'hash' then
+    for _, packed in ipairs(redis.call('HVALS', keys[3])) do
+      local is_whole, outcome = pcall(cmsgpack.unpack, packed)
+      if is_whole and type(outcome) == 'table' then doomed[#doomed + 1] = log_of .. tostring(outcome.turn) end
+    end
+  end
+  local num_deleted = 0
+  for _, key in ipairs(doomed) do num_deleted = num_deleted + redis.call('UNLINK', key) end
+  return {num_deleted > 0 and 'DELETED' or 'ABSENT', created or ''}
 end
 
 -- Removes a peer from the directory if its beat still starts as the caller saw it: a successor's entry stays.
@@ -261,6 +342,8 @@ end
 redis.register_function('seamount_1_create_session', create_session)
 redis.register_function{function_name = 'seamount_1_get_session', callback = get_session, flags = {'no-writes'}}
 redis.register_function('seamount_1_begin_turn', begin_turn)
+redis.register_function('seamount_1_take_over_turn', take_over_turn)
+redis.register_function{function_name = 'seamount_1_append_tokens', callback = append_tokens, flags = {'allow-oom'}}
 redis.register_function{function_name = 'seamount_1_commit_turn', callback = commit_turn, flags = {'allow-oom'}}
 redis.register_function{function_name = 'seamount_1_fail_turn', callback = fail_turn, flags = {'allow-oom'}}
 redis.register_function{function_name = 'seamount_1_delete_session', callback = delete_session, flags = {'allow-oom'}}

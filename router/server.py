@@ -13,16 +13,23 @@ from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
 from seamount.router.admin_service import AdminService
+from seamount.router.admission import Admission
 from seamount.router.directory import PeerRecord, Role, new_instance
+from seamount.router.followed_turns import FollowedTurns
 from seamount.router.inference_service import InferenceService
 from seamount.router.model import ServedModel
 from seamount.router.ranks import Ranks
 from seamount.router.rendering import Rendering
+from seamount.router.router_links import RouterLinks
+from seamount.router.session_names import load_or_create_secret
 from seamount.router.session_service import SessionService
-from seamount.router.sessions import Sessions, load_or_create_secret
+from seamount.router.sessions import Sessions
 from seamount.router.spec import RouterSpec
 from seamount.router.store import Store
+from seamount.router.take_over import OwnerJudge, TakeOver
 from seamount.router.tenants import read_api_keys, router_interceptors
+from seamount.router.token_log import TokenLog
+from seamount.router.turn_maker import TurnMaker
 from seamount.router.turns import Turns
 from seamount.router.watcher import Directory, DirectoryWatcher, Registration
 from seamount.v1 import (
@@ -55,6 +62,7 @@ class RouterServer:
         self._parts = AsyncExitStack()
         self._turns: Turns | None = None
         self._inference: InferenceService | None = None
+        self._take_over: TakeOver | None = None
         self._health_task: asyncio.Task[None] | None = None
 
     async def start(self) -> str:
@@ -76,6 +84,8 @@ class RouterServer:
             with suppress(asyncio.CancelledError):
                 await self._health_task
             self._health_task = None
+        if self._take_over is not None:
+            await self._take_over.stop()
         if self._turns is not None and self._inference is not None:
             await asyncio.gather(self._turns.stop(grace_s), self._inference.stop(grace_s))
         await self._parts.aclose()
@@ -95,8 +105,10 @@ class RouterServer:
         store = await Store.open(spec.redis_url, command_timeout_s=spec.redis_timeout_s)
         parts.push_async_callback(store.close)
         secret = await load_or_create_secret(store)
-        sessions = Sessions(store, secret=secret, router_id=spec.router_id)
+        sessions = Sessions(store, secret=secret, router_id=spec.router_id, log_kept_s=spec.token_log_kept_s)
         parts.push_async_callback(sessions.close)
+        token_log = TokenLog(sessions)
+        parts.push_async_callback(token_log.close)
         directory = Directory(store, spec.cluster_name)
         watcher = DirectoryWatcher(directory, dead_after_s=spec.dead_after_s)
         await watcher.start()
@@ -112,13 +124,14 @@ class RouterServer:
         rendering = Rendering(model.history)
         parts.callback(rendering.close)
         turns = Turns(
-            spec=spec,
             model=model,
             sessions=sessions,
-            ranks=ranks,
-            watcher=watcher,
             rendering=rendering,
-            secret=secret,
+            admission=Admission(spec=spec, model=model, sessions=sessions, rendering=rendering),
+            maker=TurnMaker(
+                spec=spec, model=model, ranks=ranks, rendering=rendering, token_log=token_log, secret=secret
+            ),
+            followed=FollowedTurns(model=model, sessions=sessions, rendering=rendering),
         )
         inference = InferenceService(spec=spec, model=model, ranks=ranks, rendering=rendering, secret=secret)
         self._turns, self._inference = turns, inference
@@ -139,6 +152,17 @@ class RouterServer:
         registration = Registration(directory, self._record(address), interval_s=spec.beat_s)
         await registration.start()
         parts.push_async_callback(registration.stop)
+        links = RouterLinks(router_id=spec.router_id, watcher=watcher)
+        links.start()
+        parts.push_async_callback(links.stop)
+        self._take_over = TakeOver(
+            router_id=spec.router_id,
+            index=sessions.index,
+            turns=turns,
+            watcher=watcher,
+            judge=OwnerJudge(absent_after_s=spec.dead_after_s),
+        )
+        self._take_over.start()
         self._health_task = asyncio.create_task(self._follow_health(ranks), name="health")
         _LOG.info("router_ready", extra={"router_id": spec.router_id, "port": port})
         return address
@@ -177,6 +201,6 @@ def _server_options() -> list[tuple[str, int]]:
         ("grpc.max_receive_message_length", limits.MAX_MESSAGE_BYTES),
         ("grpc.max_send_message_length", limits.MAX_MESSAGE_BYTES),
         ("grpc.so_reuseport", 1),  # routers on one node share the port
-        ("grpc.http2.min_recv_ping_interval_without_data_ms", 5_000),  # clients may ping every 10 s
+        ("grpc.http2.min_recv_ping_interval_without_data_ms", 1_000),  # clients ping every 3 s
         ("grpc.keepalive_permit_without_calls", 1),
     ]

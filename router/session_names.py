@@ -8,11 +8,14 @@ import hashlib
 import hmac
 import os
 import re
+import secrets
 
 from seamount.router.session_store import not_found
-from seamount.wire.errors import InvalidArgument
+from seamount.router.store import Store
+from seamount.wire.errors import DataLoss, InvalidArgument
 from seamount.wire.ids import SessionId, TenantId
 
+_SECRET_BYTES = 32
 _TOKEN_MAC_BYTES = 16
 _SESSION_ID = re.compile(r"ses_[a-z2-7]{32}")
 _PLACE = re.compile(r"\d{15}/ses_[a-z2-7]{32}")
@@ -32,6 +35,16 @@ def check_session_id(session_id: str) -> None:
     """Raise ``NotFound``, as for any unknown session, where it isn't one."""
     if not is_session_id(session_id):
         raise not_found()
+
+
+async def load_or_create_secret(store: Store) -> bytes:
+    """The namespace's secret of 32 bytes, made by whoever comes first; for deployments that bring none of their own."""
+    key = store.key("secret")
+    await store.command("SET", key, secrets.token_bytes(_SECRET_BYTES), "NX")
+    secret: bytes | None = await store.command("GET", key)
+    if secret is None or len(secret) != _SECRET_BYTES:
+        raise DataLoss(f"the server secret under {key} is missing or damaged; restore it", reason="SECRET_DAMAGED")
+    return secret
 
 
 class SessionNames:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import AsyncIterator
+from contextlib import aclosing
 from dataclasses import dataclass
 
 import grpc
@@ -15,7 +16,7 @@ from seamount.router.tenants import caller
 from seamount.router.turns import Turns
 from seamount.v1 import common_pb2, session_pb2, session_pb2_grpc
 from seamount.wire.errors import InvalidArgument
-from seamount.wire.ids import SessionId
+from seamount.wire.ids import SessionId, TurnId
 
 FORCED_TOKENS_KEY = "seamount-forced-token-ids"
 """Call metadata: comma-separated ids to take instead of sampled ones; tests of plain processes only."""
@@ -39,7 +40,7 @@ class SessionService(session_pb2_grpc.SessionServiceServicer):
         check_sampling(request.defaults, field="defaults", vocab_size=self.model.vocab_size)
         tenant = caller().tenant
         session = await self.sessions.create(tenant, request, model=self.model.name)
-        self.turns.remember(tenant, session)
+        self.turns.admission.remember(tenant, session)
         return session_pb2.CreateSessionResponse(session=session)
 
     async def GetSession(
@@ -76,8 +77,17 @@ class SessionService(session_pb2_grpc.SessionServiceServicer):
         self, request: session_pb2.RunTurnRequest, context: Context
     ) -> AsyncIterator[session_pb2.RunTurnResponse]:
         stream = await self.turns.open(caller().tenant, request, forced_token_ids=forced_token_ids(context))
-        async for events in stream.follow():
-            yield session_pb2.RunTurnResponse(events=events)
+        async with aclosing(stream.follow()) as batches:
+            async for events in batches:
+                yield session_pb2.RunTurnResponse(events=events)
+
+    async def ResumeTurn(
+        self, request: session_pb2.ResumeTurnRequest, context: Context
+    ) -> AsyncIterator[session_pb2.ResumeTurnResponse]:
+        stream = await self.turns.resume(caller().tenant, SessionId(request.session_id), TurnId(request.turn_id))
+        async with aclosing(stream.follow(request.after_sequence)) as batches:
+            async for events in batches:
+                yield session_pb2.ResumeTurnResponse(events=events)
 
     async def CancelTurn(
         self, request: session_pb2.CancelTurnRequest, context: Context

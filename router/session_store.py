@@ -1,13 +1,27 @@
-"""The session Functions, typed: one method a Function, one dataclass an answer. Bytes stay bytes here."""
+"""The session Functions, typed: one method a Function. Bytes stay bytes here."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any
 from urllib.parse import quote
 
-from seamount.router.store import Reply, Store
+from seamount.router.running_index import RunningIndex
+from seamount.router.store import Reply, Store, called
+from seamount.router.stored import (
+    AppendArguments,
+    BeginArguments,
+    Begun,
+    CommitArguments,
+    Done,
+    Ended,
+    Listed,
+    LogEntry,
+    Read,
+    RunningTurn,
+    StoredSession,
+    Taken,
+)
 from seamount.wire.errors import (
     Aborted,
     AlreadyExists,
@@ -23,117 +37,16 @@ MAX_RETRY_AFTER_S = 1.0
 MIN_RETRY_AFTER_S = 0.05
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class RunningTurn:
-    """The turn that holds a session: who runs it, and until when at the latest by the server's clock."""
-
-    turn_id: TurnId
-    key: str
-    owner: RouterId
-    epoch: Epoch
-    deadline_ms: int
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class StoredSession:
-    """A session's meta. rest: the state it is in when no turn runs; chain: of its last turn; last_rank: '' for none."""
-
-    record: bytes
-    rest: str
-    head: int
-    epoch: Epoch
-    chain: bytes
-    summary: bytes
-    last_rank: str
-    num_prompt_tokens: int
-    num_output_tokens: int
-    updated_ms: int
-    running: RunningTurn | None
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Read:
-    """A session with the entries from index ``first`` on."""
-
-    created: str
-    session: StoredSession
-    first: int
-    entries: Sequence[bytes]
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Listed:
-    """``session`` None: its stored state is damaged, it can only be deleted."""
-
-    session_id: SessionId
-    session: StoredSession | None
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Begun:
-    turn_id: TurnId
-    parameters: bytes
-    session: StoredSession
-    first: int
-    entries: Sequence[bytes]
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Done:
-    """The key's turn was committed: its entry, and the chain before it (empty: the root)."""
-
-    session: StoredSession
-    turn_id: TurnId
-    index: int
-    before: bytes
-    entry: bytes
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Ended:
-    """The key's turn ended for good without a commit: its last event."""
-
-    session: StoredSession
-    turn_id: TurnId
-    event: bytes
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class BeginArguments:
-    """``expected_head`` None = any; ``supersede_epoch`` None = only past its deadline; times in seconds."""
-
-    key: str
-    body_hash: bytes
-    known_head: int
-    expected_head: int | None
-    turn_id: TurnId
-    nonce: bytes
-    owner: RouterId
-    time_to_live_s: float
-    grace_s: float
-    supersede_epoch: Epoch | None
-    parameters: bytes
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class CommitArguments:
-    key: str
-    turn_id: TurnId
-    epoch: Epoch
-    before: bytes
-    entry: bytes
-    rest: str
-    summary: bytes
-    rank: str
-    num_prompt_tokens: int
-    num_output_tokens: int
-
-
 class SessionStore:
-    """The Functions of one namespace's sessions. Errors as ``Store.function``, and those each method names."""
+    """The Functions of one namespace's sessions. Errors as ``Store.function``, and those each method names.
 
-    def __init__(self, store: Store) -> None:
+    log_kept_s: how long the token log of an ended turn is kept.
+    """
+
+    def __init__(self, store: Store, *, log_kept_s: float) -> None:
         self.store = store
+        self.index = RunningIndex(store)
+        self._log_kept_ms = round(log_kept_s * 1000)
 
     async def create(
         self,
@@ -179,19 +92,15 @@ class SessionStore:
             turn.owner,
             max(0, round(turn.time_to_live_s * 1000)),
             max(0, round(turn.grace_s * 1000)),
-            "" if turn.supersede_epoch is None else turn.supersede_epoch,
-            turn.parameters,
+            turn.start,
+            self._log_kept_ms,
         )
-        reply: Reply = await self.store.function("begin_turn", self._keys(tenant, session_id), arguments)
+        keys = self._keys(tenant, session_id, turn.turn_id)
+        entered = self.index.entry(turn.owner, tenant, session_id, turn.turn_id)
+        _, reply = await self.store.pipeline([entered, called("begin_turn", keys, arguments)])
         match reply:
-            case [b"BEGUN", turn_id, parameters, view, first, entries]:
-                return Begun(
-                    turn_id=TurnId(turn_id.decode()),
-                    parameters=parameters,
-                    session=_session(view),
-                    first=first,
-                    entries=entries,
-                )
+            case [b"BEGUN", turn_id, view, first, entries]:
+                return Begun(turn_id=TurnId(turn_id.decode()), session=_session(view), first=first, entries=entries)
             case [b"DONE", view, turn_id, index, before, entry]:
                 ended = TurnId(turn_id.decode())
                 return Done(session=_session(view), turn_id=ended, index=index, before=before, entry=entry)
@@ -203,6 +112,48 @@ class SessionStore:
                 return running
             case _:
                 raise _refusal(reply)
+
+    async def take_over(
+        self, tenant: TenantId, session_id: SessionId, running: RunningTurn, *, known_head: int, owner: RouterId
+    ) -> Taken:
+        """Take a running turn from its owner, under the next epoch. Repeating it is harmless. ``Aborted``
+        (STALE_EPOCH) where it has ended or another was faster, ``DataLoss`` where its log is gone."""
+        arguments = (*_scope(tenant, session_id), known_head, running.turn_id, running.epoch, owner)
+        keys = self._keys(tenant, session_id, running.turn_id)
+        entered = self.index.entry(owner, tenant, session_id, running.turn_id)
+        _, reply = await self.store.pipeline([entered, called("take_over_turn", keys, arguments)])
+        if reply[0] != b"TAKEN":
+            raise _refusal(reply)
+        return Taken(session=_session(reply[2]), first=reply[3], entries=reply[4], remaining_s=int(reply[1]) / 1000)
+
+    async def append_tokens(
+        self, appends: Sequence[AppendArguments], *, budget_s: float | None
+    ) -> list[SeamountError | None]:
+        """Append to the logs of several turns in one round trip; what was appended before is passed over.
+
+        One answer each: None, or ``Aborted`` (STALE_EPOCH: the turn is another's, or over), ``NotFound``, ``DataLoss``.
+        """
+        calls = [
+            (
+                (self._keys(one.tenant, one.session_id)[0], self._log(one.tenant, one.session_id, one.turn_id)),
+                (one.turn_id, one.epoch, one.before, one.id, one.tokens),
+            )
+            for one in appends
+        ]
+        replies = await self.store.pipeline([called("append_tokens", *one) for one in calls], budget_s=budget_s)
+        return [None if reply[0] == b"LOGGED" else _refusal(reply) for reply in replies]
+
+    async def read_log(
+        self, tenant: TenantId, session_id: SessionId, turn_id: TurnId, *, after: str = ""
+    ) -> list[LogEntry]:
+        """The log's entries behind the one of that id ('' = all); none where there is no log (any more)."""
+        start = f"({after}" if after else "-"
+        entries = await self.store.command("XRANGE", self._log(tenant, session_id, turn_id), start, "+")
+        return [
+            LogEntry(id=entry_id.decode(), kind=kind.decode(), value=value)
+            for entry_id, fields in entries
+            for kind, value in fields.items()
+        ]
 
     async def commit(
         self, tenant: TenantId, session_id: SessionId, turn: CommitArguments, *, budget_s: float | None
@@ -220,9 +171,12 @@ class SessionStore:
             turn.rank,
             turn.num_prompt_tokens,
             turn.num_output_tokens,
+            self._log_kept_ms,
         )
-        keys = self._keys(tenant, session_id)
-        reply: Reply = await self.store.function("commit_turn", keys, arguments, budget_s=budget_s)
+        keys = self._keys(tenant, session_id, turn.turn_id)
+        left = self.index.removal(turn.owner, tenant, session_id, turn.turn_id)
+        commands = [called("commit_turn", keys, arguments), left]
+        reply, _ = await self.store.pipeline(commands, budget_s=budget_s)
         if reply[0] != b"COMMITTED":
             raise _refusal(reply)
         return _session(reply[1])
@@ -236,19 +190,24 @@ class SessionStore:
         turn_id: TurnId,
         epoch: Epoch,
         event: bytes,
+        for_good: bool,
+        log_end: str,
         budget_s: float | None,
-    ) -> StoredSession:
-        """End the turn without a commit; empty ``event`` forgets its key. Repeating it is harmless. ``Aborted``:
-        STALE_EPOCH as in ``commit``, TURN_COMMITTED where it had been committed."""
-        arguments = (*_scope(tenant, session_id), key, turn_id, epoch, event)
-        keys = self._keys(tenant, session_id)
+    ) -> tuple[StoredSession, bytes]:
+        """End the turn without a commit, by its last event (empty: as if it had never begun); ``for_good``: its key
+        is answered by that from now on. Returns the event that it did end with. Repeating it is harmless. ``Aborted``:
+        STALE_EPOCH as in ``commit``, TURN_COMMITTED where it had been committed, TOKENS_LOGGED where ``log_end`` is
+        not the id of the log's last entry."""
+        good = "1" if for_good else ""
+        arguments = (*_scope(tenant, session_id), key, turn_id, epoch, event, good, log_end, self._log_kept_ms)
+        keys = self._keys(tenant, session_id, turn_id)
         reply: Reply = await self.store.function("fail_turn", keys, arguments, budget_s=budget_s)
         if reply[0] != b"ENDED":
             raise _refusal(reply)
-        return _session(reply[1])
+        return _session(reply[1]), reply[2]
 
     async def delete(self, tenant: TenantId, session_id: SessionId) -> None:
-        """Delete the session's keys, damaged ones too, then its place in the list."""
+        """Delete the session's keys, damaged ones too, and its turns' logs, then its place in the list."""
         keys = self._keys(tenant, session_id)
         reply: Reply = await self.store.function("delete_session", keys, ())
         if reply[1]:
@@ -262,9 +221,8 @@ class SessionStore:
         members = await self.store.command("ZRANGE", index, bound, "-", "BYLEX", "REV", "LIMIT", 0, limit)
         places = [member.decode() for member in members]
         ids = [SessionId(place.partition("/")[2]) for place in places]
-        replies = await self.store.functions(
-            "get_session", [(self._keys(tenant, one), (*_scope(tenant, one), -1)) for one in ids]
-        )
+        calls = [(self._keys(tenant, one), (*_scope(tenant, one), -1)) for one in ids]
+        replies = await self.store.pipeline([called("get_session", *one, read_only=True) for one in calls])
         found: list[Listed] = []
         gone: list[str] = []
         for place, session_id, reply in zip(places, ids, replies, strict=True):
@@ -278,9 +236,13 @@ class SessionStore:
             await self.store.command("ZREM", index, *gone)
         return found, places[-1] if len(places) == limit else ""
 
-    def _keys(self, tenant: TenantId, session_id: SessionId) -> tuple[str, str, str]:
-        tag = f"{{{quote(tenant, safe='')}/{quote(session_id, safe='')}}}"
-        return self.store.key(tag, "meta"), self.store.key(tag, "turns"), self.store.key(tag, "keys")
+    def _keys(self, tenant: TenantId, session_id: SessionId, turn_id: TurnId | None = None) -> tuple[str, ...]:
+        tag = _tag(tenant, session_id)
+        keys = self.store.key(tag, "meta"), self.store.key(tag, "turns"), self.store.key(tag, "keys")
+        return keys if turn_id is None else (*keys, self._log(tenant, session_id, turn_id))
+
+    def _log(self, tenant: TenantId, session_id: SessionId, turn_id: TurnId) -> str:
+        return self.store.key(_tag(tenant, session_id), "log", quote(turn_id, safe=""))
 
     def _index(self, tenant: TenantId) -> str:
         return self.store.key("sessions", quote(tenant, safe=""))
@@ -289,6 +251,10 @@ class SessionStore:
 def not_found() -> NotFound:
     """The one answer for an unknown session, whoever asks and whyever it is unknown."""
     return NotFound("there is no such session; check its id, and that this API key made it", reason="SESSION_NOT_FOUND")
+
+
+def _tag(tenant: TenantId, session_id: SessionId) -> str:
+    return f"{{{quote(tenant, safe='')}/{quote(session_id, safe='')}}}"
 
 
 def _scope(tenant: TenantId, session_id: SessionId) -> tuple[str, str]:
@@ -358,6 +324,12 @@ def _refusal(reply: Reply) -> SeamountError:
                 "another attempt took this turn over; what this one made is discarded",
                 reason="STALE_EPOCH",
                 metadata={"epoch": details[0]},
+            )
+        case b"LOGGED":
+            return Aborted(
+                "more of the turn is logged than its last event counts",
+                reason="TOKENS_LOGGED",
+                metadata={"log_end": details[0]},
             )
         case b"COMMITTED":
             return Aborted("the turn has been committed already", reason="TURN_COMMITTED")

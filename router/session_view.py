@@ -9,7 +9,7 @@ from google.protobuf.message import DecodeError
 
 from seamount.router import chain
 from seamount.router.chain import History
-from seamount.router.session_store import Done, Ended, RunningTurn, StoredSession
+from seamount.router.stored import Done, Ended, RunningTurn, StoredSession
 from seamount.v1 import events_pb2, record_pb2, session_pb2
 from seamount.wire.errors import DataLoss
 from seamount.wire.ids import Epoch, SessionId, TenantId, TurnId

@@ -50,5 +50,6 @@ class RouterSpec:
     beat_s: float = 0.5
     dead_after_s: float = 3.0
     call_timeout_s: float = 5.0
-    progress_timeout_s: float = 10.0
+    progress_timeout_s: float = 5.0
+    token_log_kept_s: float = 600.0
     allow_forced_tokens: bool = False

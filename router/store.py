@@ -159,18 +159,8 @@ class Store:
         Raises ``Unavailable`` (reason STORE_UNAVAILABLE: the outcome is unknown, call again with the same
         arguments), ``ResourceExhausted`` (STORE_FULL), ``DataLoss`` (a key holds something else).
         """
-        command = ("FCALL_RO" if read_only else "FCALL", f"{LIBRARY}_{name}", len(keys), *keys, *arguments)
-
-        async def call() -> Any:
-            try:
-                return await self._send(command)
-            except redis_errors.ResponseError as error:
-                if "Function not found" not in str(error):
-                    raise
-            await self._load_library_once()
-            return await self._send(command)
-
-        return await self._retried(call, budget_s)
+        command = called(name, keys, arguments, read_only=read_only)
+        return await self._retried(lambda: self._with_library(lambda: self._send(command)), budget_s)
 
     async def command(self, *arguments: bytes | str | int | float, budget_s: float | None = None) -> Any:
         """One plain command that may be repeated harmlessly; errors as ``function``."""
@@ -179,23 +169,30 @@ class Store:
     async def pipeline(
         self, commands: Sequence[Sequence[bytes | str | int]], *, budget_s: float | None = None
     ) -> list[Any]:
-        """Several repeatable commands in one round trip, without a transaction; ``[]`` for none."""
+        """Several repeatable commands, also those of ``called``, in order, in one round trip, without a transaction;
+        ``[]`` for none. Errors as ``function``: of the first that failed, the others have been done all the same."""
+        if not commands:
+            return []
+        return await self._retried(lambda: self._with_library(lambda: self._send_all(commands)), budget_s)
 
-        async def call() -> list[Any]:
-            async with self._client.pipeline(transaction=False) as pipe:
-                for arguments in commands:
-                    pipe.execute_command(*arguments)
-                replies: list[Any] = await pipe.execute()
-                return replies
+    async def _with_library(self, call: Callable[[], Awaitable[_T]]) -> _T:
+        try:
+            return await call()
+        except redis_errors.ResponseError as error:
+            if "Function not found" not in str(error):
+                raise
+        await self._load_library_once()
+        return await call()
 
-        return await self._retried(call, budget_s) if commands else []
-
-    async def functions(
-        self, name: str, calls: Sequence[tuple[Keys, Arguments]], *, budget_s: float | None = None
-    ) -> list[Any]:
-        """Many calls of one read-only Function in one round trip, in order; ``[]`` for none."""
-        commands = [("FCALL_RO", f"{LIBRARY}_{name}", len(keys), *keys, *arguments) for keys, arguments in calls]
-        return await self.pipeline(commands, budget_s=budget_s)
+    async def _send_all(self, commands: Sequence[Sequence[bytes | str | int]]) -> list[Any]:
+        async with self._client.pipeline(transaction=False) as pipe:
+            for arguments in commands:
+                pipe.execute_command(*arguments)
+            replies: list[Any] = await pipe.execute(raise_on_error=False)  # it would put the command before the error
+        for reply in replies:
+            if isinstance(reply, Exception):
+                raise reply
+        return replies
 
     async def _send(self, arguments: Sequence[bytes | str | int | float]) -> Any:
         return await self._client.execute_command(*arguments)  # type: ignore[no-untyped-call]
@@ -234,6 +231,11 @@ class Store:
         if _CODE.encode() in _flattened(listed):
             return
         await self._send(("FUNCTION", "LOAD", "REPLACE", _CODE))
+
+
+def called(name: str, keys: Keys, arguments: Arguments, *, read_only: bool = False) -> tuple[bytes | str | int, ...]:
+    """The command that calls a Function, for ``Store.pipeline``."""
+    return ("FCALL_RO" if read_only else "FCALL", f"{LIBRARY}_{name}", len(keys), *keys, *arguments)
 
 
 @contextmanager

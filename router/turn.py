@@ -1,5 +1,5 @@
-"""One turn, from its first event to its commit. Admission (``turns.py``) comes before, placement faults below
-(``generation.py``)."""
+"""One turn, from its first event to its commit. Admission (``admission.py``) comes before, placement faults below
+(``generation.py``). What is told is logged before: another router can go on from any point (``take_over.py``)."""
 
 from __future__ import annotations
 
@@ -7,20 +7,21 @@ import asyncio
 import logging
 import time
 from collections.abc import Sequence
-from contextlib import aclosing
+from contextlib import aclosing, suppress
 from dataclasses import dataclass, field
 
 from seamount.router.events import TurnEvents
 from seamount.router.generation import Generation, deadline_passed
 from seamount.router.history import pending_after, sampled_message
 from seamount.router.messages import ThinkingMode, TurnPlan, tool_calls_to_proto
-from seamount.router.parsing import ParsedOutput
 from seamount.router.rendering import Rendering
-from seamount.router.sessions import BegunTurn, Sessions
+from seamount.router.session_turns import BegunTurn
+from seamount.router.sessions import Sessions
+from seamount.router.token_log import TurnLog
 from seamount.router.tokenizer import Tokenizer
 from seamount.router.turn_stream import TurnStream
 from seamount.v1 import common_pb2, events_pb2, record_pb2, worker_pb2
-from seamount.wire.errors import Aborted, Cancelled, Internal, SeamountError, Unavailable, to_status
+from seamount.wire.errors import Aborted, Cancelled, Internal, NotFound, SeamountError, Unavailable, to_status
 
 _LOG = logging.getLogger(__name__)
 COMMIT_BUDGET_S = 30.0
@@ -40,7 +41,8 @@ class TurnParts:
 @dataclass(slots=True, kw_only=True)
 class Turn:
     """One turn in the making; owned by its task. ``generation``: None where it only records; ``deadline``: by
-    ``time.monotonic()``; ``is_ending``: its outcome is being stored, to cancel it is too late."""
+    ``time.monotonic()``; ``is_ending``: its outcome is being stored, to cancel it is too late. A turn that was taken
+    over has its logged tokens in ``generation``, ``events`` and ``stream`` already."""
 
     begun: BegunTurn
     input: Sequence[common_pb2.Message]
@@ -52,57 +54,71 @@ class Turn:
     generation: Generation | None
     events: TurnEvents
     deadline: float
-    stream: TurnStream = field(default_factory=TurnStream)
+    log: TurnLog
+    stream: TurnStream
     logprobs: list[common_pb2.TokenLogprobs] = field(default_factory=list)
     cancelled_by_client: bool = False
     is_ending: bool = False
     told_when_committed: Sequence[events_pb2.TurnEvent] = ()
 
 
-async def run_turn(turn: Turn, parts: TurnParts) -> None:
-    """Generate, commit, tell; whatever happens, the stream ends and the pages are given back. Never raises."""
+async def run_turn(turn: Turn, parts: TurnParts) -> bool:
+    """Generate, commit, tell; whatever happens, the pages are given back. Never raises.
+
+    Returns whether the turn is over, its stream closed; False where it is another router's now.
+    """
     keep_len: int | None = None
     try:
         async with asyncio.timeout(turn.deadline - time.monotonic()):
-            turn.stream.append([_started(turn)])
-            output = await generate(turn) if turn.generation is not None else None
+            if not turn.stream.last_sequence:
+                turn.log.add_prompt(turn.num_prompt_tokens, [_started(turn)])
+            ended_by = await generate(turn) if turn.generation is not None else None
+            await turn.log.is_logged()
             turn.is_ending = True
-            record = finished_turn(turn, output, parts)
+            record = finished_turn(turn, ended_by, parts)
             await commit(turn, record, parts)
-            turn.stream.append(turn.told_when_committed)
             keep_len = turn.num_prompt_tokens + len(record.output.token_ids)
+        turn.stream.append(turn.told_when_committed)
+        turn.stream.close()
+        return True
     except (SeamountError, TimeoutError, asyncio.CancelledError) as error:
-        await end_without_commit(turn, _reason(turn, error), parts)
+        if isinstance(error, asyncio.CancelledError) and not turn.cancelled_by_client:
+            return await hand_over(turn, parts)
+        return await end_without_commit(turn, _reason(error), parts)
     except Exception:
         _LOG.exception("turn_failed", extra={"turn_id": turn.begun.turn_id})
-        await end_without_commit(turn, Internal("a defect of the server; its log says more", reason="INTERNAL"), parts)
+        defect = Internal("a defect of the server; its log says more", reason="INTERNAL")
+        return await end_without_commit(turn, defect, parts)
     finally:
-        turn.stream.close()
+        turn.log.drop()
         if turn.generation is not None:
             await turn.generation.release(keep_len)
 
 
-async def generate(turn: Turn) -> ParsedOutput:
-    """Tokens to events, until the model, the parser or the limit ends the output."""
-    assert turn.generation is not None
-    reason = common_pb2.FINISH_REASON_LENGTH
-    async with aclosing(turn.generation.batches()) as batches:
+async def generate(turn: Turn) -> common_pb2.FinishReason:
+    """Tokens to the log and to events, until the model, the parser or the limit ends the output; returns which."""
+    generation = turn.generation
+    assert generation is not None
+    if turn.events.output_is_over:  # the router before this one did not come to commit it
+        return common_pb2.FINISH_REASON_STOP
+    async with aclosing(generation.batches()) as batches:
         async for batch in batches:
             if isinstance(batch, worker_pb2.GenerateFinished):
-                reason = batch.reason
-                break
+                return batch.reason
             turn.logprobs.extend(batch.logprobs)
-            turn.stream.append(turn.events.tokens(batch.token_ids, batch.logprobs))
+            events = turn.events.tokens(batch.token_ids, batch.logprobs)
+            turn.log.add(batch.token_ids, batch.logprobs, events, decode_rank=generation.decode_rank)
             if turn.events.output_is_over:
                 break
-    events, output = turn.events.output_ended(reason)
-    turn.stream.append(events)
-    return output
+            await turn.log.has_room()
+    return common_pb2.FINISH_REASON_LENGTH
 
 
-def finished_turn(turn: Turn, output: ParsedOutput | None, parts: TurnParts) -> record_pb2.TurnRecord:
-    """What is stored of the turn, with its last events: not to be told before it is stored."""
+def finished_turn(turn: Turn, ended_by: common_pb2.FinishReason | None, parts: TurnParts) -> record_pb2.TurnRecord:
+    """What is stored of the turn, with its last events: not to be told before it is stored. ended_by: None where it
+    only records."""
     generation, begun = turn.generation, turn.begun
+    withheld, output = turn.events.output_ended(ended_by) if ended_by is not None else ((), None)
     record = record_pb2.TurnRecord(
         turn_id=begun.turn_id,
         input=turn.input,
@@ -123,7 +139,8 @@ def finished_turn(turn: Turn, output: ParsedOutput | None, parts: TurnParts) -> 
         )
         usage = generation.account.usage(output, num_prompt=turn.num_prompt_tokens)
         reason = output.reason
-    turn.told_when_committed = turn.events.finished(reason, usage, record.receipt if output is not None else None)
+    last_events = turn.events.finished(reason, usage, record.receipt if output is not None else None)
+    turn.told_when_committed = [*withheld, *last_events]
     record.final_event.CopyFrom(turn.told_when_committed[-1])
     return record
 
@@ -140,28 +157,59 @@ async def commit(turn: Turn, record: record_pb2.TurnRecord, parts: TurnParts) ->
     )
 
 
-async def end_without_commit(turn: Turn, error: SeamountError, parts: TurnParts) -> None:
-    """Give the session back with its head as it was, then tell the clients; what they hear is what is stored."""
+async def end_without_commit(turn: Turn, error: SeamountError, parts: TurnParts) -> bool:
+    """Give the session back with its head as it was, then tell the clients: what they hear is what is stored.
+
+    Returns as ``run_turn`` does."""
     turn.is_ending = True
-    turn.events.untold(turn.told_when_committed)
-    last_events = _without_commit(turn, error)
-    begun = turn.begun
+    failure: SeamountError | None = None
     try:
-        await parts.sessions.fail_turn(begun.tenant, begun.session_id, begun, last_events[-1], budget_s=FAIL_BUDGET_S)
-    except SeamountError as failure:  # superseded, deleted, or Redis is away: the turn's deadline frees the session
-        _LOG.warning("turn_end_not_stored", extra={"turn_id": begun.turn_id, "reason": failure.reason})
-        if isinstance(failure, Aborted) and failure.reason == "TURN_COMMITTED":
-            last_events = turn.told_when_committed  # the commit came through, only its answer did not
-        elif isinstance(failure, Unavailable) and turn.told_when_committed:
-            turn.events.untold(last_events)
-            last_events = _without_commit(turn, _outcome_unknown(failure))
-    turn.stream.append(last_events)
+        turn.stream.append(await _stored_end(turn, error, parts))
+    except Aborted as refusal:
+        if refusal.reason != "TURN_COMMITTED":
+            return False
+        turn.stream.append(turn.told_when_committed)  # the commit came through, only its answer did not
+    except NotFound:  # deleted, and what was told of it with it
+        turn.stream.append(_last_events(turn, error))
+    except Unavailable as unstored:  # whoever finds the turn without a router when Redis is back goes on with it
+        _LOG.warning("turn_end_not_stored", extra={"turn_id": turn.begun.turn_id, "reason": unstored.reason})
+        failure = _outcome_unknown(unstored)
+    turn.stream.close(failure)
+    return True
 
 
-def _without_commit(turn: Turn, error: SeamountError) -> Sequence[events_pb2.TurnEvent]:
+async def _stored_end(turn: Turn, error: SeamountError, parts: TurnParts) -> Sequence[events_pb2.TurnEvent]:
+    """Store how the turn ended; returns its last events. Raises ``Aborted`` where it is not this router's to end."""
+    begun = turn.begun
+    while True:
+        log_end, last_events = turn.log.end, _last_events(turn, error)
+        try:
+            stored = await parts.sessions.fail_turn(
+                begun.tenant, begun.session_id, begun, last_events[-1], log_end=log_end, budget_s=FAIL_BUDGET_S
+            )
+        except Aborted as refusal:
+            end = refusal.metadata.get("log_end")  # tokens came through after all: their events are told first
+            if end is not None and (turn.log.end != log_end or turn.log.note_end(end)):
+                continue
+            raise
+        if stored != last_events[-1]:
+            raise Aborted("another router ended the turn before", reason="ENDED_ELSEWHERE")
+        return last_events
+
+
+async def hand_over(turn: Turn, parts: TurnParts) -> bool:
+    """This router leaves: whoever looks first takes the turn over. Returns as ``run_turn`` does."""
+    turn.is_ending = True
+    with suppress(SeamountError):  # else it is found once this router is seen to have left
+        await parts.sessions.release_turn(turn.begun, budget_s=FAIL_BUDGET_S)
+    turn.stream.close(Unavailable("this router is leaving; resume elsewhere", reason="ROUTER_LEAVING", retry_after_s=0))
+    return True
+
+
+def _last_events(turn: Turn, error: SeamountError) -> Sequence[events_pb2.TurnEvent]:
+    turn.events.told_until(turn.stream.last_sequence)
     if isinstance(error, Cancelled):
-        usage = events_pb2.Usage(num_prompt_tokens=turn.num_prompt_tokens)
-        return turn.events.finished(common_pb2.FINISH_REASON_CANCELLED, usage)
+        return turn.events.cancelled(turn.num_prompt_tokens if turn.stream.last_sequence else 0)
     return [turn.events.failed(common_pb2.Status.FromString(to_status(error).SerializeToString()))]
 
 
@@ -182,13 +230,11 @@ def _started(turn: Turn) -> events_pb2.TurnEvent:
     )
 
 
-def _reason(turn: Turn, error: BaseException) -> SeamountError:
+def _reason(error: BaseException) -> SeamountError:
     match error:
         case SeamountError():
             return error
         case TimeoutError():
             return deadline_passed()
-        case _ if turn.cancelled_by_client:
-            return Cancelled("the turn was cancelled", reason="TURN_CANCELLED")
         case _:
-            return Unavailable("this router is leaving; retry", reason="ROUTER_LEAVING", retry_after_s=0.5)
+            return Cancelled("the turn was cancelled", reason="TURN_CANCELLED")

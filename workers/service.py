@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import AsyncIterator, Callable, Iterator
-from contextlib import aclosing, contextmanager
+from contextlib import aclosing, contextmanager, suppress
 from dataclasses import dataclass, field
 
 import grpc
@@ -11,7 +12,7 @@ import grpc
 from seamount.v1 import common_pb2, worker_pb2, worker_pb2_grpc
 from seamount.wire import limits
 from seamount.wire.durations import duration
-from seamount.wire.errors import Aborted, FailedPrecondition, InvalidArgument
+from seamount.wire.errors import Aborted, FailedPrecondition, InvalidArgument, NotFound
 from seamount.workers.cache.reservation import Reservation
 from seamount.workers.cache.reservations import Reservations
 from seamount.workers.engine import Engine
@@ -21,6 +22,9 @@ from seamount.workers.prefill import Prefill, check_work
 from seamount.workers.requests import EngineRequest, SamplingParams
 from seamount.workers.spec import RankSpec
 from seamount.workers.transfer.service import Transfer
+
+ORPHAN_TIME_TO_LIVE_S = 2.0
+"""Of a reservation whose Generate was broken off from outside."""
 
 _REASONS: dict[FinishReason, common_pb2.FinishReason] = {
     "stop": common_pb2.FINISH_REASON_STOP,
@@ -92,7 +96,7 @@ class WorkerService(worker_pb2_grpc.WorkerServiceServicer):
             ),
             active=self.active,
         )
-        with self._stream():
+        with self._stream(), self._orphaned(reservation.id):
             async with aclosing(events):
                 async for event in events:
                     yield _frame(event)
@@ -107,6 +111,16 @@ class WorkerService(worker_pb2_grpc.WorkerServiceServicer):
     ) -> AsyncIterator[worker_pb2.WatchStateResponse]:
         async for state in self.watch():
             yield worker_pb2.WatchStateResponse(state=state)
+
+    @contextmanager
+    def _orphaned(self, reservation_id: str) -> Iterator[None]:
+        """Whoever breaks off a Generate releases the reservation, or reserves again, soon: or is dead."""
+        try:
+            yield
+        except (asyncio.CancelledError, GeneratorExit):
+            with suppress(NotFound):
+                self.reservations.renew(reservation_id, ORPHAN_TIME_TO_LIVE_S)
+            raise
 
     @contextmanager
     def _stream(self) -> Iterator[None]:

@@ -15,16 +15,26 @@ import pytest
 import tokenizers
 from hypothesis import strategies as st
 
+from seamount.router.admission import Admission
 from seamount.router.byte_tokenizer import write_byte_tokenizer
 from seamount.router.directory import PeerRecord, new_instance
 from seamount.router.directory import Role as PeerRole
+from seamount.router.followed_turns import FollowedTurns
+from seamount.router.history import History
 from seamount.router.messages import Message, Role, Tool, ToolCall
+from seamount.router.model import ServedModel
 from seamount.router.ranks import Ranks
+from seamount.router.rendering import Rendering
+from seamount.router.sessions import Sessions
+from seamount.router.spec import RouterSpec
 from seamount.router.store import Store
+from seamount.router.token_log import TokenLog
 from seamount.router.tokenizer import Control, Tokenizer
+from seamount.router.turn_maker import TurnMaker
+from seamount.router.turns import Turns
 from seamount.router.watcher import Directory, DirectoryWatcher, Registration
 from seamount.v1 import common_pb2, worker_pb2, worker_pb2_grpc
-from seamount.wire.ids import RankId
+from seamount.wire.ids import RankId, RouterId
 from seamount.wire.interceptors import rank_interceptors
 
 FRAGMENTS = [
@@ -330,3 +340,47 @@ async def system(store: Store) -> AsyncIterator[ScriptedSystem]:
     await watcher.stop()
     for rank in running.scripted.values():
         await rank.stop()
+
+
+SECRET = bytes(32)
+
+
+def router_turns(store: Store, system: Any, tokenizer: Tokenizer, name: str, **changes: Any) -> Turns:
+    spec = RouterSpec(
+        router_id=RouterId(name),
+        cluster_name="scripted",
+        redis_url="",
+        model_path=Path(),
+        model_name="m",
+        max_context_tokens=1 << 20,
+        **changes,
+    )
+    model = ServedModel(
+        name="m",
+        tokenizer=tokenizer,
+        history=History(tokenizer, "f"),
+        vocab_size=tokenizer.vocab_size,
+        max_context_tokens=1 << 20,
+    )
+    sessions, rendering = Sessions(store, secret=SECRET, router_id=spec.router_id), Rendering(model.history)
+    return Turns(
+        model=model,
+        sessions=sessions,
+        rendering=rendering,
+        admission=Admission(spec=spec, model=model, sessions=sessions, rendering=rendering),
+        maker=TurnMaker(
+            spec=spec,
+            model=model,
+            ranks=system.ranks,
+            rendering=rendering,
+            token_log=TokenLog(sessions),
+            secret=SECRET,
+        ),
+        followed=FollowedTurns(model=model, sessions=sessions, rendering=rendering),
+    )
+
+
+@pytest.fixture
+def make_turns() -> Callable[..., Turns]:
+    """Turns of one router by store, system, tokenizer and the router's name; changes of its spec."""
+    return router_turns

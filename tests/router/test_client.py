@@ -33,11 +33,19 @@ from seamount.v1 import (
     session_pb2_grpc,
 )
 from seamount.wire.credentials import digest
-from seamount.wire.errors import Aborted, NotFound, ResourceExhausted, Unauthenticated, Unavailable, to_status
+from seamount.wire.errors import (
+    Aborted,
+    InvalidArgument,
+    NotFound,
+    ResourceExhausted,
+    Unauthenticated,
+    Unavailable,
+    to_status,
+)
 from seamount.wire.ids import TenantId
 
 KEY = "acme-key-0123456789"
-QUICK = Retries(first_delay_s=0.01)
+QUICK = Retries(first_delay_s=0.01, resume_for_s=0.0)
 EVENTS = [
     events_pb2.TurnEvent(started=events_pb2.TurnStarted(session_id="s", model="m", seed=7, num_prompt_tokens=5)),
     events_pb2.TurnEvent(reasoning_delta=events_pb2.ReasoningDelta(text="think ")),
@@ -60,7 +68,7 @@ for _number, _event in enumerate(EVENTS, start=1):
 
 
 class Script(session_pb2_grpc.SessionServiceServicer, inference_pb2_grpc.InferenceServiceServicer):
-    """``failures`` are raised first, one a call; then RunTurn sends ``cuts[n]`` events on its n-th call."""
+    """``failures`` are raised first, one a call; then a turn's n-th stream ends behind event ``cuts[n]``."""
 
     def __init__(self) -> None:
         self.failures: list[Exception] = []
@@ -98,10 +106,19 @@ class Script(session_pb2_grpc.SessionServiceServicer, inference_pb2_grpc.Inferen
 
     async def RunTurn(self, request, context):
         self._take(request)
+        async for events in self._stream(0):
+            yield session_pb2.RunTurnResponse(events=events)
+
+    async def ResumeTurn(self, request, context):
+        self._take(request)
+        async for events in self._stream(request.after_sequence):
+            yield session_pb2.ResumeTurnResponse(events=events)
+
+    async def _stream(self, after):
         try:
             cut = self.cuts.pop(0) if self.cuts else len(self.events)
-            for first in range(0, cut, 2):  # two events a frame
-                yield session_pb2.RunTurnResponse(events=self.events[first : min(first + 2, cut)])
+            for first in range(after, cut, 2):  # two events a frame
+                yield self.events[first : min(first + 2, cut)]
             if self.endless:
                 await asyncio.Event().wait()
             if cut < len(self.events):
@@ -170,9 +187,55 @@ async def test_a_broken_stream_goes_on_with_nothing_twice(cut: int) -> None:
         script.cuts = [cut, min(cut + 1, len(EVENTS) - 1)]
         seen = [event async for event in client.run_turn("s", [user("hi")])]
     assert seen == EVENTS
-    assert len(script.requests) == 3
-    assert script.requests[0] == script.requests[1] == script.requests[2]
-    assert script.requests[0].idempotency_key
+    run, *resumed = script.requests
+    assert run.idempotency_key
+    if cut == 0:
+        assert resumed[0] == run, "nothing is known of the turn yet: the same key again"
+    else:
+        assert resumed[0] == session_pb2.ResumeTurnRequest(session_id="s", turn_id="t", after_sequence=cut)
+    assert resumed[1].after_sequence == min(cut + 1, len(EVENTS) - 1)
+
+
+async def test_a_turn_is_resumed_for_a_while_however_often_that_fails() -> None:
+    async with scripted(retries=replace(QUICK, resume_for_s=10.0)) as (script, client):
+        script.cuts = [3] * 8
+        assert [event async for event in client.run_turn("s", [user("hi")])] == EVENTS
+    assert [request.after_sequence for request in script.requests[1:]] == [3] * 8
+
+
+async def test_the_stream_goes_on_at_the_next_router() -> None:
+    first, second = Script(), Script()
+    (server, one), (other, two) = await start(first), await start(second)
+    first.endless = True
+    first.cuts = [4]
+    try:
+        async with AsyncClient(f"{one}, {two}", api_key=KEY, retries=QUICK) as client:
+            stream = client.run_turn("s", [user("hi")])
+            seen = [await anext(stream) for _ in range(4)]
+            await server.stop(0)
+            seen += [event async for event in stream]
+            await client.get_session("s")
+    finally:
+        await server.stop(0)
+        await other.stop(0)
+    assert seen == EVENTS
+    assert [type(request).__name__ for request in second.requests] == ["ResumeTurnRequest", "GetSessionRequest"]
+
+
+async def test_a_turn_is_resumed_by_its_id() -> None:
+    async with scripted() as (script, client):
+        script.cuts = [7]
+        stream = client.resume_turn("s", "t", after_sequence=5)
+        assert [event async for event in stream] == EVENTS[5:]
+    assert [request.after_sequence for request in script.requests] == [5, 7]
+
+
+def test_no_address_is_an_error() -> None:
+    async def make() -> None:
+        AsyncClient(" , ")
+
+    with pytest.raises(InvalidArgument):
+        asyncio.run(make())
 
 
 async def test_a_stream_that_never_moves_is_given_up() -> None:

@@ -12,15 +12,13 @@ from collections.abc import AsyncIterator
 import pytest
 
 from seamount.router.chain import CHAIN_BYTES
-from seamount.router.sessions import (
-    BegunTurn,
-    ReplayedTurn,
-    RunningTurn,
-    Sessions,
-    body_hash,
-    load_or_create_secret,
-)
+from seamount.router.session_names import load_or_create_secret
+from seamount.router.session_turns import BegunTurn, body_hash
+from seamount.router.session_view import ReplayedTurn
+from seamount.router.sessions import Sessions
 from seamount.router.store import Store
+from seamount.router.stored import AppendArguments, LogEntry, RunningTurn
+from seamount.router.token_log import PROMPT_ID, START_ID, entry_id
 from seamount.v1 import common_pb2, events_pb2, record_pb2, session_pb2
 from seamount.wire.errors import (
     Aborted,
@@ -52,7 +50,7 @@ async def created(sessions: Sessions, key: str = "", tenant: TenantId = ALICE) -
 async def begin(sessions: Sessions, session_id: SessionId, key: str = "k", **options: object):
     tenant = options.pop("tenant", ALICE)
     body = options.pop("body", b"b" * 32)
-    options = {"parameters": b"\xff\x00p", "time_to_live_s": 60.0, **options}
+    options = {"start": record_pb2.TurnStart(forced_token_ids=[7]), "time_to_live_s": 60.0, **options}
     return await sessions.begin_turn(tenant, session_id, key=key, body_hash=body, **options)
 
 
@@ -78,6 +76,35 @@ async def committed(sessions: Sessions, session_id: SessionId, key: str) -> reco
     made = record(turn)
     await sessions.commit_turn(turn, made, rank="decode-0", num_context_tokens=7)
     return made
+
+
+async def fail(
+    sessions: Sessions,
+    session_id: SessionId,
+    turn: BegunTurn | RunningTurn,
+    event: events_pb2.TurnEvent,
+    log_end: str = START_ID,
+) -> events_pb2.TurnEvent:
+    return await sessions.fail_turn(ALICE, session_id, turn, event, log_end=log_end)
+
+
+async def running_turn(sessions: Sessions, session_id: SessionId) -> RunningTurn:
+    running = (await sessions.get(ALICE, session_id)).running
+    assert running is not None
+    return running
+
+
+def append(turn: BegunTurn, before: str, entry: str, *token_ids: int) -> AppendArguments:
+    tokens = record_pb2.LoggedTokens(token_ids=token_ids)
+    return AppendArguments(
+        tenant=turn.tenant,
+        session_id=turn.session_id,
+        turn_id=turn.turn_id,
+        epoch=turn.epoch,
+        before=before,
+        id=entry,
+        tokens=tokens.SerializeToString(),
+    )
 
 
 def failure(code: int) -> events_pb2.TurnEvent:
@@ -230,31 +257,107 @@ async def test_a_stale_epoch_is_refused_and_the_successor_unharmed(sessions: Ses
     session_id = await created(sessions)
     zombie = await begun(sessions, session_id, "a")
     other = Sessions(store, secret=SECRET, router_id=RouterId("router-2"))
-    with pytest.raises(Aborted):
-        await begin(other, session_id, "b", supersede_epoch=zombie.epoch + 1)  # judged another one dead
-    turn = await begun(other, session_id, "b", supersede_epoch=zombie.epoch)
-    assert turn.epoch == zombie.epoch + 1
+    running = await running_turn(other, session_id)
+    turn, remaining_s = await other.take_over(ALICE, session_id, running)
+    assert (turn.turn_id, turn.key, turn.epoch) == (zombie.turn_id, "a", zombie.epoch + 1)
+    assert 50 < remaining_s <= 60
+    again, _ = await other.take_over(ALICE, session_id, running)  # as if the first answer had been lost
+    assert again.epoch == turn.epoch
     with pytest.raises(Aborted) as caught:
-        await sessions.commit_turn(zombie, record(zombie), rank="", num_context_tokens=0)
+        await sessions.take_over(ALICE, session_id, running)  # another router was faster
     assert caught.value.reason == "STALE_EPOCH"
-    with pytest.raises(Aborted):
-        await sessions.fail_turn(ALICE, session_id, zombie, failure(14))
+    for refused in (
+        sessions.commit_turn(zombie, record(zombie), rank="", num_context_tokens=0),
+        fail(sessions, session_id, zombie, failure(14)),
+    ):
+        with pytest.raises(Aborted) as caught:
+            await refused
+        assert caught.value.reason == "STALE_EPOCH"
+    (refusal,) = await sessions.append_tokens([append(zombie, START_ID, entry_id(1), 5)])
+    assert refusal is not None
+    assert refusal.reason == "STALE_EPOCH"
     made = record(turn)
     await other.commit_turn(turn, made, rank="", num_context_tokens=0)
     assert list((await sessions.read(ALICE, session_id))[1].records) == [made]
-    again = await begun(sessions, session_id, "a")  # what was superseded left no trace
-    assert again.epoch == turn.epoch + 1
 
 
-async def test_a_turn_taken_over_under_its_key_keeps_id_and_parameters(sessions: Sessions, store: Store) -> None:
+async def test_tokens_are_logged_once_and_in_order(sessions: Sessions) -> None:
     session_id = await created(sessions)
-    first = await begun(sessions, session_id, parameters=b"seed 1")
-    other = Sessions(store, secret=SECRET, router_id=RouterId("router-2"))
-    second = await begun(other, session_id, parameters=b"seed 2", supersede_epoch=first.epoch)
-    assert (second.turn_id, second.parameters, second.epoch) == (first.turn_id, b"seed 1", first.epoch + 1)
+    turn = await begun(sessions, session_id)
+    prompt, first, second = (
+        append(turn, START_ID, PROMPT_ID),
+        append(turn, PROMPT_ID, entry_id(2), 1, 2),
+        append(turn, entry_id(2), entry_id(3), 3),
+    )
+    assert await sessions.append_tokens([prompt, first, first]) == [None] * 3
+    assert await sessions.append_tokens([first, second, second]) == [None] * 3
+    (gap,) = await sessions.append_tokens([append(turn, entry_id(4), entry_id(5), 5)])
+    assert isinstance(gap, DataLoss)
+    with pytest.raises(Aborted) as caught:
+        await fail(sessions, session_id, turn, cancellation(), entry_id(2))
+    assert (caught.value.reason, caught.value.metadata["log_end"]) == ("TOKENS_LOGGED", entry_id(3))
+    await fail(sessions, session_id, turn, cancellation(), entry_id(3))
+    log = await sessions.read_log(ALICE, session_id, turn.turn_id)
+    assert [entry.id for entry in log] == [START_ID, PROMPT_ID, entry_id(2), entry_id(3), "3-1"]
+    assert [entry.kind for entry in log] == ["start", "tokens", "tokens", "tokens", "ended"]
+    assert log[-1] == LogEntry(id="3-1", kind="ended", value=cancellation().SerializeToString())
+    assert await sessions.read_log(ALICE, session_id, turn.turn_id, after=entry_id(3)) == log[-1:]
+    (late,) = await sessions.append_tokens([append(turn, "3-1", entry_id(4), 4)])
+    assert isinstance(late, Aborted)
+
+
+async def test_a_log_says_how_its_turn_ended_and_expires(store: Store) -> None:
+    sessions = Sessions(store, secret=SECRET, router_id=RouterId("router-1"), log_kept_s=0.2)
+    session_id = await created(sessions)
+    turn = await begun(sessions, session_id)
+    await sessions.commit_turn(turn, record(turn), rank="", num_context_tokens=0)
+    log = await sessions.read_log(ALICE, session_id, turn.turn_id)
+    assert (log[-1].kind, log[-1].value) == ("committed", b"0")
+    await asyncio.sleep(0.4)
+    assert await sessions.read_log(ALICE, session_id, turn.turn_id) == []
+
+
+async def test_a_log_goes_with_its_abandoned_turn_and_its_deleted_session(sessions: Sessions) -> None:
+    session_id = await created(sessions)
+    turn = await begun(sessions, session_id)
+    await sessions.abandon_turn(turn)
+    assert await sessions.read_log(ALICE, session_id, turn.turn_id) == []
+    turn = await begun(sessions, session_id)
+    await sessions.delete(ALICE, session_id)
+    assert await sessions.read_log(ALICE, session_id, turn.turn_id) == []
+
+
+async def test_a_turn_without_its_log_cannot_be_taken_over(sessions: Sessions, store: Store) -> None:
+    session_id = await created(sessions)
+    turn = await begun(sessions, session_id)
+    await store.command("DEL", meta_key(store, session_id, f"log:{turn.turn_id}"))
+    with pytest.raises(DataLoss):
+        await sessions.take_over(ALICE, session_id, await running_turn(sessions, session_id))
+    (refusal,) = await sessions.append_tokens([append(turn, START_ID, PROMPT_ID)])
+    assert isinstance(refusal, DataLoss)
+
+
+async def test_the_index_holds_what_runs(sessions: Sessions, store: Store) -> None:
+    async def indexed(owner: str) -> set[str]:
+        await sessions.close()
+        return {turn.turn_id for turn in await sessions.index.turns_of(RouterId(owner))}
+
+    ids = [await created(sessions, tenant=BOB) for _ in range(3)]
+    turns = [await begun(sessions, one, tenant=BOB) for one in ids]
+    other = Sessions(store, secret=SECRET, router_id=RouterId("router-12"))
+    elsewhere = await begun(other, await created(sessions))
+    assert await sessions.index.owners() == ["router-1", "router-12"]
+    assert await indexed("router-1") == {turn.turn_id for turn in turns}
+    assert await indexed("router-12") == {elsewhere.turn_id}
+    await begin(sessions, ids[0], tenant=BOB)  # its own turn runs: nothing is entered for good
     with pytest.raises(Aborted):
-        await sessions.commit_turn(first, record(first), rank="", num_context_tokens=0)
-    await other.commit_turn(second, record(second), rank="", num_context_tokens=0)
+        await begin(sessions, ids[0], "another", tenant=BOB)
+    assert await indexed("router-1") == {turn.turn_id for turn in turns}
+    await sessions.commit_turn(turns[0], record(turns[0]), rank="", num_context_tokens=0)
+    await sessions.fail_turn(BOB, ids[1], turns[1], cancellation(), log_end=START_ID)
+    await sessions.release_turn(turns[2], budget_s=1.0)
+    assert await indexed("router-1") == set()
+    assert await sessions.index.owners() == ["-", "router-12"]
 
 
 async def test_a_turn_past_its_deadline_gives_way(sessions: Sessions) -> None:
@@ -294,7 +397,8 @@ async def test_a_failed_turn_leaves_the_head_and_its_key_runs_anew(sessions: Ses
     before = await committed(sessions, session_id, "k0")
     turn = await begun(sessions, session_id)
     for _ in range(2):
-        view = await sessions.fail_turn(ALICE, session_id, turn, failure(14))
+        assert await fail(sessions, session_id, turn, failure(14)) == failure(14)
+        view = await sessions.get(ALICE, session_id)
         assert (view.session.head, view.session.state) == (1, session_pb2.SESSION_STATE_IDLE)
     again = await begun(sessions, session_id)
     assert again.turn_id != turn.turn_id
@@ -309,7 +413,8 @@ async def test_what_ended_for_good_is_replayed(sessions: Sessions, event: events
     await sessions.commit_turn(turn, record(turn, calls=1), rank="", num_context_tokens=0)
     turn = await begun(sessions, session_id)
     for _ in range(2):
-        view = await sessions.fail_turn(ALICE, session_id, turn, event)
+        assert await fail(sessions, session_id, turn, event) == event
+        view = await sessions.get(ALICE, session_id)
         assert view.session.state == session_pb2.SESSION_STATE_WAITING_FOR_TOOLS  # as before the turn
     replay = await begin(sessions, session_id)
     assert isinstance(replay, ReplayedTurn)
@@ -323,7 +428,7 @@ async def test_failing_a_committed_turn_says_so(sessions: Sessions) -> None:
     turn = await begun(sessions, session_id)
     await sessions.commit_turn(turn, record(turn), rank="", num_context_tokens=0)
     with pytest.raises(Aborted) as caught:
-        await sessions.fail_turn(ALICE, session_id, turn, failure(14))
+        await fail(sessions, session_id, turn, failure(14))
     assert caught.value.reason == "TURN_COMMITTED"
 
 
@@ -332,7 +437,7 @@ async def test_the_running_turn_can_be_ended_by_whoever_reads_it(sessions: Sessi
     await begun(sessions, session_id)
     running = (await sessions.get(ALICE, session_id)).running
     assert running is not None
-    await sessions.fail_turn(ALICE, session_id, running, cancellation())
+    await fail(sessions, session_id, running, cancellation())
     assert (await sessions.get(ALICE, session_id)).running is None
 
 
@@ -340,7 +445,7 @@ async def test_a_turn_ends_with_a_last_event(sessions: Sessions) -> None:
     session_id = await created(sessions)
     turn = await begun(sessions, session_id)
     with pytest.raises(InvalidArgument):
-        await sessions.fail_turn(ALICE, session_id, turn, events_pb2.TurnEvent())
+        await fail(sessions, session_id, turn, events_pb2.TurnEvent())
 
 
 async def test_unknown_foreign_and_malformed_ids_are_one_answer(sessions: Sessions) -> None:
@@ -462,7 +567,7 @@ def meta_key(store: Store, session_id: SessionId, part: str = "meta") -> str:
         ("LSET", "turns", 1, b""),
         ("LSET", "turns", 0, b"\xff" * 99),
         ("HDEL", "meta", "chain"),
-        ("HDEL", "meta", "params"),
+        ("HDEL", "meta", "nonce"),
         ("HSET", "meta", "head", "x"),
         ("HSET", "meta", "tenant", "bob"),
         ("HSET", "meta", "chain", b"\1" * 32),
@@ -550,7 +655,7 @@ async def test_a_caller_that_goes_away_while_beginning_leaves_no_turn(sessions: 
                 await task
         else:
             turn = await task
-            await sessions.fail_turn(ALICE, session_id, turn, failure(14))
+            await fail(sessions, session_id, turn, failure(14))
         await sessions.close()
         assert (await sessions.get(ALICE, session_id)).running is None
 
@@ -612,14 +717,13 @@ async def test_random_walk_agrees_with_a_model(sessions: Sessions, store: Store)
     held: list[BegunTurn] = []
     for _ in range(300):
         router, key = rng.choice(routers), f"k{rng.randrange(40)}"
-        match rng.choice(["begin", "begin", "commit", "cancel", "fail", "stale", "read"]):
+        match rng.choice(["begin", "begin", "take over", "commit", "cancel", "fail", "stale", "read"]):
             case "begin":
-                epoch = running.epoch if running and rng.random() < 0.3 else None
-                result = await outcome(begin(router, session_id, key, supersede_epoch=epoch))
+                result = await outcome(begin(router, session_id, key))
                 if key in outcomes and not (running and running.key == key):
                     assert isinstance(result, ReplayedTurn)
                     assert result.record == outcomes[key]
-                elif running and epoch is None:
+                elif running:
                     same = running.key == key
                     assert isinstance(result, RunningTurn) if same else result == "TURN_IN_PROGRESS"
                 else:
@@ -627,16 +731,22 @@ async def test_random_walk_agrees_with_a_model(sessions: Sessions, store: Store)
                     assert list(result.records) == records
                     running = result
                     held.append(result)
+            case "take over" if running:
+                at_router = await running_turn(router, session_id)
+                taken, _ = await router.take_over(ALICE, session_id, at_router)
+                assert (taken.turn_id, taken.epoch) == (running.turn_id, running.epoch + 1)
+                running = taken
+                held.append(taken)
             case "commit" if running:
                 made = record(running, rng.randrange(50))
                 await router.commit_turn(running, made, rank="", num_context_tokens=0)
                 records.append(made)
                 outcomes[running.key], running = made, None
             case "cancel" if running:
-                await router.fail_turn(ALICE, session_id, running, cancellation())
+                await fail(router, session_id, running, cancellation())
                 outcomes[running.key], running = None, None
             case "fail" if running:
-                await router.fail_turn(ALICE, session_id, running, failure(14))
+                await fail(router, session_id, running, failure(14))
                 running = None
             case "stale" if held:
                 old = rng.choice(held)

@@ -15,7 +15,8 @@ import pytest
 import seamount.router.store as store_module
 from seamount.cluster.redis_server import RedisServer
 from seamount.router.directory import Beat, PeerRecord, Role
-from seamount.router.sessions import BegunTurn, Sessions
+from seamount.router.session_turns import BegunTurn
+from seamount.router.sessions import Sessions
 from seamount.router.store import LIBRARY, Store, check_server
 from seamount.router.watcher import Directory
 from seamount.v1 import record_pb2, session_pb2
@@ -44,7 +45,7 @@ async def created(sessions: Sessions, key: str = "") -> SessionId:
 
 async def begun(sessions: Sessions, session_id: SessionId, key: str) -> BegunTurn:
     turn = await sessions.begin_turn(
-        TENANT, session_id, key=key, body_hash=b"b" * 32, parameters=b"", time_to_live_s=60.0
+        TENANT, session_id, key=key, body_hash=b"b" * 32, start=record_pb2.TurnStart(), time_to_live_s=60.0
     )
     assert isinstance(turn, BegunTurn)
     return turn
@@ -173,7 +174,7 @@ async def test_a_full_store_refuses_new_work_and_lets_running_work_end(tmp_path:
         await commit(sessions, turn)
         event = record_pb2.TurnRecord().final_event
         event.failed.status.code = 14
-        await sessions.fail_turn(TENANT, ids[1], other, event)
+        await sessions.fail_turn(TENANT, ids[1], other, event, log_end="0-1")
         await sessions.delete(TENANT, ids[2])
         assert (await sessions.get(TENANT, ids[0])).session.head == 1
         await store.close()

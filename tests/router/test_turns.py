@@ -4,57 +4,23 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator
-from pathlib import Path
 from typing import Any
 
 import pytest
 
-from seamount.router.history import History
-from seamount.router.model import ServedModel
-from seamount.router.rendering import Rendering
-from seamount.router.sessions import Sessions
-from seamount.router.spec import RouterSpec
+from seamount.router.running_index import RELEASED
 from seamount.router.store import Store
 from seamount.router.tokenizer import Tokenizer
 from seamount.router.turns import Turns
 from seamount.v1 import common_pb2, events_pb2, session_pb2
 from seamount.wire.errors import Aborted, SeamountError, Unavailable
-from seamount.wire.ids import RouterId, SessionId, TenantId
+from seamount.wire.ids import SessionId, TenantId
 
 ALICE = TenantId("alice")
-SECRET = bytes(32)
-
-
-def make_turns(store: Store, system: Any, tokenizer: Tokenizer, name: str, **changes: Any) -> Turns:
-    spec = RouterSpec(
-        router_id=RouterId(name),
-        cluster_name="scripted",
-        redis_url="",
-        model_path=Path(),
-        model_name="m",
-        max_context_tokens=1 << 20,
-        **changes,
-    )
-    model = ServedModel(
-        name="m",
-        tokenizer=tokenizer,
-        history=History(tokenizer, "f"),
-        vocab_size=tokenizer.vocab_size,
-        max_context_tokens=1 << 20,
-    )
-    return Turns(
-        spec=spec,
-        model=model,
-        sessions=Sessions(store, secret=SECRET, router_id=spec.router_id),
-        ranks=system.ranks,
-        watcher=system.watcher,
-        rendering=Rendering(model.history),
-        secret=SECRET,
-    )
 
 
 @pytest.fixture
-async def turns(store: Store, system: Any, tokenizer: Tokenizer) -> AsyncIterator[Turns]:
+async def turns(store: Store, system: Any, tokenizer: Tokenizer, make_turns: Any) -> AsyncIterator[Turns]:
     made = make_turns(store, system, tokenizer, "router-a")
     yield made
     await made.stop(0.0)
@@ -67,7 +33,7 @@ async def session(turns: Turns, *, key: str = "", **defaults: Any) -> SessionId:
         idempotency_key=key, defaults=common_pb2.SamplingParameters(**{"max_output_tokens": 5, **defaults})
     )
     made = await turns.sessions.create(ALICE, request, model="m")
-    turns.remember(ALICE, made)
+    turns.admission.remember(ALICE, made)
     return SessionId(made.id)
 
 
@@ -153,16 +119,18 @@ async def test_a_turn_that_begins_while_the_router_leaves_is_given_back(
     assert (await turns.sessions.get(ALICE, session_id)).running is None
 
 
-async def test_stop_gives_sessions_back_and_tells_the_clients(turns: Turns, system: Any) -> None:
+async def test_stop_hands_turns_over_and_tells_the_clients(turns: Turns, system: Any) -> None:
     rank = await system.add("decode-a")
     rank.on_generate = endless
     session_id = await session(turns)
     following = asyncio.create_task(events(turns, request(session_id)))
     await system.until(lambda: rank.generated)
     await turns.stop(0.1)
-    assert "leaving" in last(await following)
-    view = await turns.sessions.get(ALICE, session_id)
-    assert (view.running, view.session.head) == (None, 0)
+    with pytest.raises(Unavailable) as caught:
+        await following
+    assert caught.value.reason == "ROUTER_LEAVING"
+    assert await turns.sessions.index.owners() == [RELEASED]
+    assert (await turns.sessions.get(ALICE, session_id)).running is not None
     assert len(rank.released) == 1
 
 
@@ -201,8 +169,9 @@ async def test_where_the_store_says_nothing_the_client_is_told_to_retry(
 
     monkeypatch.setattr(turns.sessions, "commit_turn", silent)
     monkeypatch.setattr(turns.sessions, "fail_turn", silent)
-    told = await events(turns, request(await session(turns)))
-    assert "retry with the same key" in last(told)
+    with pytest.raises(Unavailable) as caught:
+        await events(turns, request(await session(turns)))
+    assert caught.value.reason == "OUTCOME_UNKNOWN"
 
 
 async def test_a_deadline_in_mid_commit_does_not_deny_the_commit(
@@ -286,7 +255,7 @@ async def test_delete_while_running_ends_the_turn(turns: Turns, system: Any) -> 
 
 
 async def test_cancel_of_another_routers_turn_that_was_committed_meanwhile(
-    turns: Turns, system: Any, store: Store, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
+    turns: Turns, system: Any, store: Store, tokenizer: Tokenizer, make_turns: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     await system.add("decode-a")
     other = make_turns(store, system, tokenizer, "router-b")
@@ -312,7 +281,7 @@ async def test_cancel_of_another_routers_turn_that_was_committed_meanwhile(
 
 
 async def test_defaults_of_a_session_made_anew_elsewhere(
-    turns: Turns, system: Any, store: Store, tokenizer: Tokenizer
+    turns: Turns, system: Any, store: Store, tokenizer: Tokenizer, make_turns: Any
 ) -> None:
     """Under its old key it has its old id, too: what this router remembers is another session's."""
     rank = await system.add("decode-a")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from pathlib import Path
@@ -77,7 +78,6 @@ def start_cluster(make_settings: Callable[[Mapping[str, Any] | None], Settings])
 @pytest.fixture(scope="session")
 def pages_are_back() -> Callable[[AsyncClient], Awaitable[None]]:
     """Asserts, within a second, that no rank holds a reservation and every page is free or merely cached."""
-    import asyncio
 
     async def check(client: AsyncClient) -> None:
         held: list[str] = []
@@ -95,3 +95,18 @@ def pages_are_back() -> Callable[[AsyncClient], Awaitable[None]]:
         raise AssertionError(f"not given back: {held}")
 
     return check
+
+
+@pytest.fixture(scope="session")
+def the_busy_decode_rank() -> Callable[[LocalCluster, AsyncClient], Awaitable[str]]:
+    """The process that generates; ranks' states reach the router ten times a second, so it may take a look or two."""
+
+    async def find(cluster: LocalCluster, client: AsyncClient) -> str:
+        for _ in range(20):
+            busy = [r.state for r in await client.list_ranks() if r.state.num_running and "decode" in r.state.gang_id]
+            if len(busy) == 1:
+                return next(name for name, p in cluster.processes.items() if p.pid == busy[0].process_id)
+            await asyncio.sleep(0.05)
+        raise AssertionError("no decode rank is seen to generate")
+
+    return find

@@ -85,7 +85,9 @@ async def test_prefill_killed_during_a_push(cluster: LocalCluster, client: Async
     await until_alive(client, "prefill")
 
 
-async def test_decode_killed_under_a_stream(cluster: LocalCluster, client: AsyncClient) -> None:
+async def test_decode_killed_under_a_stream(
+    cluster: LocalCluster, client: AsyncClient, the_busy_decode_rank: Callable[..., Awaitable[str]]
+) -> None:
     # Long enough (seconds) that the kill surely falls into it; with this seed the model does not end it earlier.
     sampling = Sampling(max_output_tokens=400, temperature=0.8, seed=9)
     expected = await undisturbed(client, "tell me a story", sampling)
@@ -102,16 +104,6 @@ async def test_decode_killed_under_a_stream(cluster: LocalCluster, client: Async
     assert turn.receipt.num_retries == 1
     assert turn.usage.num_output_tokens == 400
     await cluster.start_gang("decode", killed.split(".")[0])
-
-
-async def the_busy_decode_rank(cluster: LocalCluster, client: AsyncClient) -> str:
-    """The process that generates; ranks' states reach the router ten times a second, so it may take a look or two."""
-    for _ in range(20):
-        busy = [r.state for r in await client.list_ranks() if r.state.num_running and "decode" in r.state.gang_id]
-        if len(busy) == 1:
-            return next(name for name, p in cluster.processes.items() if p.pid == busy[0].process_id)
-        await asyncio.sleep(0.05)
-    raise AssertionError("no decode rank is seen to generate")
 
 
 async def until_alive(client: AsyncClient, pool: str) -> None:

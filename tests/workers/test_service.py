@@ -17,7 +17,7 @@ from seamount.wire.errors import InvalidArgument, SeamountError, from_rpc_error
 from seamount.wire.ids import GangId, RankId
 from seamount.wire.interceptors import rank_interceptors
 from seamount.workers.prefill import Prefill
-from seamount.workers.service import WorkerService
+from seamount.workers.service import ORPHAN_TIME_TO_LIVE_S, WorkerService
 from seamount.workers.spec import RankSpec
 
 MAX_CONTEXT = 200
@@ -176,4 +176,6 @@ async def test_a_call_that_goes_away_or_runs_out_of_time_is_counted_out(served: 
     async with asyncio.timeout(5):
         while served.service.num_streams or served.service.active:  # noqa: ASYNC110 - at the other end of a socket
             await asyncio.sleep(0.01)
+    orphan = served.rank.reservations.get(reserved.reservation_id)
+    assert orphan.time_to_live_s == ORPHAN_TIME_TO_LIVE_S, "whoever held it may be dead"
     await served.stub.Release(worker_pb2.ReleaseRequest(reservation_id=reserved.reservation_id), timeout=5)

@@ -1,0 +1,99 @@
+"""From a turn that holds its session to one that can run: prompt, parameters, generation, events, log."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from seamount.router.account import Account
+from seamount.router.events import TurnEvents, turn_events
+from seamount.router.generation import Generation
+from seamount.router.logged_turn import LoggedTurn, started_event
+from seamount.router.messages import Message, check_turn, thinking_mode_from_proto, tool_calls_from_proto
+from seamount.router.model import ServedModel
+from seamount.router.parameters import fit_context
+from seamount.router.parsing import OutputMode
+from seamount.router.ranks import Ranks
+from seamount.router.rendering import Rendering
+from seamount.router.session_turns import BegunTurn
+from seamount.router.spec import RouterSpec
+from seamount.router.token_log import START_ID, TokenLog
+from seamount.router.turn import Turn
+from seamount.router.turn_stream import TurnStream
+from seamount.v1 import record_pb2
+from seamount.wire.hashes import tenant_salt
+from seamount.wire.ids import RankId
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TurnMaker:
+    """What every turn of a router is made with."""
+
+    spec: RouterSpec
+    model: ServedModel
+    ranks: Ranks
+    rendering: Rendering
+    token_log: TokenLog
+    secret: bytes
+
+    async def make(
+        self,
+        begun: BegunTurn,
+        start: record_pb2.TurnStart,
+        messages: Sequence[Message],
+        *,
+        deadline: float,
+        logged: LoggedTurn | None = None,
+    ) -> Turn:
+        """deadline: by ``time.monotonic()``. logged: of a turn that is taken over: it goes on behind these tokens, and
+        their events stand in its stream. Raises ``FailedPrecondition`` and ``InvalidArgument`` as ``check_turn`` and
+        ``fit_context`` do."""
+        session = begun.view.session
+        mode, sampling = thinking_mode_from_proto(session.thinking_mode), start.sampling
+        plan = check_turn(tool_calls_from_proto(session.pending_tool_calls), messages)
+        prompt = await self.rendering.prompt(begun.records, messages, mode, num_bytes=start.ByteSize())
+        room = fit_context(sampling, num_prompt_tokens=len(prompt), max_context_tokens=self.spec.max_context_tokens)
+        logged = logged or LoggedTurn(start=start, end=START_ID)
+        preferred = logged.decode_rank or begun.view.last_rank
+        generation = None
+        if plan.generates:
+            generation = Generation(
+                ranks=self.ranks,
+                rules=self.spec.rules,
+                session_id=begun.session_id,
+                turn_id=begun.turn_id,
+                epoch=begun.epoch,
+                cache_salt=tenant_salt(self.secret, begun.tenant),
+                prompt=prompt,
+                sampling=room,
+                preferred=RankId(preferred) if preferred else None,
+                account=Account(started=time.monotonic()),
+                max_attempts=self.spec.max_attempts,
+                deadline=deadline,
+                eos_token_id=self.model.tokenizer.eos_token_id,
+                forced_token_ids=start.forced_token_ids,
+                token_ids=list(logged.token_ids),
+            )
+        events = TurnEvents(begun.turn_id, None)
+        if plan.generates:
+            events = turn_events(begun.turn_id, OutputMode.of(mode), sampling, self.model.tokenizer)
+        stream = TurnStream()
+        if logged.num_prompt_tokens:
+            stream.append([started_event(events, session, logged)])
+            stream.append(events.tokens(logged.token_ids, logged.logprobs) if logged.token_ids else ())
+        return Turn(
+            begun=begun,
+            input=list(start.input),
+            plan=plan,
+            mode=mode,
+            model=self.model.name,
+            sampling=sampling,
+            num_prompt_tokens=logged.num_prompt_tokens or len(prompt),
+            generation=generation,
+            events=events,
+            deadline=deadline,
+            log=self.token_log.open(begun, stream.append, end=logged.end, num_tokens=len(logged.token_ids)),
+            stream=stream,
+            logprobs=list(logged.logprobs),
+        )
