@@ -108,7 +108,7 @@ class Training:
         (loss + MTP_WEIGHT * mtp_loss).backward()
         imbalance = balance(self.model, [*loads, load])
         self._sums.add(loss=loss, mtp_loss=mtp_loss, imbalance=imbalance)
-        self._sums.add(accuracy=own.correct / max(1, batch.next_tokens.count))
+        self._sums.add(accuracy=own.seen / max(1, batch.next_tokens.count))
         if isinstance(attend, SelectedAttention):
             self._sums.add(divergence=attend.divergence)
 

@@ -69,7 +69,7 @@ def test_cross_entropy_and_its_gradients(seed: int, monkeypatch: pytest.MonkeyPa
     logits = hidden.double() @ head.double().T
     expected = -(logits.softmax(-1).log()[torch.arange(43), targets] * weights).sum()
     assert sums.loss.item() == pytest.approx(expected.item(), rel=1e-5)
-    assert sums.correct.item() == ((logits.argmax(-1) == targets) * weights).sum().item()
+    assert sums.seen.item() == ((logits.argmax(-1) == targets) * weights).sum().item()
     own = torch.autograd.grad(0.25 * sums.loss, (hidden, head))
     wanted = torch.autograd.grad(0.25 * expected, (hidden, head))
     for actual, reference in zip(own, wanted, strict=True):
@@ -200,3 +200,23 @@ def test_selecting_everything_is_dense(seed: int) -> None:
         dense, _ = model(tokens, angles, DenseAttention(ids, scale))
         selected, _ = model(tokens, angles, SelectedAttention(Rows(ids, positions), 64, scale, None))
     assert (dense - selected)[ids >= 0].abs().max() < 1e-4
+
+
+def test_policy_loss_and_its_gradients(seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(objectives, "HEAD_ROWS", 16)
+    hidden = torch.randn(43, 24, requires_grad=True)
+    head = (0.3 * torch.randn(77, 24)).requires_grad_()
+    targets, advantages = torch.randint(77, (43,)), torch.randn(43) * (torch.rand(43) > 0.2)
+    logprobs = (hidden.double() @ head.double().T).softmax(-1).log()[torch.arange(43), targets]
+    drawn = (logprobs + 0.3 * torch.randn(43)).detach()
+    sums = objectives.policy_loss(hidden, head, targets, advantages, drawn.float())
+    ratio = (logprobs - drawn).exp()
+    bounded = torch.clamp(ratio, 0.8, 1.2)
+    expected = -torch.stack([ratio * advantages, bounded * advantages]).min(0).values.sum()
+    assert sums.loss.item() == pytest.approx(expected.item(), rel=1e-4)
+    outside = ((ratio > 1.2) & (advantages > 0)) | ((ratio < 0.8) & (advantages < 0))
+    assert sums.seen.item() == outside.sum().item() > 0
+    own = torch.autograd.grad(0.25 * sums.loss, (hidden, head))
+    wanted = torch.autograd.grad(0.25 * expected, (hidden, head))
+    for actual, reference in zip(own, wanted, strict=True):
+        torch.testing.assert_close(actual, reference, rtol=1e-3, atol=1e-5)

@@ -232,6 +232,6 @@ def test_stages_come_in_order(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
         return " ".join(result.output.replace("│", " ").split())
 
     assert "starts from an earlier one" in told("--stage", "sparse")
-    assert "choose one of dense, indexer, sparse" in told("--stage", "wrong")
+    assert "choose one of dense, indexer, sparse, reinforce" in told("--stage", "wrong")
     (tmp_path / train.STATE).write_text(json.dumps({"stage": "dense", "step": 9, "done": False, "runs": []}))
     assert "cannot go on from there" in told("--stage", "indexer", "--resume", str(tmp_path))

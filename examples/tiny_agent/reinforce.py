@@ -1,0 +1,247 @@
+"""The reinforcement stage: tasks attempted in groups, weighed by what their checkers say (GRPO).
+
+    A_i = reward_i - mean of its group's rewards        (not divided by the deviation: arXiv 2512.02556)
+
+Each step samples ``GROUP`` attempts at every one of ``TASKS`` tasks with the model as it is served (bfloat16, selected
+tokens, index keys in FP8) and makes one update on what was sampled: PPO's clipped ratio against the probabilities that
+the sampling returned, every sampled token weighing the same. The indexers stay as they are.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol, TypeVar
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from examples.tiny_agent.config import DENSE_LENGTH
+from examples.tiny_agent.data import PADDING
+from examples.tiny_agent.episodes import Episode
+from examples.tiny_agent.export import checkpoint_views
+from examples.tiny_agent.indexing import Rows, SelectedAttention
+from examples.tiny_agent.model import Model
+from examples.tiny_agent.objectives import policy_loss
+from examples.tiny_agent.optimizer import Optimizer
+from examples.tiny_agent.rollouts import Reply, Rollouts
+from examples.tiny_agent.stages import trained_parameters
+from examples.tiny_agent.tasks import MAKERS, make_task
+from examples.tiny_agent.values import Split
+from seamount.kernels.layout import CacheLayout
+from seamount.router.history import History
+from seamount.router.tokenizer import Tokenizer
+from seamount.workers.experts.dispatch import LocalExperts
+from seamount.workers.model.parameters import parameter_shapes
+from seamount.workers.model.transformer import Transformer
+
+TASKS, GROUP = 32, 8
+MAX_NEW = 384
+"""Tokens of one reply."""
+ROWS = 16
+"""Sequences of ``DENSE_LENGTH`` tokens in one backward pass."""
+MATRIX_LR, OTHER_LR = 2e-4, 2e-4
+INVALID_CALL_COST = 0.2
+STEPS = 100
+"""Of the whole stage."""
+
+
+class Attempt(Protocol):
+    """An attempt at a task, as ``episodes.Episode`` makes them."""
+
+    done: bool
+
+    def prompt(self) -> Sequence[int]:
+        """All tokens up to the assistant's next reply."""
+
+    def take(self, token_ids: Sequence[int]) -> None:
+        """What the assistant said to that, EOS included where it came."""
+
+
+Tried = TypeVar("Tried", bound=Attempt)
+
+
+@dataclass(slots=True)
+class Transcript:
+    """Tokens of one context. drawn: each sampled one's log-probability, NaN for the others."""
+
+    token_ids: list[int] = field(default_factory=list)
+    drawn: list[float] = field(default_factory=list)
+
+    def extend(self, prompt: Sequence[int], reply: Reply) -> bool:
+        """Append what the prompt has beyond this context, and the reply; False if it does not continue it."""
+        known = len(self.token_ids)
+        if list(prompt[:known]) != self.token_ids:
+            return False
+        self.token_ids += [*prompt[known:], *reply.token_ids]
+        self.drawn += [*[float("nan")] * (len(prompt) - known), *reply.logprobs]
+        return True
+
+
+def attempt(
+    attempts: Sequence[Attempt],
+    rollouts: Rollouts,
+    *,
+    max_tokens: int,
+    generator: torch.Generator,
+    temperature: float = 1.0,
+) -> list[list[Transcript]]:
+    """Run all attempts to their end, side by side; what the contexts of each held.
+
+    One whose prompt leaves no room in ``max_tokens`` stays undone.
+    """
+    transcripts: list[list[Transcript]] = [[] for _ in attempts]
+    while True:
+        asked = {i: tried.prompt() for i, tried in enumerate(attempts) if not tried.done}
+        prompts = {i: prompt for i, prompt in asked.items() if len(prompt) < max_tokens}
+        if not prompts:
+            return transcripts
+        replies = rollouts.replies(prompts, max_new=MAX_NEW, temperature=temperature, generator=generator)
+        for i, reply in replies.items():
+            if not transcripts[i] or not transcripts[i][-1].extend(prompts[i], reply):
+                transcripts[i].append(Transcript())
+                transcripts[i][-1].extend(prompts[i], reply)
+            attempts[i].take(reply.token_ids)
+
+
+def advantages(rewards: Sequence[float], group: int) -> list[float]:
+    """Each reward minus its group's mean; groups are consecutive."""
+    groups = np.asarray(rewards, np.float64).reshape(-1, group)
+    return [float(value) for value in (groups - groups.mean(1, keepdims=True)).reshape(-1)]
+
+
+@dataclass(frozen=True, slots=True)
+class Packed:
+    """[ROWS, T] tensors. advantages: 0 where nothing was sampled."""
+
+    tokens: Tensor
+    document_ids: Tensor
+    positions: Tensor
+    advantages: Tensor
+    drawn: Tensor
+
+
+def packed(samples: Sequence[tuple[Transcript, float]], length: int, device: torch.device) -> Iterator[Packed]:
+    """Transcripts of at most ``length`` tokens with their advantages, the longest first, each into the first row that
+    has room."""
+    rows: list[list[tuple[Transcript, float]]] = []
+    for sample in sorted(samples, key=lambda sample: -len(sample[0].token_ids)):
+        size = len(sample[0].token_ids)
+        fitting = (row for row in rows if sum(len(other.token_ids) for other, _ in row) + size <= length)
+        row = next(fitting, None)
+        if row is None:
+            rows.append(row := [])
+        row.append(sample)
+    for start in range(0, len(rows), ROWS):
+        yield _packed_block(rows[start : start + ROWS], length, device)
+
+
+def _packed_block(rows: Sequence[Sequence[tuple[Transcript, float]]], length: int, device: torch.device) -> Packed:
+    tokens, positions = np.zeros((ROWS, length), np.int64), np.zeros((ROWS, length), np.int64)
+    ids = np.full((ROWS, length), PADDING, np.int64)
+    weights, drawn = np.zeros((ROWS, length), np.float32), np.zeros((ROWS, length), np.float32)
+    for b, row in enumerate(rows):
+        at = 0
+        for number, (transcript, advantage) in enumerate(row):
+            own = slice(at, at + len(transcript.token_ids))
+            logprobs = np.asarray(transcript.drawn, np.float32)
+            sampled = ~np.isnan(logprobs)
+            tokens[b, own], ids[b, own] = transcript.token_ids, number
+            positions[b, own] = np.arange(len(transcript.token_ids))
+            weights[b, own] = np.where(sampled, advantage, 0.0)
+            drawn[b, own] = np.where(sampled, logprobs, 0.0)
+            at = own.stop
+    arrays: tuple[npt.NDArray[Any], ...] = (tokens, ids, positions, weights, drawn)
+    return Packed(*(torch.from_numpy(array).to(device) for array in arrays))
+
+
+def draw_attempts(step: int, *, seed: int, tokenizer: Tokenizer) -> list[Episode]:
+    """``GROUP`` episodes of each task of a step, groups together; all kinds of tasks but needles."""
+    history = History(tokenizer, "reinforcement")
+    kinds = random.Random(repr((seed, step))).choices(list(MAKERS), k=TASKS)
+    tasks = [make_task(kind, split=Split.TRAINING, seed=seed, index=step * TASKS + i) for i, kind in enumerate(kinds)]
+    return [Episode(task, tokenizer, history) for task in tasks for _ in range(GROUP)]
+
+
+def reward(episode: Episode) -> float:
+    """1 for a task that was done; a part of each call that its tool could not take is lost."""
+    if not episode.done:
+        return 0.0
+    outcome = episode.outcome()
+    invalid = (outcome.num_calls - outcome.num_valid_calls) / max(1, outcome.num_calls)
+    return float(outcome.succeeded) - INVALID_CALL_COST * invalid
+
+
+class Reinforcement:
+    """model: on the device where it trains, after the sparse stage."""
+
+    def __init__(self, model: Model, *, seed: int) -> None:
+        self.model = model
+        self._device = model.embed_tokens.device
+        trained = trained_parameters(model, "dense")
+        self._optimizer = Optimizer(trained.matrices, trained.others, weight_decay=0.0)
+        self._generator = torch.Generator(device=self._device).manual_seed(seed)
+        served = served_model(model)
+        self._rollouts = Rollouts(served, num_conversations=TASKS * GROUP, max_tokens=DENSE_LENGTH)
+
+    def step(self, attempts: Sequence[Tried], judge: Callable[[Tried], float]) -> dict[str, float]:
+        """Sample, judge, update. attempts: the groups one after the other; judge: the reward of one that is over."""
+        transcripts = attempt(attempts, self._rollouts, max_tokens=DENSE_LENGTH, generator=self._generator)
+        rewards = [judge(tried) for tried in attempts]
+        weights = advantages(rewards, GROUP)
+        samples = [(one, weight) for many, weight in zip(transcripts, weights, strict=True) for one in many]
+        useful = [sample for sample in samples if sample[1] != 0]
+        loss, clipped, num_sampled = self._update(useful)
+        self._rollouts.use(served_model(self.model))
+        return {
+            "reward": float(np.mean(rewards)),
+            "mixed_groups": float(np.asarray(weights).reshape(-1, GROUP).any(1).mean()),
+            "loss": loss,
+            "clipped": clipped / max(1, num_sampled),
+            "sampled_tokens": float(num_sampled),
+        }
+
+    def _update(self, samples: Sequence[tuple[Transcript, float]]) -> tuple[float, float, int]:
+        num_sampled = sum(int((~np.isnan(one.drawn)).sum()) for one, _ in samples)
+        loss, clipped = torch.zeros((), device=self._device), torch.zeros((), device=self._device)
+        for block in packed(samples, DENSE_LENGTH, self._device):
+            part, some = policy_gradient(self.model, block, num_sampled)
+            loss, clipped = loss + part, clipped + some
+        if num_sampled:
+            self._optimizer.step(MATRIX_LR, OTHER_LR)
+        return float(loss), float(clipped), num_sampled
+
+
+def policy_gradient(model: Model, block: Packed, num_sampled: int) -> tuple[Tensor, Tensor]:
+    """Add the gradient of the policy loss over ``num_sampled``; returns this block's part of it, and clipped tokens."""
+    attend = SelectedAttention(
+        Rows(block.document_ids, block.positions), model.config.index_topk, model.config.softmax_scale, None
+    )
+    hidden, _ = model(block.tokens, model.angles(block.positions), attend)
+    rows = model.head_input(hidden).flatten(0, 1)
+    # The row before a token predicts it; nothing is sampled at the first token of a row, so the last predicts nothing.
+    columns = (values.roll(-1, 1).flatten() for values in (block.tokens, block.advantages, block.drawn))
+    sums = policy_loss(rows, model.lm_head, *columns)
+    (sums.loss / num_sampled).backward()
+    return sums.loss.detach() / num_sampled, sums.seen
+
+
+def served_model(model: Model) -> Transformer:
+    """The serving engine's model with the parameters as they are now, in the activations' dtype."""
+    config = model.config
+    layout = CacheLayout.create(
+        "bf16" if model.dtype == torch.bfloat16 else "exact",
+        kv_lora_rank=config.kv_lora_rank,
+        qk_rope_head_dim=config.qk_rope_head_dim,
+        index_head_dim=config.index_head_dim,
+        dtype=model.dtype,
+    )
+    views = checkpoint_views(model)
+    names = parameter_shapes(config, range(config.n_routed_experts))
+    # Copies: what the model keeps in float32 must not change while it samples.
+    return Transformer(
+        config, layout, {name: views[name].clone() for name in names}, LocalExperts(config.n_routed_experts)
+    )
