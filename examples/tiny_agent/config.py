@@ -19,7 +19,7 @@ from rich.table import Table
 from seamount.workers.model.config import ModelConfig
 from seamount.workers.model.parameters import parameter_shapes
 
-VOCAB_SIZE = 6144
+VOCAB_SIZE = 4096
 """Rows of the embedding; the tokenizer's ids lie below."""
 MAX_POSITION = 16384
 DENSE_LENGTH = 2048
@@ -31,7 +31,7 @@ CONFIG: Mapping[str, Any] = MappingProxyType(
         "model_type": "deepseek_v32",
         "vocab_size": VOCAB_SIZE,
         "hidden_size": 256,
-        "intermediate_size": 512,
+        "intermediate_size": 1024,
         "moe_intermediate_size": 128,
         "num_hidden_layers": 4,
         "num_nextn_predict_layers": 1,
