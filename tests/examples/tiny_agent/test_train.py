@@ -1,0 +1,110 @@
+"""The command, stage after stage, with a model and stages small enough for a CPU."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from click.testing import Result
+from typer.testing import CliRunner
+
+from examples.tiny_agent import export, feeding, objectives, reinforce, train
+from examples.tiny_agent.config import VOCAB_SIZE, model_config
+from seamount.workers.model.weights import load_model
+
+torch.set_num_threads(1)
+SMALL = {
+    "vocab_size": VOCAB_SIZE,
+    "hidden_size": 32,
+    "intermediate_size": 32,
+    "moe_intermediate_size": 16,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "q_lora_rank": 16,
+    "kv_lora_rank": 32,
+    "index_n_heads": 2,
+    "index_head_dim": 64,
+    "index_topk": 64,
+}
+
+
+@pytest.fixture(autouse=True)
+def _small(monkeypatch: pytest.MonkeyPatch) -> None:
+    stages = {
+        name: dataclasses.replace(
+            stage, sequence_length=1024, batch_size=1, steps=3, mixture=train.STAGES["dense"].mixture
+        )
+        for name, stage in train.STAGES.items()
+    }
+    monkeypatch.setattr(train, "STAGES", stages)
+    monkeypatch.setattr(train, "STEPS", 1)
+    monkeypatch.setattr(train, "model_config", lambda: model_config(**SMALL))
+    monkeypatch.setattr(feeding, "HEAD_ROWS", 256)
+    monkeypatch.setattr(objectives, "HEAD_ROWS", 256)
+    monkeypatch.setattr(export, "CONFIG", dict(export.CONFIG) | SMALL)
+    for name, value in {"TASKS": 2, "GROUP": 2, "MAX_NEW": 8, "ROWS": 1}.items():
+        monkeypatch.setattr(reinforce, name, value)
+
+
+def _invoke(*args: object) -> Result:
+    fixed = ["--device", "cpu", "--workers", "0"]
+    return CliRunner().invoke(train.app, [str(arg) for arg in args] + fixed)
+
+
+def _run(stage: str, out: Path, *args: object) -> dict[str, Any]:
+    result = _invoke("--stage", stage, "--out", out, *args)
+    assert result.exit_code == 0, result.output
+    state: dict[str, Any] = json.loads((out / train.STATE).read_text())
+    return state
+
+
+def _lines(folder: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_stages_follow_each_other(tmp_path: Path) -> None:
+    dense, rest = tmp_path / "dense", tmp_path / "rest"
+    assert _run("dense", dense, "--steps", 2)["step"] == 2
+    state = _run("dense", dense, "--resume", dense)
+    assert (state["step"], state["done"]) == (3, True)
+    assert [run["steps"] for run in state["runs"]] == [[0, 2], [2, 3]]
+    assert [line["step"] for line in _lines(dense)] == [2, 3]
+    assert _invoke("--stage", "dense", "--out", dense, "--resume", dense).exit_code == 2
+    assert _run("indexer", rest, "--resume", dense)["step"] == 3
+    assert _run("sparse", rest, "--resume", rest)["step"] == 3
+    assert _run("reinforce", rest, "--resume", rest)["done"]
+    assert [line["stage"] for line in _lines(rest)] == ["indexer", "sparse", "reinforce"]
+    names = {file.name for file in rest.iterdir()}
+    assert {"config.json", "tokenizer.json", "tokenizer_config.json", "generation_config.json"} <= names
+    assert len(names) <= 10
+    assert load_model(rest, dtype=torch.float32, layout_name="exact").config.num_hidden_layers == 2
+
+
+def test_a_run_is_repeated_by_its_seed(tmp_path: Path) -> None:
+    first, second, other = (tmp_path / name for name in ("first", "second", "other"))
+    _run("dense", first, "--steps", 2)
+    _run("dense", second, "--steps", 2)
+    _run("dense", other, "--steps", 2, "--seed", 2)
+    losses = [_lines(folder)[-1]["loss"] for folder in (first, second, other)]
+    assert losses[0] == losses[1] != losses[2]
+
+
+def test_a_deadline_stops_a_run_that_can_go_on(tmp_path: Path) -> None:
+    state = _run("dense", tmp_path / "none", "--minutes", 0)
+    assert (state["step"], state["done"]) == (0, False)
+    assert _run("dense", tmp_path / "none", "--resume", tmp_path / "none")["done"]
+
+
+def test_a_damaged_folder_is_refused(tmp_path: Path) -> None:
+    _run("dense", tmp_path / "a", "--minutes", 0)
+    shutil.copytree(tmp_path / "a", tmp_path / "b")
+    (tmp_path / "b" / export.INDEX).unlink()
+    result = _invoke("--stage", "dense", "--out", tmp_path / "c", "--resume", tmp_path / "b")
+    assert result.exit_code == 2
+    assert "training run wrote" in " ".join(result.output.replace("│", " ").split())
+    assert not (tmp_path / "c").exists()
