@@ -6,6 +6,7 @@ Rows hold several documents; attention stays inside one. On CUDA both forms run 
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -49,6 +50,7 @@ def attend(projected: Projected, mask: BlockMask | Tensor, scale: float) -> tupl
     if isinstance(mask, BlockMask):
         aux = AuxRequest(lse=True)
         out, extra = flex_attention(q, k, v, block_mask=mask, scale=scale, return_aux=aux, kernel_options=_TILES)
+        assert extra.lse is not None
         return out.transpose(1, 2), extra.lse
     logits = ((q @ k.mT).float() * scale).masked_fill(~mask.unsqueeze(1), float("-inf"))
     lse = logits.logsumexp(-1)
@@ -80,7 +82,7 @@ def document_mask(document_ids: Tensor) -> BlockMask:
     return block_mask(partial, full, visible)
 
 
-def block_mask(partial: Tensor, full: Tensor, visible: object) -> BlockMask:
+def block_mask(partial: Tensor, full: Tensor, visible: Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]) -> BlockMask:
     """partial, full: [B, query blocks, key blocks] bool: blocks that ``visible`` decides, and those it need not."""
     length = partial.shape[1] * BLOCK
     return BlockMask.from_kv_blocks(

@@ -97,6 +97,8 @@ def rope_half(x: Tensor, angles: Angles) -> Tensor:
 class Indexer(nn.Module):
     """Lightning indexer: I[t, s] = sum_h w[t, h] ReLU(q[t, h] . k[s])."""
 
+    hadamard: Tensor
+
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.heads, self.dim, self.rope_dim = config.index_n_heads, config.index_head_dim, config.qk_rope_head_dim
@@ -171,8 +173,10 @@ class MoE(nn.Module):
         y = sum_e w_e Down_e a_e = [w_1 a_1 | ... | w_E a_E | a_shared] [Down_1 | ... | Down_E | Down_shared]^T
 
     The same result as sending each token to its experts. With so few and so small experts the wasted products cost
-    less than sorting the tokens would: two large matrix products, static shapes.
+    less than sorting the tokens would: large matrix products, static shapes.
     """
+
+    gate_bias: Tensor
 
     def __init__(self, config: ModelConfig, residual_gain: float) -> None:
         super().__init__()
@@ -192,8 +196,8 @@ class MoE(nn.Module):
         """Returns [B, T, hidden] and the tokens that chose each expert [E] float32."""
         weights, chosen = self.route(x)
         weights = functional.pad(weights, (0, 1), value=1.0)
-        gate_up = torch.cat((self.experts_gate.flatten(0, 1), self.experts_up.flatten(0, 1)))
-        gate, up = functional.linear(x, gate_up.to(x.dtype)).chunk(2, -1)
+        gate = functional.linear(x, self.experts_gate.flatten(0, 1).to(x.dtype))
+        up = functional.linear(x, self.experts_up.flatten(0, 1).to(x.dtype))
         inner = (functional.silu(gate.float()) * up.float()).unflatten(-1, (weights.shape[-1], -1))
         inner = (inner * weights.unsqueeze(-1)).flatten(-2).to(x.dtype)
         down = self.experts_down.permute(1, 0, 2).flatten(1)
@@ -257,6 +261,8 @@ class MTPLayer(Layer):
 class Model(nn.Module):
     """dtype: of the activations; parameters are drawn float32 from torch's current generator."""
 
+    frequencies: Tensor
+
     def __init__(self, config: ModelConfig, dtype: torch.dtype = torch.bfloat16) -> None:
         super().__init__()
         self.config, self.dtype = config, dtype
@@ -281,8 +287,9 @@ class Model(nn.Module):
     def forward(self, tokens: Tensor, angles: Angles, attend: Attend) -> tuple[Tensor, list[Tensor]]:
         """tokens: [B, T] int64. Returns the last layer's output [B, T, hidden], not normalised, and each MoE layer's
         load."""
-        x, loads = self.embed(tokens), []
-        for layer in self.layers:
+        x = self.embed(tokens)
+        loads: list[Tensor] = []
+        for layer in self.main_layers():
             x, load = layer.finish(x, attend(layer, layer.project(x, angles), angles))
             if load is not None:
                 loads.append(load)
@@ -294,6 +301,7 @@ class Model(nn.Module):
         layer = self.mtp
         x = layer.merge(self.embed(next_tokens), x)
         x, load = layer.finish(x, attend(layer, layer.project(x, angles), angles))
+        assert load is not None, "this layer has experts"
         return layer.head_input(x), load
 
     @compiled
@@ -301,8 +309,13 @@ class Model(nn.Module):
         """``forward``'s hidden states as the head reads them."""
         return self.norm(x)
 
+    def main_layers(self) -> Iterator[Layer]:
+        for layer in self.layers:
+            assert isinstance(layer, Layer)
+            yield layer
+
     def all_layers(self) -> Iterator[Layer]:
-        yield from self.layers
+        yield from self.main_layers()
         yield self.mtp
 
 
