@@ -76,7 +76,7 @@ def batches(
         while True:
             yield make_batch(shape, index)
             index += 1
-    with multiprocessing.get_context("spawn").Pool(num_workers, initializer=_begin_worker) as pool:
+    with multiprocessing.get_context("spawn").Pool(num_workers, initializer=begin_worker) as pool:
         ahead = deque(pool.apply_async(packed_batch, (shape, first_batch + i)) for i in range(2 * num_workers))
         index = first_batch + len(ahead)
         while True:
@@ -103,7 +103,8 @@ class PackedBatch:
     """Of each row's documents."""
 
 
-def _begin_worker() -> None:
+def begin_worker() -> None:
+    """Prepares a process that makes batches."""
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # one thread a worker
 
 

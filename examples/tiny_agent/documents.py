@@ -12,6 +12,7 @@ from examples.tiny_agent.conversation import Conversation, Document, DocumentEnc
 from examples.tiny_agent.long_documents import make_long_document, needle_turn
 from examples.tiny_agent.shapes import NoVariant
 from examples.tiny_agent.tasks import MAKERS, SYSTEMS
+from examples.tiny_agent.tools import Tool
 from examples.tiny_agent.turns import Scene, TaskKind, Turn
 from examples.tiny_agent.values import INVENTED_SHARE, Draw, Split
 from seamount.router.messages import ThinkingMode
@@ -20,6 +21,11 @@ from seamount.router.tokenizer import Tokenizer
 TOKENIZER = Path(__file__).parent / "tokenizer"
 _AT_ONCE = 24
 """Conversations that are tokenised together."""
+_FULL_SHARE = 0.4
+"""Of conversations whose tools allow long chains of calls."""
+_TOOLS_BESIDE_NOTES = 0.35
+"""Of long documents that leave room for them: tools, and turns that need them between the questions."""
+_ROOM_FOR_TOOLS = 2500
 _MAX_REFUSALS = 12
 _TOKENS_OF_A_QUESTION = 90
 """Roughly, with its answer: what a long document leaves room for."""
@@ -120,36 +126,48 @@ class DocumentSource:
         length = int(least * (most / least) ** draw.rng.random())
         num_questions = max(1, min(24, (max_tokens - length) // _TOKENS_OF_A_QUESTION, length // 64))
         document = make_long_document(draw, self.count_tokens, length=length, num_targets=num_questions)
-        turns = tuple(needle_turn(draw, document, fact) for fact in document.targets)
-        return Conversation(system=document.text, tools=(), turns=turns)
+        turns = [needle_turn(draw, document, fact) for fact in document.targets]
+        tools: tuple[Tool, ...] = ()
+        if most - length > _ROOM_FOR_TOOLS and draw.chance(_TOOLS_BESIDE_NOTES):
+            scene = _scene(draw, mixture)
+            tools = tuple(scene.tools.tools)
+            turns = [*turns[: len(turns) // 2], *_turns(scene, mixture, at_most=max(1, len(turns) // 4))]
+            draw.rng.shuffle(turns)
+        return Conversation(system=document.text, tools=tools, turns=tuple(turns))
 
 
 def conversation(rng: random.Random, mixture: Mixture) -> Conversation:
     """Some turns over one world."""
     while True:
         draw = Draw(Split.TRAINING, rng, invented_share=mixture.invented_share)
-        try:
-            scene = Scene(
-                draw,
-                num_tables=draw.between(1, 3),
-                max_tools=draw.between(2, mixture.max_tools),
-                for_checking=False,
-            )
-        except NoVariant:
-            continue
-        turns = _turns(scene, mixture)
+        scene = _scene(draw, mixture)
+        turns = _turns(
+            scene, mixture, at_most=draw.between(1, mixture.usual_turns if draw.chance(0.5) else mixture.max_turns)
+        )
         if turns:
             return Conversation(system=draw.one(SYSTEMS), tools=tuple(scene.tools.tools), turns=turns)
 
 
-def _turns(scene: Scene, mixture: Mixture) -> tuple[Turn, ...]:
-    draw = scene.draw
-    count = draw.between(1, mixture.usual_turns if draw.chance(0.5) else mixture.max_turns)
+def _scene(draw: Draw, mixture: Mixture) -> Scene:
+    while True:
+        try:
+            return Scene(
+                draw,
+                num_tables=draw.between(1, 3),
+                max_tools=draw.between(2, mixture.max_tools),
+                full=draw.chance(_FULL_SHARE),
+                for_checking=False,
+            )
+        except NoVariant:
+            continue
+
+
+def _turns(scene: Scene, mixture: Mixture, *, at_most: int) -> tuple[Turn, ...]:
     kinds, weights = zip(*mixture.weights, strict=True)
     turns: list[Turn] = []
     refusals = 0
-    while len(turns) < count and refusals < _MAX_REFUSALS:
-        turn = MAKERS[draw.rng.choices(kinds, weights)[0]](scene)
+    while len(turns) < at_most and refusals < _MAX_REFUSALS:
+        turn = MAKERS[scene.draw.rng.choices(kinds, weights)[0]](scene)
         if turn is None:
             refusals += 1
         else:

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+from examples.tiny_agent.mentions import mentions
 from examples.tiny_agent.turns import Check, TaskKind, Turn
 from examples.tiny_agent.values import Draw
 
@@ -108,13 +109,15 @@ def needle_turn(draw: Draw, document: LongDocument, fact: Fact) -> Turn:
         for other in document.facts
         if other.value != fact.value and (other.key == fact.key or other.field == fact.field)
     ]
-    check = Check(values=(fact.value,), forbidden=tuple(dict.fromkeys(similar))[:_MAX_FORBIDDEN], max_calls=0)
+    answer = f"The {fact.field} of {subject} is {fact.value}."
+    forbidden = tuple(value for value in dict.fromkeys(similar) if not mentions(answer, value))[:_MAX_FORBIDDEN]
+    check = Check(values=(fact.value,), forbidden=forbidden, max_calls=0)
     return Turn(
         kind=TaskKind.NEEDLE,
         question=question,
         steps=(),
         reasoning=f"The notes say: {subject} has {fact.field} {fact.value}.",
-        answer=f"The {fact.field} of {subject} is {fact.value}.",
+        answer=answer,
         check=check,
     )
 

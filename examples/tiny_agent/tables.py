@@ -168,7 +168,7 @@ def _text(draw: Draw) -> Field:
 
 
 def _labels(draw: Draw) -> Field:
-    choices = tuple(dict.fromkeys(draw.repeatable(draw.words.tags) for _ in range(draw.between(3, 6))))
+    choices = tuple(dict.fromkeys(draw.word(draw.words.tags) for _ in range(draw.between(3, 6))))
     return Field(name=draw.word(draw.words.labels), kind=Kind.LABELS, choices=choices)
 
 

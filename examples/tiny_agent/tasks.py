@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import TypedDict
 
 from examples.tiny_agent.conversation import Conversation
 from examples.tiny_agent.long_documents import CountTokens, make_long_document, needle_turn
@@ -39,6 +40,12 @@ MAKERS: dict[TaskKind, Callable[[Scene], Turn | None]] = {
 _MAX_ATTEMPTS = 200
 
 
+class SceneSizes(TypedDict):
+    num_tables: int
+    max_tools: int
+    full: bool
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Task:
     """The last turn is of ``kind`` and decides; those before it prepare it. world: before the first turn.
@@ -61,7 +68,7 @@ def make_task(kind: TaskKind, *, split: Split, seed: int, index: int) -> Task:
     for attempt in range(_MAX_ATTEMPTS):
         draw = Draw(split, _rng(kind, split, seed, index, attempt))
         try:
-            scene = Scene(draw, num_tables=draw.between(1, 3), max_tools=draw.between(3, 8))
+            scene = Scene(draw, **_sizes(draw, kind))
         except NoVariant:
             continue
         turns = _turns(scene, kind)
@@ -71,6 +78,12 @@ def make_task(kind: TaskKind, *, split: Split, seed: int, index: int) -> Task:
                 kind=kind, split=split, seed=seed, index=index, conversation=conversation, world=scene.initial_world
             )
     raise AssertionError(f"no {kind.value} task was found in {_MAX_ATTEMPTS} attempts")
+
+
+def _sizes(draw: Draw, kind: TaskKind) -> SceneSizes:
+    if kind is TaskKind.MULTI:
+        return {"num_tables": draw.between(2, 3), "max_tools": draw.between(6, 9), "full": True}
+    return {"num_tables": draw.between(1, 3), "max_tools": draw.between(3, 8), "full": False}
 
 
 def _turns(scene: Scene, kind: TaskKind) -> tuple[Turn, ...] | None:

@@ -41,20 +41,25 @@ class Toolbox:
         return (tool for tool in self.tools if isinstance(tool, kind) and noun in ("", tool.noun))
 
 
-def make_toolbox(draw: Draw, world: World, *, max_tools: int) -> Toolbox:
-    """A look-up for every table, a calculator mostly, and a random choice of the others."""
+def make_toolbox(draw: Draw, world: World, *, max_tools: int, full: bool = False) -> Toolbox:
+    """A look-up for every table, a calculator mostly, and a random choice of the others, ``max_tools`` together.
+
+    full: a calculator and an update of every table for certain, so that long chains of calls are possible.
+    """
     makers: list[Callable[[], Tool | None]] = []
     for table in world.tables.values():
         makers += [
             lambda table=table: make_search(draw, table),  # type: ignore[misc]
-            lambda table=table: make_update(draw, table),  # type: ignore[misc]
             lambda table=table: make_create(draw, table),  # type: ignore[misc]
             lambda table=table: make_action(draw, table),  # type: ignore[misc]
             lambda table=table: make_release(draw, table),  # type: ignore[misc]
         ]
     tools: list[Tool | None] = [make_lookup(draw, table) for table in world.tables.values()]
-    if draw.chance(0.7):
-        makers.append(lambda: make_calculator(draw))
+    if full:
+        tools += [make_calculator(draw), *(make_update(draw, table) for table in world.tables.values())]
+    else:
+        makers += [lambda table=table: make_update(draw, table) for table in world.tables.values()]  # type: ignore[misc]
+        makers += [lambda: make_calculator(draw)] if draw.chance(0.7) else []
     for maker in draw.some(makers, max(0, min(len(makers), max_tools - len(tools)))):
         tools.append(maker())
     made = list({tool.name: tool for tool in tools if tool is not None}.values())

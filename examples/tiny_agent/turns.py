@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 from dataclasses import field as default
 from typing import Any
 
+from examples.tiny_agent.mentions import mentions
 from examples.tiny_agent.tables import Fault, Field, Rows, Table, World, make_world
 from examples.tiny_agent.toolbox import Toolbox, make_toolbox
 from examples.tiny_agent.tools import Arguments, Calculator, Lookup, Result, Search, Tool, execute, ordered, result_json
@@ -119,14 +120,17 @@ class Known:
 class Scene:
     """A world with tools and a conversation in the making. Turns change the world as they are made.
 
-    for_checking: False where nobody will check what a model does, which saves copies of the records.
+    full: with the tools for long chains of calls (``make_toolbox``). for_checking: False where nobody will check what a
+    model does, which saves copies of the records.
     """
 
-    def __init__(self, draw: Draw, *, num_tables: int, max_tools: int, for_checking: bool = True) -> None:
+    def __init__(
+        self, draw: Draw, *, num_tables: int, max_tools: int, full: bool = False, for_checking: bool = True
+    ) -> None:
         self.draw = draw
         self._for_checking = for_checking
         self.world: World = make_world(draw, num_tables=num_tables)
-        self.tools: Toolbox = make_toolbox(draw, self.world, max_tools=max_tools)
+        self.tools: Toolbox = make_toolbox(draw, self.world, max_tools=max_tools, full=full)
         self.initial_world = copy.deepcopy(self.world) if for_checking else None
         """As it was before the first turn."""
         self.known = Known()
@@ -182,7 +186,12 @@ class Script:
         return results
 
     def finish(self, kind: TaskKind, question: str, answer: str, check: Check, *, chat: bool = True) -> Turn:
-        """The turn, with the thoughts since the last call as its last reasoning."""
+        """The turn, with the thoughts since the last call as its last reasoning.
+
+        What the gold answer says itself is not forbidden.
+        """
+        allowed = tuple(value for value in check.forbidden if not mentions(answer, value))
+        check = replace(check, forbidden=tuple(dict.fromkeys(allowed)))
         return Turn(
             kind=kind,
             question=question,

@@ -32,7 +32,7 @@ def multi(scene: Scene) -> Turn | None:
     if draw.chance(0.15):
         return created(scene)
     script = Script(scene)
-    located = draw.one((_direct, _by_reference, _by_reference, _by_reference, _by_extreme, _by_extreme))(scene, script)
+    located = draw.one(_LOCATORS)(scene, script)
     if located is None:
         return None
     for goal in draw.some((_raise, _raise, _multiplied, _update, _act, _read), 6):
@@ -62,7 +62,7 @@ def _by_reference(scene: Scene, script: Script) -> Located | None:
     table, key = first, draw.one(list(first.rows))
     said = phrases.record(table, key)
     proof: tuple[Evidence, ...] = ()
-    for _ in range(2 if draw.chance(0.5) else 1):
+    for _ in range(2 if draw.chance(0.6) else 1):
         references = table.of_kind(Kind.REFERENCE)
         if not references or references[0].name not in table.rows[key]:
             break
@@ -110,6 +110,9 @@ def _wanted(tool: Search, query: moves.Query) -> list[tuple[Filter, object]]:
     return [(f, arguments[f.parameter]) for f in tool.filters if f.parameter in arguments]
 
 
+_LOCATORS = (_direct, _by_reference, _by_reference, _by_reference, _by_reference, _by_extreme, _by_extreme)
+
+
 # --- what to do with it
 
 
@@ -141,10 +144,11 @@ def _multiplied(scene: Scene, script: Script, located: Located) -> Turn | None:
     operator = scene.draw.one(("*", "*", "+", "-"))
     operand = scene.draw.between(2, 9) if operator == "*" else scene.draw.integer(2, 99)
     said = f"the {field.name} of {located.said} {phrases.SIGN_WORDS[operator]} {operand}"
+    proof = located.evidence + moves.evidence(table, key, [field])
     number = moves.look_up(script, table, key, [field])[field.name]
     value = moves.calculate(script, calculator, operator, [number, operand])
     script.think(f"The result is {value}.")
-    check = Check(values=(value,), results=(value,), evidence=located.evidence)
+    check = Check(values=(value,), results=(value,), evidence=proof)
     return script.finish(
         _KIND, f"What is {said}?", f"{number} {phrases.SIGN_WORDS[operator]} {operand} is {value}.", check
     )

@@ -6,6 +6,7 @@ The choice is free, so nothing else in the context gives it away: who has lost t
 from __future__ import annotations
 
 from examples.tiny_agent import moves, phrases
+from examples.tiny_agent.mentions import mentions
 from examples.tiny_agent.tables import Kind, Table
 from examples.tiny_agent.turns import Check, Scene, Script, TaskKind, Turn
 
@@ -37,6 +38,9 @@ def plan(scene: Scene) -> Turn | None:
     script.think(f"{phrases.finding([field], values)} My choice was {chosen}.")
     answer = f"{phrases.statement(field, phrases.record(table, key), values[field.name])} My choice is {chosen}."
     question = f"{ask} Look up the {field.name} of {said}. Then tell me both."
+    others = [option for option in options if option != chosen]
+    if any(mentions(answer, option) or mentions(script.steps[0].reasoning, option) for option in others):
+        return None
     check = Check(
         values=moves.answer_values(field, values[field.name])[0],
         evidence=proof,

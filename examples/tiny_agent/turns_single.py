@@ -82,7 +82,8 @@ def _read_note(scene: Scene, table: Table, key: str) -> Turn:
     if lookup.selection:
         answer += f" It has {phrases.assignment(selected, result[selected.name])}."
         values += moves.answer_values(selected, result[selected.name])[0]
-    return script.finish(_KIND, question, answer, Check(values=values))
+    proof = Evidence(key_name=table.key, key=key, field=table.extra, value=note)
+    return script.finish(_KIND, question, answer, Check(values=values, evidence=(proof,)))
 
 
 def search(scene: Scene, tool: Search) -> Turn:
@@ -94,7 +95,11 @@ def search(scene: Scene, tool: Search) -> Turn:
     script.think(f"I look for {table.plural} with {query.said}: {tool.name}.")
     hits = [str(hit[table.key]) for hit in script.call(tool, query.arguments)[table.plural]]
     script.think(f"It lists {phrases.listed(hits)}.")
-    check = Check(values=tuple(hits), forbidden=tuple(key for key in table.rows if key not in hits))
+    check = Check(
+        values=tuple(hits),
+        forbidden=tuple(key for key in table.rows if key not in hits),
+        evidence=tuple(Evidence(key_name=table.key, key=key, field=table.key, value=key) for key in hits),
+    )
     answer = f"{table.plural}: {phrases.listed(hits)}."
     return script.finish(_KIND, question + most, answer, check)
 
