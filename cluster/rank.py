@@ -10,6 +10,7 @@ import asyncio
 import importlib.metadata
 import logging
 import os
+import time
 
 from seamount.cluster.settings import Settings
 from seamount.router.directory import PeerRecord, Role, new_instance
@@ -24,6 +25,7 @@ MEETING_TIMEOUT_S = 120.0
 """What the ranks of a gang may start apart; a big node may be slow to import torch."""
 _STORE_KEY = "store"
 _PUBLISH_TIMEOUT_S = 10.0
+_LAST_WORDS_S = 0.1
 
 logger = logging.getLogger("seamount.rank")
 
@@ -113,4 +115,5 @@ class RegisteredRank:
 
     def _end_process(self, error: SeamountError) -> None:
         logger.critical("engine_failed", extra={"rank_id": self._spec.rank_id, "reason": error.reason})
+        time.sleep(_LAST_WORDS_S)  # on the engine's thread: the event loop tells routers what their requests failed of
         os._exit(1)

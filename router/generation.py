@@ -16,6 +16,7 @@ from dataclasses import dataclass, field
 from seamount.router.account import Account
 from seamount.router.directory import Role
 from seamount.router.placement import PathRules, RankLoad, choose_decode_rank, choose_path
+from seamount.router.quarantine import NODE_WINDOW_S, Suspicion, quarantined
 from seamount.router.rank_client import RankClient, RankLost, ReservationGone, Work
 from seamount.router.ranks import Ranks
 from seamount.v1 import common_pb2, worker_pb2
@@ -62,6 +63,10 @@ class Generation:
     _num_lost: int = 0
     _is_accounted: bool = False
     _excluded: set[RankId] = field(default_factory=set)
+    _suspicion: Suspicion = field(init=False)
+
+    def __post_init__(self) -> None:
+        self._suspicion = Suspicion(deaths=self.ranks.deaths)
 
     @property
     def decode_rank(self) -> RankId | None:
@@ -72,7 +77,8 @@ class Generation:
         """Token batches in order, then ``GenerateFinished``.
 
         Raises ``Unavailable`` after ``max_attempts`` lost ranks or where no decode rank lives, ``ResourceExhausted``
-        where none has room, ``DeadlineExceeded``, and a rank's own typed error.
+        where none has room, ``DeadlineExceeded``, ``Internal`` (REQUEST_QUARANTINED) where ranks died of this turn, and
+        a rank's own typed error.
         """
         while True:
             try:
@@ -82,6 +88,7 @@ class Generation:
                         yield frame
                 return
             except RankLost as lost:
+                await self._suspect(lost)
                 self._count_loss(lost)
                 await self._give_up_rank(lost)
             except ReservationGone as gone:
@@ -196,7 +203,9 @@ class Generation:
                 break
             try:
                 return cached_len + await self._prefill_at(chosen, cached_len)
-            except SeamountError:
+            except SeamountError as error:
+                if isinstance(error, RankLost):
+                    await self._suspect(error)
                 failed.add(chosen.rank_id)
                 self.account.num_retries += 1
                 cached_len = (await self._reserve()).cached_len
@@ -217,6 +226,7 @@ class Generation:
             cached_len=cached_len,
             decode_rank_id=self._decode.rank_id,
             decode_address=self._decode.address,
+            alone=self._suspicion.is_suspect,
         )
         renewed = moved = time.monotonic()
         progress = worker_pb2.PrefillProgress()
@@ -227,6 +237,7 @@ class Generation:
                 if frame.WhichOneof("event") == "finished":
                     self.account.add_prefill(chosen.rank_id, frame.finished)
                     return frame.finished.num_pushed_tokens
+                self._suspicion.in_batch_of = chosen.rank_id if frame.progress.in_batch else None
                 if frame.progress != progress:
                     progress, moved = frame.progress, now
                 elif now - moved > PREFILL_STALL_S:  # alive, but it gets nowhere
@@ -270,6 +281,8 @@ class Generation:
         async with aclosing(call):
             async for frame in call:
                 event = frame.WhichOneof("event")
+                in_batch = event == "tokens" or frame.progress.in_batch
+                self._suspicion.in_batch_of = self._decode.rank_id if in_batch else None
                 if event == "finished":
                     if frame.finished.reason == common_pb2.FINISH_REASON_CANCELLED:
                         raise ReservationGone("the rank ended the request", reason="REQUEST_ENDED", retry_after_s=0.1)
@@ -298,7 +311,21 @@ class Generation:
             epoch=self.epoch,
             sampling=sampling,
             forced_token_ids=self.forced_token_ids[first:],
+            alone=self._suspicion.is_suspect,
         )
+
+    async def _suspect(self, lost: RankLost) -> None:
+        """A rank that died may have died of this turn. Raises what such a turn ends with."""
+        if not lost.died:
+            self._suspicion.in_batch_of = None
+            return
+        rank_id = RankId(lost.metadata["rank"])
+        self.ranks.note_death(rank_id)
+        self._suspicion.rank_died(rank_id)
+        if self._suspicion.may_be_proven:
+            await asyncio.sleep(NODE_WINDOW_S)  # others of its node may be seen to die, too
+            if self._suspicion.is_proven():
+                raise quarantined()
 
     def _count_loss(self, lost: RankLost | ReservationGone) -> None:
         self._remaining_s()  # a call that ended with the turn's time says nothing about the rank

@@ -35,10 +35,12 @@ _LOST_CODES = frozenset(
 class RankLost(Unavailable):
     """Place the work anew, at another rank.
 
-    cause: the rank's own typed error, where it is alive and gave one; None where it died, hangs or left.
+    cause: the rank's own typed error, where it gave one; None where it died, hangs or left. died: its process ended, or
+    its engine did and the process will.
     """
 
     cause: SeamountError | None = None
+    died: bool = False
 
 
 class ReservationGone(Unavailable):
@@ -159,6 +161,9 @@ class RankClient:
         lost = self._lost(typed.message)
         if typed.reason != typed.code.name:  # gRPC's own errors have no reason but their code
             lost.cause = typed
+            lost.died = typed.reason == "ENGINE_FAILED"
+        else:
+            lost.died = isinstance(typed, Unavailable)  # the connection broke: a closed one does not speak of a process
         return lost
 
     def _lost(self, why: str) -> RankLost:

@@ -13,6 +13,7 @@ import grpc
 
 from seamount.router.directory import Role
 from seamount.router.placement import RankLoad
+from seamount.router.quarantine import Deaths
 from seamount.router.rank_client import RankClient, RankLost
 from seamount.router.watcher import DirectoryWatcher, Peer
 from seamount.v1 import worker_pb2, worker_pb2_grpc
@@ -60,6 +61,7 @@ class Ranks:
     _task: asyncio.Task[None] | None = None
     _changed: asyncio.Event = field(default_factory=asyncio.Event)
     _closing: set[asyncio.Task[None]] = field(default_factory=set)
+    deaths: Deaths = field(default_factory=Deaths)
     _num_assigned: Counter[RankId] = field(default_factory=Counter)
 
     async def start(self) -> None:
@@ -114,6 +116,13 @@ class Ranks:
         self._num_assigned[rank_id] -= 1
         if not self._num_assigned[rank_id]:
             del self._num_assigned[rank_id]
+
+    def note_death(self, rank_id: RankId) -> None:
+        """The rank's process ended under a call, or under its state stream."""
+        for peer in self.watcher.peers(*_RANK_ROLES, alive_only=False):
+            if peer.record.peer_id == rank_id:
+                host = peer.record.address.rpartition(":")[0]
+                self.deaths.note(rank_id, gang_id=peer.record.gang_id, host=host)
 
     def mark_lost(self, rank_id: RankId) -> None:
         """A call to the rank broke: it is dead until its counter moves and its stream stands again."""
@@ -203,6 +212,8 @@ class Ranks:
                     self._tell()
             except (grpc.RpcError, TimeoutError) as error:
                 _LOG.info("rank_stream_broken", extra={"rank_id": rank_id, "error": type(error).__name__})
+                if link.state is not None and isinstance(error, grpc.RpcError):  # not one that is still away
+                    self.note_death(rank_id)
             finally:
                 call.cancel()
             if link.state is not None:

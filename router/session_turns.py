@@ -4,7 +4,7 @@ Idempotency keys of RunTurn, by what became of the key's turn:
 
     committed               the stored record is replayed
     cancelled               the cancellation is replayed
-    failed for good         (deadline passed, refused …) the failure is replayed
+    failed for good         (deadline passed, refused, quarantined …) the failure is replayed
     failed for now          (Unavailable, ResourceExhausted, Aborted, Internal, DataLoss) forgotten: a retry runs anew
     running                 the caller learns who runs it, and follows it
     another request's body  AlreadyExists
@@ -22,6 +22,7 @@ from typing import Any
 
 import grpc
 from google.protobuf.message import Message
+from google.rpc import status_pb2
 
 from seamount.router import chain
 from seamount.router.chain import History, HistoryCache
@@ -43,7 +44,7 @@ from seamount.router.stored import (
 )
 from seamount.v1 import events_pb2, record_pb2, session_pb2
 from seamount.wire import limits
-from seamount.wire.errors import InvalidArgument, ResourceExhausted, SeamountError, Unavailable
+from seamount.wire.errors import InvalidArgument, ResourceExhausted, SeamountError, Unavailable, from_status
 from seamount.wire.ids import Epoch, RouterId, SessionId, TenantId, TurnId
 
 MAX_RECORD_BYTES = 128 << 20
@@ -357,5 +358,6 @@ def _is_for_good(event: events_pb2.TurnEvent) -> bool:
         case "finished":
             return True
         case "failed":
-            return event.failed.status.code not in _FAILED_FOR_NOW
+            status = status_pb2.Status.FromString(event.failed.status.SerializeToString())
+            return status.code not in _FAILED_FOR_NOW or from_status(status).reason == "REQUEST_QUARANTINED"
     raise InvalidArgument("a turn ends with `finished` or `failed`", field="final_event")

@@ -31,6 +31,8 @@ _IDLE_WAIT_S = 60.0
 _BLOCKED_WAIT_S = 0.005
 """Pages held outside the engine come free without a word to it: how long it waits before it looks again."""
 _RENEW_EVERY_S = 0.5
+_HEARD_S = 0.005
+"""What the word that a suspect enters the batch gets to leave this process."""
 
 Outcome = tuple[scheduling.Sequence, EngineEvent]
 
@@ -89,6 +91,7 @@ class Engine:
         self._scheduler = Scheduler(reservations=reservations, limits=self._limits)
         self._inbox = Inbox(max_known=limits.max_running + limits.max_waiting)
         self._sequences: dict[str, scheduling.Sequence] = {}
+        self._batch: set[scheduling.Sequence] = set()
 
         self._lock = threading.Lock()  # guards the three that follow
         self._thread: threading.Thread | None = None
@@ -199,6 +202,7 @@ class Engine:
         if any(header.has_work for header in headers):
             if any(header.num_decode_tokens for header in headers):  # no stream waits for a peer's long prompt
                 schedule = schedule.within(self._limits.prefill_chunk_tokens)
+            self._tell_batch(schedule.chunks)
             self._deliver(self._compute(schedule.chunks))
             self._count(schedule, time.monotonic() - began_at)
         else:
@@ -221,7 +225,9 @@ class Engine:
                 self.step()
         except Exception as cause:
             _LOG.exception("engine_failed")
-            error = Unavailable(f"this rank's engine has failed: {cause}", reason="ENGINE_FAILED", retry_after_s=1.0)
+            is_lost = isinstance(cause, SeamountError) and cause.reason == "GANG_LOST"
+            reason = "GANG_LOST" if is_lost else "ENGINE_FAILED"
+            error = Unavailable(f"this rank's engine has failed: {cause}", reason=reason, retry_after_s=1.0)
             self._fail_all(error)
             if self._on_fatal is not None:
                 self._on_fatal(error)
@@ -271,6 +277,16 @@ class Engine:
         self._deliver((sequence, Failed(error=error)) for sequence, error in schedule.lost)
         self._deliver((sequence, sequence.finished("prefilled", now)) for sequence in schedule.complete)
         return schedule
+
+    def _tell_batch(self, chunks: Sequence[Chunk]) -> None:
+        """Tell who is in the batch from now on and who no longer, before it is computed: if this rank dies of it, its
+        own batch is known."""
+        batch = {chunk.sequence for chunk in chunks}
+        changed = [s for s in batch ^ self._batch if s.request.id in self._sequences]
+        self._batch = batch
+        self._deliver([(s, Progress(num_computed=s.num_computed, in_batch=s in batch)) for s in changed])
+        if any(s.is_on_probation for s in changed):
+            time.sleep(_HEARD_S)
 
     def _compute(self, chunks: Sequence[Chunk]) -> list[Outcome]:
         """Run the model over the chunks, sample, and record what is in the cache now."""
@@ -333,7 +349,7 @@ class Engine:
             self._reservations.advance(request.id, chunk.end)
             self._num_computed_tokens += sequence.note_computed(chunk.first, chunk.end)
             if not chunk.samples:
-                yield sequence, Progress(num_computed=sequence.num_computed)
+                yield sequence, Progress(num_computed=sequence.num_computed, in_batch=True)
                 if sequence.num_missing == 0:
                     yield sequence, sequence.finished("prefilled", time.monotonic())
                 return

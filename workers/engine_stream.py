@@ -24,7 +24,7 @@ async def run_request(
     loop = asyncio.get_running_loop()
     events: asyncio.Queue[EngineEvent] = asyncio.Queue()
     request = make(lambda event: _deliver(loop, events, event))
-    progress = Progress(num_computed=0)
+    progress = Progress(num_computed=0, in_batch=False)
     finished = False
     if active is not None:
         active.add(request.id)

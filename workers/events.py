@@ -25,9 +25,11 @@ class TokenLogprobs:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Progress:
-    """Prompt tokens computed here so far for this request, recomputation after preemption included."""
+    """num_computed: prompt tokens computed here so far for this request, recomputation after preemption included;
+    in_batch: whether the steps from now on compute it (True is told before the first of them)."""
 
     num_computed: int
+    in_batch: bool
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -42,13 +42,16 @@ class _Account:
     num_pulled: int = 0
     num_computed: int = 0
     num_pushed: int = 0
+    in_batch: bool = False
     queue_s: float = 0.0
     prefill_s: float = 0.0
 
     def progress(self) -> worker_pb2.PrefillResponse:
         return worker_pb2.PrefillResponse(
             progress=worker_pb2.PrefillProgress(
-                num_computed_tokens=self.num_computed, num_pushed_tokens=self.num_pushed
+                num_computed_tokens=self.num_computed,
+                num_pushed_tokens=self.num_pushed,
+                in_batch=self.in_batch,
             )
         )
 
@@ -128,7 +131,7 @@ class Prefill:
             end=end,
         )
         try:
-            async with aclosing(self._compute(reservation, stream, end, account)) as frames:
+            async with aclosing(self._compute(request, reservation, stream, end, account)) as frames:
                 async for frame in frames:
                     yield frame
             finish = self._finish(stream, request, account)
@@ -159,7 +162,12 @@ class Prefill:
         return computed_per_s <= 0 or moved_per_s <= 0 or num_tokens / moved_per_s <= num_tokens / computed_per_s
 
     async def _compute(
-        self, reservation: Reservation, stream: PushStream, end: int, account: _Account
+        self,
+        request: worker_pb2.PrefillRequest,
+        reservation: Reservation,
+        stream: PushStream,
+        end: int,
+        account: _Account,
     ) -> AsyncGenerator[worker_pb2.PrefillResponse, None]:
         present = min(reservation.computed_len, end)
         if present > stream.first:  # cached here, unknown there
@@ -174,6 +182,7 @@ class Prefill:
                 sampling=None,
                 prefill_until=end,
                 sink=sink,
+                alone=request.alone,
                 on_layer=stream.on_layer,
             ),
         )
@@ -182,6 +191,7 @@ class Prefill:
                 self.reservations.renew(reservation.id)
                 if isinstance(event, Progress | Finished):
                     account.num_computed = event.num_computed
+                account.in_batch = isinstance(event, Progress) and event.in_batch
                 if isinstance(event, Finished):
                     account.queue_s, account.prefill_s = event.queue_s, event.prefill_s
                 yield account.progress()

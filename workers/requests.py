@@ -57,6 +57,8 @@ class EngineRequest:
     id: the reservation's. sampling: None for prefill only: compute up to the position ``prefill_until`` (exclusive;
     None = all tokens) and finish. forced_token_ids: taken instead of sampled ones, one after the other; sampling goes
     on after the last. sink: called on the engine's thread; must return at once and not raise.
+    alone: a rank died while it computed this request; it gets steps of its own until it has sampled a few tokens. If
+    that happens again, it is known to be at fault, and takes no other with it.
     on_layer: called on the engine's thread in mid-step with (layer, first position, end position) once that layer's
     cache entries of these positions are written; same duties.
     """
@@ -67,6 +69,7 @@ class EngineRequest:
     sink: Callable[[EngineEvent], None]
     prefill_until: int | None = None
     forced_token_ids: tuple[int, ...] = ()
+    alone: bool = False
     on_layer: Callable[[int, int, int], None] | None = None
 
     def check(self, *, vocab_limit: int, max_context_tokens: int) -> None:

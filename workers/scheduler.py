@@ -17,6 +17,10 @@ from seamount.workers.cache.reservations import Reservations
 from seamount.workers.events import Finished, FinishReason
 from seamount.workers.requests import EngineRequest
 
+PROBATION_TOKENS = 2
+"""What a request in steps of its own samples before it joins the others: the token at which its last rank died, and one
+more."""
+
 
 @dataclass(slots=True, eq=False, kw_only=True)
 class Sequence:
@@ -57,6 +61,10 @@ class Sequence:
     @property
     def num_missing(self) -> int:
         return max(0, self.target_len - self.first_missing)
+
+    @property
+    def is_on_probation(self) -> bool:
+        return self.request.alone and self.num_sampled < PROBATION_TOKENS
 
     @property
     def decodes(self) -> bool:
@@ -202,7 +210,8 @@ class Scheduler:
         return sum(sequence.num_missing for sequence in list(self) if not sequence.decodes)
 
     def schedule(self) -> Schedule:
-        """Decode first, then prompts in order of arrival, within the limits. Empty if nothing can move now."""
+        """Decode first, then prompts in order of arrival, within the limits; one that is on probation by itself, while
+        the others wait. Empty if nothing can move now."""
         lost: list[tuple[Sequence, SeamountError]] = []
         stalled, preempted = self._make_room(lost)
         if not preempted:
@@ -210,9 +219,8 @@ class Scheduler:
         decode: list[Chunk] = []
         prompts: list[Sequence] = []
         complete: list[Sequence] = []
-        for sequence in self.running:
-            if sequence in stalled:
-                continue
+        able = [sequence for sequence in self.running if sequence not in stalled]
+        for sequence in _chosen(able):
             first, end = sequence.first_missing, sequence.target_len
             if sequence.samples and end - first == 1:
                 decode.append(Chunk(sequence=sequence, first=first, end=end, samples=True))
@@ -295,6 +303,11 @@ class Scheduler:
             del self.waiting[0]
             sequence.is_preempted = False
             insort(self.running, sequence, key=_by_arrival)
+
+
+def _chosen(able: list[Sequence]) -> list[Sequence]:
+    """The oldest on probation alone, else all."""
+    return [sequence for sequence in able if sequence.is_on_probation][:1] or able
 
 
 def _by_arrival(sequence: Sequence) -> int:

@@ -92,6 +92,7 @@ class WorkerService(worker_pb2_grpc.WorkerServiceServicer):
                 reservation=reservation,
                 sampling=_sampling(request.sampling),
                 forced_token_ids=tuple(request.forced_token_ids),
+                alone=request.alone,
                 sink=sink,
             ),
             active=self.active,
@@ -165,7 +166,7 @@ def _frame(event: EngineEvent) -> worker_pb2.WorkerServiceGenerateResponse:
     match event:
         case Progress():
             return worker_pb2.WorkerServiceGenerateResponse(
-                progress=worker_pb2.GenerateProgress(num_computed_tokens=event.num_computed)
+                progress=worker_pb2.GenerateProgress(num_computed_tokens=event.num_computed, in_batch=event.in_batch)
             )
         case Tokens():
             return worker_pb2.WorkerServiceGenerateResponse(

@@ -220,6 +220,7 @@ class ScriptedRank(worker_pb2_grpc.WorkerServiceServicer):
         self.address = ""
         self._server = grpc.aio.server(interceptors=rank_interceptors(None))
         self.registration: Registration | None = None
+        self._death: asyncio.Task[None] | None = None
 
     async def start(self, directory: Directory) -> None:
         worker_pb2_grpc.add_WorkerServiceServicer_to_server(self, self._server)
@@ -232,6 +233,7 @@ class ScriptedRank(worker_pb2_grpc.WorkerServiceServicer):
             version="0",
             process_id=1,
             instance=new_instance(),
+            gang_id=f"gang-of-{self.rank_id}",
         )
         self.registration = Registration(directory, record, interval_s=0.1)
         await self.registration.start()
@@ -240,6 +242,20 @@ class ScriptedRank(worker_pb2_grpc.WorkerServiceServicer):
         assert self.registration is not None
         await self.registration.stop()
         await self._server.stop(None)
+        if self._death is not None:
+            await self._death
+
+    def die(self) -> None:
+        """After a moment every connection breaks and the beat stops, as if the process had been killed."""
+
+        async def end() -> None:
+            await asyncio.sleep(0.1)
+            assert self.registration is not None
+            assert self.registration._task is not None
+            self.registration._task.cancel()
+            await self._server.stop(None)
+
+        self._death = asyncio.create_task(end())
 
     async def Reserve(self, request: worker_pb2.ReserveRequest, context: Any) -> worker_pb2.ReserveResponse:
         self.reserved.append(request)

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 
 from seamount.router import generation as generation_module
+from seamount.router import quarantine
 from seamount.router.account import Account
 from seamount.router.directory import Role
 from seamount.router.generation import Generation
@@ -287,3 +288,36 @@ async def test_a_silent_state_stream_is_a_dead_rank(system: Any) -> None:
     await system.until(lambda: system.ranks.load("decode-a") is None)
     rank.is_silent = False
     await system.until(lambda: system.ranks.load("decode-a") is not None)
+
+
+@pytest.mark.parametrize("in_batch", [True, False])
+async def test_a_turn_that_ranks_die_of_is_refused_for_good(
+    system: Any, make: Make, monkeypatch: pytest.MonkeyPatch, in_batch: bool
+) -> None:
+    monkeypatch.setattr(generation_module, "NODE_WINDOW_S", 0.05)
+    monkeypatch.setattr(quarantine, "NODE_WINDOW_S", 0.0)  # all ranks are on this one node
+    ranks = [await system.add(f"decode-{number}") for number in range(3)]
+    asked: list[worker_pb2.WorkerServiceGenerateRequest] = []
+
+    def poisoned(rank: Any) -> Callable[..., AsyncIterator[Any]]:
+        async def generate(request: worker_pb2.WorkerServiceGenerateRequest) -> AsyncIterator[Any]:
+            asked.append(request)
+            if len(asked) <= 2:
+                rank.die()
+                yield worker_pb2.WorkerServiceGenerateResponse(progress=worker_pb2.GenerateProgress(in_batch=in_batch))
+                await asyncio.sleep(30)
+            async for frame in rank.tokens(request):
+                yield frame
+
+        return generate
+
+    for rank in ranks:
+        rank.on_generate = poisoned(rank)
+    if in_batch:
+        with pytest.raises(Internal) as caught:
+            await answer(make())
+        assert caught.value.reason == "REQUEST_QUARANTINED"
+        assert [request.alone for request in asked] == [False, True]
+    else:
+        assert await answer(make()) == [40, 41, 42, 43, 44]
+        assert not any(request.alone for request in asked), "who waited there has nothing to do with it"

@@ -17,8 +17,9 @@ import pytest_asyncio
 from seamount.cluster.local import LocalCluster
 from seamount.cluster.redis_server import RedisServer
 from seamount.router.client import AsyncClient, Sampling, TurnStream, user
+from seamount.router.quarantine import NODE_WINDOW_S
 from seamount.v1 import common_pb2, events_pb2, session_pb2
-from seamount.wire.errors import SeamountError
+from seamount.wire.errors import Internal, SeamountError
 
 pytestmark = [pytest.mark.asyncio(loop_scope="module"), pytest.mark.cluster]
 
@@ -186,6 +187,34 @@ async def test_router_and_decode_rank_killed_together(
     await check_whole(client, session.id, seen + events, expected)
     print(f"router and decode rank killed: the stream paused for {pause_s:.2f} s")
     await cluster.start_gang("decode", name.split(".")[0])
+
+
+async def test_a_turn_that_two_ranks_die_under_is_refused_for_good(
+    cluster: LocalCluster, client: AsyncClient, the_busy_decode_rank: Callable[..., Awaitable[str]]
+) -> None:
+    """Killed from outside: what a rank dies of does not show."""
+    session = await client.create_session()
+    stream = client.run_turn(session.id, [user("tell me a story")], sampling=STORY, idempotency_key="poison")
+    killed: list[str] = []
+
+    async def follow() -> None:
+        async for event in stream:
+            if event.sequence in (20, 60):
+                await asyncio.sleep(len(killed) * (NODE_WINDOW_S + 0.5))  # deaths together would be the node's
+                killed.append(await the_busy_decode_rank(cluster, client))
+                await cluster.kill(killed[-1])
+
+    with pytest.raises(Internal) as caught:
+        await follow()
+    assert caught.value.reason == "REQUEST_QUARANTINED"
+    for name in killed:
+        await cluster.start_gang("decode", name.split(".")[0])
+    assert len(set(killed)) == 2
+    assert (await client.get_session(session.id)).head == 0
+    with pytest.raises(Internal):
+        await client.run_turn(session.id, [user("tell me a story")], sampling=STORY, idempotency_key="poison").result()
+    turn = await client.run_turn(session.id, [user("hi")], sampling=Sampling(max_output_tokens=4)).result()
+    assert turn.usage.num_output_tokens == 4, "the session is well"
 
 
 async def test_a_turn_that_ends_with_its_client_frees_its_pages(client: AsyncClient) -> None:

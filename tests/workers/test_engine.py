@@ -19,6 +19,7 @@ from seamount.wire.errors import (
     ResourceExhausted,
     Unavailable,
 )
+from seamount.workers.events import EngineEvent, Failed, Finished, Progress
 from seamount.workers.requests import EngineRequest, SamplingParams
 
 MakeRank = Callable[..., Any]
@@ -138,7 +139,7 @@ def test_prefill_only_stops_where_it_is_told_and_shows_each_layer(make_rank: Mak
     )
     end = client.finished()
     assert (end.reason, end.num_computed, client.token_ids) == ("prefilled", 99, [])
-    assert client.progress == [32, 64, 96, 99]
+    assert client.progress == [0, 32, 64, 96, 99], "the first one says that it is in the batch"
     spans = [(0, 32), (32, 64), (64, 96), (96, 99)]
     assert layers == [(layer, *span) for span in spans for layer in range(2)]
     assert client.reservation.computed_len == 99
@@ -335,3 +336,45 @@ def test_latency_of_a_tiny_model(make_rank: MakeRank, rng: random.Random) -> Non
         steps_ms = sorted(end.decode_s / 99 * 1e3 for end in ends)
         print(f"{streams} streams: {steps_ms[len(steps_ms) // 2]:.2f} ms between tokens (median)")
         assert steps_ms[0] < 250
+
+
+class BatchSink:
+    """Remembers whether its request was said to be in the batch."""
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+        self.is_in_batch = False
+        self.done = threading.Event()
+
+    def __call__(self, event: EngineEvent) -> None:
+        if isinstance(event, Progress):
+            self.is_in_batch = event.in_batch
+        elif isinstance(event, Finished | Failed):
+            self.is_in_batch = False
+            self.done.set()
+
+
+def test_who_is_in_the_batch_is_told_before_it_is_computed(make_rank: MakeRank, rng: random.Random) -> None:
+    rank = make_rank(chunk=16)
+    sinks = [BatchSink(name) for name in ("one", "two", "suspect")]
+    computed: list[tuple[set[str], set[str]]] = []
+    forward = rank.engine._runner.forward
+
+    def watched(batch: Any, chunks: Any) -> Any:
+        in_step = {chunk.sequence.request.sink.name for chunk in chunks}
+        computed.append((in_step, {sink.name for sink in sinks if sink.is_in_batch}))
+        return forward(batch, chunks)
+
+    rank.engine._runner.forward = watched
+    for sink in sinks[:2]:
+        rank.ask(prompt(rng, 8), sampling(rng, max_output_tokens=60), sink=sink)
+    while len(computed) < 3:
+        time.sleep(0.001)
+    rank.ask(prompt(rng, 60), sampling(rng), sink=sinks[2], alone=True)
+    for sink in sinks:
+        assert sink.done.wait(30)
+    assert all(in_step == told for in_step, told in computed)
+    steps = [in_step for in_step, _ in computed]
+    first = next(number for number, in_step in enumerate(steps) if "suspect" in in_step)
+    assert steps[first : first + 5] == [{"suspect"}] * 5, "four chunks, and its second token"
+    assert steps[first + 5] == {"one", "two", "suspect"}, "it joins the others then"

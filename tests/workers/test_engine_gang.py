@@ -129,7 +129,7 @@ def test_a_peers_stream_narrows_the_prompt_chunks(make_gang: Callable[..., list[
     long = [second.ask([rng.randrange(131) for _ in range(100)], None) for _ in range(3)]
     for client in long:
         client.finished()
-    assert all(client.progress == list(range(10, 101, 10)) for client in long)
+    assert all(sorted({*client.progress} - {0}) == list(range(10, 101, 10)) for client in long)
     before = second.engine.state().num_steps
     assert before >= 30, "three prompts of ten chunks, one chunk a step"
     first.engine.abort(stream.reservation.id)
@@ -201,7 +201,7 @@ def test_a_lost_peer_is_fatal(make_gang: Callable[..., list[Any]], busy: bool) -
     print(f"noticed after {time.monotonic() - start:.2f} s")
     assert isinstance(error, Unavailable)
     if client is not None:
-        assert client.failed().error.reason == "ENGINE_FAILED"
+        assert client.failed().error.reason == "GANG_LOST", "nothing that this rank computed"
     assert not second.engine.healthy()
     with pytest.raises(Unavailable):
         second.ask([1], SamplingParams())

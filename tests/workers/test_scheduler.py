@@ -14,7 +14,7 @@ import pytest
 from seamount.wire.errors import InvalidArgument, NotFound, ResourceExhausted
 from seamount.workers.cache.reservations import Reservations
 from seamount.workers.requests import EngineRequest, SamplingParams
-from seamount.workers.scheduler import Chunk, EngineLimits, Schedule, Scheduler
+from seamount.workers.scheduler import PROBATION_TOKENS, Chunk, EngineLimits, Schedule, Scheduler
 from seamount.workers.scheduler import Sequence as EngineSequence
 
 PAGE = 4
@@ -28,7 +28,9 @@ class Desk:
     scheduler: Scheduler
     names: dict[str, EngineSequence] = field(default_factory=dict)
 
-    def add(self, name: str, num_tokens: int, *, samples: bool = True, until: int | None = None) -> EngineSequence:
+    def add(
+        self, name: str, num_tokens: int, *, samples: bool = True, until: int | None = None, alone: bool = False
+    ) -> EngineSequence:
         reservation = self.reservations.reserve(
             session_id="",
             turn_id=name,
@@ -44,6 +46,7 @@ class Desk:
             sampling=SamplingParams() if samples else None,
             sink=lambda event: None,
             prefill_until=until,
+            alone=alone,
         )
         sequence = EngineSequence(request=request, arrival=len(self.names), submitted_at=0.0)
         self.names[name] = sequence
@@ -156,6 +159,22 @@ def test_prefill_only_ends_where_told(make_desk: Callable[..., Desk]) -> None:
     schedule = desk.scheduler.schedule()
     assert schedule.complete == (desk.names["a"],)
     assert schedule.chunks == ()
+
+
+def test_a_suspect_gets_steps_of_its_own_until_it_has_sampled(make_desk: Callable[..., Desk]) -> None:
+    desk = make_desk()
+    desk.add("a", 3)
+    assert [name for name, *_ in desk.step()] == ["a"]
+    desk.add("suspect", 12, alone=True)
+    desk.add("another", 9, alone=True)
+    desk.add("b", 3)
+    steps = [[name for name, *_ in desk.step()] for _ in range(12)]
+    until = next(number for number, names in enumerate(steps) if len(names) > 1)
+    assert all(names in (["suspect"], ["another"]) for names in steps[:until])
+    assert steps[:until] == sorted(steps[:until], reverse=True), "the older one first, to its end"
+    assert desk.names["suspect"].num_sampled >= PROBATION_TOKENS
+    assert desk.names["another"].num_sampled >= PROBATION_TOKENS
+    assert set(steps[until]) == {"a", "suspect", "another", "b"}
 
 
 def test_the_gangs_budget_cuts_the_youngest_chunks(make_desk: Callable[..., Desk]) -> None:
