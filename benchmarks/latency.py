@@ -1,9 +1,11 @@
-"""First token, inter-token latency and token rate: through the router against the same Reserve + Generate at a rank.
+"""First token, inter-token latency and token rate, in three ways: a session's turn through the router; the same without
+a session (``Generate``); the same Reserve + Generate at a rank.
 
-Both ways compute the same prompt tokens (no prefix is shared between turns) and take the same forced output, so that
-what differs is the router: authentication, Redis, rendering, placement, parsing, events. The two ways alternate by
-rounds. Streams pause for a moment between turns, the same random moments in both ways: without it, the streams of the
-direct way stay in step with each other, compute all their prompts in one batch, and that is what would be measured.
+All ways compute the same prompt tokens (no prefix is shared between turns) and take the same forced output. What
+differs is the router (authentication, rendering, placement, parsing, events), and between the first two what makes a
+turn durable: the session taken and committed, every token logged before its events are told. The ways alternate.
+Streams pause for a moment between turns, the same random moments in all ways: without it, the streams of the direct way
+stay in step with each other, compute all their prompts in one batch, and that is what would be measured.
 
     python -m benchmarks.latency                                           the table of docs/performance.md
     python -m benchmarks.latency --turns 1000 --turns-many 500 --rounds 20   tails, and steadier medians
@@ -39,6 +41,8 @@ from seamount.router.session_service import FORCED_TOKENS_KEY
 from seamount.router.tokenizer import Tokenizer
 from seamount.v1 import (
     common_pb2,
+    inference_pb2,
+    inference_pb2_grpc,
     session_pb2,
     session_pb2_grpc,
     worker_pb2,
@@ -47,7 +51,7 @@ from seamount.v1 import (
 
 MAX_PAUSE_S = 0.1
 PROMPT_WORDS = 24
-STREAMS = {1: 16, 4: 64, 16: 64}
+STREAMS = {1: 16, 4: 64, 16: 64, 32: 64}
 """Streams to the output tokens of a turn: one stream is for latencies, which come with few tokens."""
 
 
@@ -85,6 +89,32 @@ class Router:
         async for response in self._sessions.RunTurn(request, metadata=self._metadata):
             now = time.perf_counter()
             # One printable character a token: each token is one content event.
+            arrivals += [now for event in response.events if event.WhichOneof("event") == "content_delta"]
+        assert len(arrivals) == self.num_output, len(arrivals)
+        measured.add(began, arrivals)
+
+    async def close(self) -> None:
+        await self._channel.close()
+
+
+class Stateless:
+    """The same messages through the router's ``Generate``: nothing is stored, nothing is logged."""
+
+    def __init__(self, address: str, forced: list[int]) -> None:
+        self.num_output = len(forced)
+        self._channel = grpc.aio.insecure_channel(address)
+        self._inference = inference_pb2_grpc.InferenceServiceStub(self._channel)
+        self._metadata = ((FORCED_TOKENS_KEY, ",".join(map(str, forced))),)
+
+    async def turn(self, text: str, measured: Measured) -> None:
+        request = inference_pb2.GenerateRequest()
+        request.messages.thinking_mode = common_pb2.THINKING_MODE_CHAT
+        request.messages.messages.add(role=common_pb2.ROLE_USER, content=text)
+        request.sampling.max_output_tokens = self.num_output
+        arrivals: list[float] = []
+        began = time.perf_counter()
+        async for response in self._inference.Generate(request, metadata=self._metadata):
+            now = time.perf_counter()
             arrivals += [now for event in response.events if event.WhichOneof("event") == "content_delta"]
         assert len(arrivals) == self.num_output, len(arrivals)
         measured.add(began, arrivals)
@@ -142,7 +172,10 @@ class Direct:
             await channel.close()
 
 
-async def measure(way: Router | Direct, num_streams: int, num_turns: int, measured: Measured) -> None:
+Way = Router | Stateless | Direct
+
+
+async def measure(way: Way, num_streams: int, num_turns: int, measured: Measured) -> None:
     """``num_turns`` turns, ``num_streams`` at a time; adds the token rate of the whole."""
     pauses = random.Random(num_streams)
     texts = [" ".join(uuid.uuid4().hex[:4] for _ in range(PROMPT_WORDS)) for _ in range(num_turns)]
@@ -179,11 +212,12 @@ async def run(num_turns: int, num_turns_many: int, num_rounds: int, folder: Path
     ):
         decode = [p.address for name, p in cluster.processes.items() if name.startswith("decode")]
         with Progress(console=Console(stderr=True)) as progress:
-            task = progress.add_task("rounds", total=len(STREAMS) * num_rounds * 2)
+            task = progress.add_task("rounds", total=len(STREAMS) * num_rounds * 3)
             for num_streams, num_output in STREAMS.items():
                 forced = [letters[index % len(letters)] for index in range(num_output)]
-                ways: dict[str, Router | Direct] = {
+                ways: dict[str, Way] = {
                     "router": Router(cluster.address, forced),
+                    "stateless": Stateless(cluster.address, forced),
                     "direct": Direct(decode, forced, client),
                 }
                 results = {name: Measured() for name in ways}
@@ -202,9 +236,9 @@ async def run(num_turns: int, num_turns_many: int, num_rounds: int, folder: Path
 
 
 def row(name: str, num_streams: int, num_output: int, results: dict[str, Measured]) -> Row:
-    """One line; the last two columns compare with the direct way of the same run."""
-    mine, direct = results[name], results["direct"]
-    rate, direct_rate = percentile(mine.rates, 0.5), percentile(direct.rates, 0.5)
+    """One line; the last columns compare with the direct and the stateless way of the same run."""
+    mine, direct, stateless = results[name], results["direct"], results["stateless"]
+    rate = percentile(mine.rates, 0.5)
     return {
         "way": name,
         "streams": num_streams,
@@ -216,14 +250,18 @@ def row(name: str, num_streams: int, num_output: int, results: dict[str, Measure
         "inter_ms_p99": percentile(mine.inter_token, 0.99) * 1e3,
         "tokens_per_s": rate,
         "first_added_ms_p50": (percentile(mine.first_token, 0.5) - percentile(direct.first_token, 0.5)) * 1e3,
-        "rate_ratio": rate / direct_rate,
+        "rate_ratio": rate / percentile(direct.rates, 0.5),
+        "first_added_to_stateless_ms_p50": (percentile(mine.first_token, 0.5) - percentile(stateless.first_token, 0.5))
+        * 1e3,
+        "inter_ratio_to_stateless_p50": percentile(mine.inter_token, 0.5) / percentile(stateless.inter_token, 0.5),
+        "rate_ratio_to_stateless": rate / percentile(stateless.rates, 0.5),
     }
 
 
 def main(
     turns: Annotated[int, typer.Option(min=1, help="Turns of each way with one stream.")] = 200,
     turns_many: Annotated[int, typer.Option(min=1, help="Turns of each way with several streams.")] = 64,
-    rounds: Annotated[int, typer.Option(min=1, help="The two ways alternate this often.")] = 4,
+    rounds: Annotated[int, typer.Option(min=1, help="The ways alternate this often.")] = 4,
     json: Annotated[bool, typer.Option("--json", help="JSON lines instead of a table.")] = False,
 ) -> None:
     """Measure on this machine; a few minutes.

@@ -20,7 +20,7 @@ from seamount.router.directory import Liveness
 from seamount.router.running_index import RELEASED, IndexedTurn, RunningIndex
 from seamount.router.turns import Turns
 from seamount.router.watcher import DirectoryWatcher
-from seamount.wire.errors import NotFound, SeamountError, Unavailable
+from seamount.wire.errors import NotFound, SeamountError
 from seamount.wire.ids import RouterId
 
 _LOG = logging.getLogger(__name__)
@@ -104,18 +104,20 @@ class TakeOver:
         return list(again)
 
     async def _take(self, turn: IndexedTurn) -> bool:
-        try:
-            taken = await self.turns.take_over(turn)
-        except NotFound:  # deleted
-            taken = False
-        except Unavailable:
-            return False
-        except SeamountError as error:
-            _LOG.warning("turn_not_taken_over", extra={"turn_id": turn.turn_id, "reason": error.reason})
-            taken = False
+        """Whether it was taken over. An entry of the index that leads nowhere goes, any other one stays."""
+        leads_nowhere, taken = False, False
+        if self.turns.runs(turn.turn_id):
+            leads_nowhere = turn.owner != self.router_id  # of an owner from whom it was taken before
+        else:
+            try:
+                taken = await self.turns.take_over(turn)
+                leads_nowhere = not taken or turn.owner != self.router_id
+            except SeamountError as error:
+                _LOG.warning("turn_not_taken_over", extra={"turn_id": turn.turn_id, "reason": error.reason})
+                leads_nowhere = isinstance(error, NotFound) or error.reason == "STALE_EPOCH"
         if taken:
             _LOG.info("turn_taken_over", extra={"turn_id": turn.turn_id, "from": turn.owner})
-        if not (taken and turn.owner == self.router_id):
+        if leads_nowhere:
             with suppress(SeamountError):  # found again at the next look
                 await self.index.remove(turn)
         return taken

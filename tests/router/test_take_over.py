@@ -270,12 +270,15 @@ async def test_the_look_out_takes_the_turns_of_the_dead_alone(make: MakeTurns, s
 
 
 async def test_the_look_out_finds_turns_of_its_own_router_that_nobody_works_on(make: MakeTurns, system: Any) -> None:
-    await system.add("decode-a")
+    rank = await system.add("decode-a")
     a = make("router-a")
     session_id = await session(a)
     checked = await a.admission.check(request(session_id), ())
     await a.admission.begin(ALICE, checked)  # and its answer is lost
     turn = await running_turn(a, session_id)
+    pausing, working = Pausing(rank, 2), await session(a)
+    stream = await a.open(ALICE, request(working))
+    await system.until(lambda: stream.last_sequence == 3)
     look_out = TakeOver(
         router_id=RouterId("router-a"),
         index=a.sessions.index,
@@ -287,6 +290,12 @@ async def test_the_look_out_finds_turns_of_its_own_router_that_nobody_works_on(m
     assert await look_out.scan() == 1
     told = await follow(await a.resume(ALICE, session_id, turn.turn_id))
     assert told[-1].finished.reason == common_pb2.FINISH_REASON_LENGTH
+    await a.sessions.close()
+    assert await look_out.scan() == 0
+    (left,) = await a.sessions.index.turns_of(RouterId("router-a"))
+    assert left.session_id == working, "who works on stays to be found"
+    pausing.go_on.set()
+    await follow(stream)
 
 
 def test_owners_are_gone_when_dead_or_absent_for_long() -> None:
