@@ -12,7 +12,6 @@ from examples.tiny_agent.config import DENSE_LENGTH, MAX_POSITION
 from examples.tiny_agent.documents import LONG, SHORT, Mixture
 from examples.tiny_agent.model import Model
 
-MTP_WEIGHT = 0.3
 BALANCE_SPEED = 0.001
 """Step of the gates' bias towards equal loads (DeepSeek-V3, 2.1.2)."""
 
@@ -21,7 +20,7 @@ BALANCE_SPEED = 0.001
 class Stage:
     """steps: of the whole stage, however many runs it takes. decay_share: of the steps, at the end, over which the
     learning rates fall linearly to a tenth; before it they stay. A run starts with ``warm_up`` rising steps, because
-    moments are not saved."""
+    moments are not saved. mtp_weight: of the prediction of the token after the next."""
 
     name: str
     mixture: Mixture
@@ -32,6 +31,7 @@ class Stage:
     other_lr: float
     warm_up: int
     decay_share: float
+    mtp_weight: float
 
     @property
     def batch_tokens(self) -> int:
@@ -53,11 +53,12 @@ STAGES: Mapping[str, Stage] = MappingProxyType(
                 mixture=SHORT,
                 sequence_length=DENSE_LENGTH,
                 batch_size=64,
-                steps=15_000,
+                steps=12_000,
                 matrix_lr=2e-3,
                 other_lr=4e-3,
                 warm_up=100,
                 decay_share=0.4,
+                mtp_weight=0.3,
             ),
             # The indexers alone, towards the attention of the frozen model; the published learning rate.
             Stage(
@@ -70,6 +71,7 @@ STAGES: Mapping[str, Stage] = MappingProxyType(
                 other_lr=1e-3,
                 warm_up=20,
                 decay_share=0.5,
+                mtp_weight=0.0,
             ),
             # Everything, over selected tokens.
             Stage(
@@ -82,6 +84,7 @@ STAGES: Mapping[str, Stage] = MappingProxyType(
                 other_lr=1e-3,
                 warm_up=50,
                 decay_share=0.8,
+                mtp_weight=0.1,
             ),
         )
     }

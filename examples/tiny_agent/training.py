@@ -20,7 +20,7 @@ from examples.tiny_agent.indexing import IndexerWarmUp, Rows, SelectedAttention
 from examples.tiny_agent.model import Angles, Attend, Model, MoE
 from examples.tiny_agent.objectives import HeadSums, cross_entropy
 from examples.tiny_agent.optimizer import Optimizer
-from examples.tiny_agent.stages import BALANCE_SPEED, MTP_WEIGHT, Stage, trained_parameters
+from examples.tiny_agent.stages import BALANCE_SPEED, Stage, trained_parameters
 
 LOG_EVERY = 10
 
@@ -105,7 +105,7 @@ class Training:
         ahead = self._predict(merged, batch.after_next)
         loss = own.loss / max(1, batch.next_tokens.count)
         mtp_loss = ahead.loss / max(1, batch.after_next.count)
-        (loss + MTP_WEIGHT * mtp_loss).backward()
+        (loss + self.stage.mtp_weight * mtp_loss).backward()
         imbalance = balance(self.model, [*loads, load])
         self._sums.add(loss=loss, mtp_loss=mtp_loss, imbalance=imbalance)
         self._sums.add(accuracy=own.seen / max(1, batch.next_tokens.count))

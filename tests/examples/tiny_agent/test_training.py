@@ -57,6 +57,7 @@ def _stage(name: str, **changes: Any) -> Stage:
         other_lr=3e-3,
         warm_up=1,
         decay_share=0.5,
+        mtp_weight=0.3,
     )
     return dataclasses.replace(small, **changes)
 
