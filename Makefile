@@ -12,7 +12,7 @@ INTERPRETER := build/interpreter
 GPU_PYTHON ?= $(if $(wildcard $(BIN)/python),$(BIN)/python,python3)
 
 help:  ## list the targets
-	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1	\2/p' $(MAKEFILE_LIST) | expand -t 22
+	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1	\2/p' $(MAKEFILE_LIST) | expand -t 26
 
 setup: $(READY)  ## make .venv with everything pinned (once; again when pins or protos change)
 
@@ -50,7 +50,7 @@ test-gpu:  ## kernels and model on a CUDA device; needs torch, triton, grpcio, p
 # Without PyTorch's caching an allocation ends where its tensor does, and an access beyond it is seen.
 memcheck-gpu:  ## every kernel on small shapes under compute-sanitizer; needs a CUDA device and the CUDA toolkit
 	@mkdir -p gen/seamount && ln -sfn ../../kernels gen/seamount/kernels
-	PYTHONPATH=gen PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool memcheck --target-processes application-only \
+	PYTHONPATH=gen PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool memcheck --target-processes all \
 		--error-exitcode 1 $(GPU_PYTHON) -m pytest -q -m gpu --confcutdir=tests/kernels tests/kernels/gpu/test_every_operation.py
 
 test-interpreter: $(READY)  ## the GPU kernels' tests on a CPU, in Triton's interpreter (once fetches 190 MB; 3 minutes)

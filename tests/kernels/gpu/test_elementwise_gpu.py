@@ -234,7 +234,7 @@ def test_query_rotation(
         values, scales = cache_write.rotate_quantize_index_vectors(x.to(poisoned), cos.to(poisoned), sin.to(poisoned))
         # Float32 up to the quantiser, whatever x's dtype is.
         wide = cache_write.rotate_index_vectors(x.float().to(poisoned), cos.to(poisoned), sin.to(poisoned))
-        then = quantize(wide, shape[-1])
+        then = quantize(wide.cpu(), shape[-1])
         assert same_bytes(values, then[0])
         assert same_bytes(scales, then[1])
 
