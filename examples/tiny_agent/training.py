@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -151,8 +149,3 @@ def balance(model: Model, loads: list[Tensor]) -> Tensor:
         gate.gate_bias += BALANCE_SPEED * torch.sign(load.mean() - load)
         worst += load.max() / load.mean()
     return worst / len(gates)
-
-
-def append_json_line(path: Path, values: dict[str, Any]) -> None:
-    with path.open("a", encoding="utf-8") as file:
-        file.write(json.dumps(values) + "\n")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +12,7 @@ import torch
 from click.testing import Result
 from typer.testing import CliRunner
 
-from examples.tiny_agent import export, feeding, objectives, reinforce, train
+from examples.tiny_agent import export, feeding, objectives, progress, reinforce, train, training
 from examples.tiny_agent.config import VOCAB_SIZE, model_config
 from seamount.workers.model.weights import load_model
 
@@ -56,10 +55,10 @@ def _invoke(*args: object) -> Result:
     return CliRunner().invoke(train.app, [str(arg) for arg in args] + fixed)
 
 
-def _run(stage: str, out: Path, *args: object) -> dict[str, Any]:
-    result = _invoke("--stage", stage, "--out", out, *args)
+def _run(out: Path, *args: object) -> dict[str, Any]:
+    result = _invoke("--out", out, *args)
     assert result.exit_code == 0, result.output
-    state: dict[str, Any] = json.loads((out / train.STATE).read_text())
+    state: dict[str, Any] = json.loads((out / progress.STATE).read_text())
     return state
 
 
@@ -69,15 +68,14 @@ def _lines(folder: Path) -> list[dict[str, Any]]:
 
 def test_stages_follow_each_other(tmp_path: Path) -> None:
     dense, rest = tmp_path / "dense", tmp_path / "rest"
-    assert _run("dense", dense, "--steps", 2)["step"] == 2
-    state = _run("dense", dense, "--resume", dense)
+    assert _run(dense, "--stage", "dense", "--steps", 2)["step"] == 2
+    state = _run(dense, "--stage", "dense")
     assert (state["step"], state["done"]) == (3, True)
     assert [run["steps"] for run in state["runs"]] == [[0, 2], [2, 3]]
     assert [line["step"] for line in _lines(dense)] == [2, 3]
-    assert _invoke("--stage", "dense", "--out", dense, "--resume", dense).exit_code == 2
-    assert _run("indexer", rest, "--resume", dense)["step"] == 3
-    assert _run("sparse", rest, "--resume", rest)["step"] == 3
-    assert _run("reinforce", rest, "--resume", rest)["done"]
+    state = _run(rest, "--resume", dense)
+    assert (state["stage"], state["done"]) == ("reinforce", True)
+    assert [run["stage"] for run in state["runs"]] == ["dense", "dense", "indexer", "sparse", "reinforce"]
     assert [line["stage"] for line in _lines(rest)] == ["indexer", "sparse", "reinforce"]
     names = {file.name for file in rest.iterdir()}
     assert {"config.json", "tokenizer.json", "tokenizer_config.json", "generation_config.json"} <= names
@@ -85,26 +83,51 @@ def test_stages_follow_each_other(tmp_path: Path) -> None:
     assert load_model(rest, dtype=torch.float32, layout_name="exact").config.num_hidden_layers == 2
 
 
+@pytest.mark.parametrize(
+    ("args", "told"),
+    [
+        (("--stage", "wrong"), "choose one of dense, indexer, sparse, reinforce"),
+        (("--stage", "sparse"), "stage dense is next, at step 0"),
+    ],
+)
+def test_stages_keep_their_order(args: tuple[str, ...], told: str, tmp_path: Path) -> None:
+    result = _invoke("--out", tmp_path, *args)
+    assert result.exit_code == 2
+    assert told in " ".join(result.output.replace("│", " ").split())
+
+
+def test_a_long_run_saves_on_its_way(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(progress, "SAVE_EVERY_S", 0.0)
+    monkeypatch.setattr(training, "LOG_EVERY", 1)
+    seen: list[dict[str, Any]] = []
+    write = progress.write_json
+    monkeypatch.setattr(
+        progress, "write_json", lambda path, content: (seen.append(dict(content)), write(path, content))
+    )
+    _run(tmp_path, "--stage", "dense")
+    assert [state["step"] for state in seen] == [1, 2, 3, 3]
+    assert [state["runs"][-1]["steps"] for state in seen] == [[0, 1], [0, 2], [0, 3], [0, 3]]
+
+
 def test_a_run_is_repeated_by_its_seed(tmp_path: Path) -> None:
     first, second, other = (tmp_path / name for name in ("first", "second", "other"))
-    _run("dense", first, "--steps", 2)
-    _run("dense", second, "--steps", 2)
-    _run("dense", other, "--steps", 2, "--seed", 2)
+    _run(first, "--steps", 2)
+    _run(second, "--steps", 2)
+    _run(other, "--steps", 2, "--seed", 2)
     losses = [_lines(folder)[-1]["loss"] for folder in (first, second, other)]
     assert losses[0] == losses[1] != losses[2]
 
 
 def test_a_deadline_stops_a_run_that_can_go_on(tmp_path: Path) -> None:
-    state = _run("dense", tmp_path / "none", "--minutes", 0)
-    assert (state["step"], state["done"]) == (0, False)
-    assert _run("dense", tmp_path / "none", "--resume", tmp_path / "none")["done"]
+    state = _run(tmp_path, "--minutes", 0)
+    assert (state["stage"], state["step"], state["done"]) == ("dense", 0, False)
+    assert _run(tmp_path, "--stage", "dense")["done"]
 
 
 def test_a_damaged_folder_is_refused(tmp_path: Path) -> None:
-    _run("dense", tmp_path / "a", "--minutes", 0)
-    shutil.copytree(tmp_path / "a", tmp_path / "b")
-    (tmp_path / "b" / export.INDEX).unlink()
-    result = _invoke("--stage", "dense", "--out", tmp_path / "c", "--resume", tmp_path / "b")
+    _run(tmp_path / "a", "--minutes", 0)
+    (tmp_path / "a" / export.INDEX).unlink()
+    result = _invoke("--out", tmp_path / "b", "--resume", tmp_path / "a")
     assert result.exit_code == 2
     assert "training run wrote" in " ".join(result.output.replace("│", " ").split())
-    assert not (tmp_path / "c").exists()
+    assert not (tmp_path / "b").exists()

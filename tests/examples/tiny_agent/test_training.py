@@ -1,7 +1,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -10,9 +9,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from typer.testing import CliRunner
 
-from examples.tiny_agent import feeding, objectives, train
+from examples.tiny_agent import feeding, objectives
 from examples.tiny_agent.config import model_config
 from examples.tiny_agent.data import Batch
 from examples.tiny_agent.documents import SHORT
@@ -220,19 +218,3 @@ def test_optimizer_updates_stacked_matrices_as_single_ones() -> None:
     torch.testing.assert_close(stacked.detach(), torch.stack([p.detach() for p in single]), rtol=1e-5, atol=1e-5)
     assert other.detach().tolist() == pytest.approx([-0.03] * 4, rel=1e-3)
     assert torch.equal(idle.detach(), torch.ones(8, 12))
-
-
-def test_stages_come_in_order(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(train, "model_config", lambda: model_config(**SMALL))
-    save_checkpoint(_model(), tmp_path)
-    run = CliRunner().invoke
-
-    def told(*args: str) -> str:
-        result = run(train.app, [*args, "--out", str(tmp_path / "out"), "--device", "cpu", "--workers", "0"])
-        assert result.exit_code == 2
-        return " ".join(result.output.replace("│", " ").split())
-
-    assert "starts from an earlier one" in told("--stage", "sparse")
-    assert "choose one of dense, indexer, sparse, reinforce" in told("--stage", "wrong")
-    (tmp_path / train.STATE).write_text(json.dumps({"stage": "dense", "step": 9, "done": False, "runs": []}))
-    assert "cannot go on from there" in told("--stage", "indexer", "--resume", str(tmp_path))
