@@ -10,7 +10,6 @@ from typing import Any
 
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from examples.tiny_agent.documents import TOKENIZER
 from examples.tiny_agent.export import save_checkpoint, write_json
 from examples.tiny_agent.model import Model
 
@@ -48,18 +47,18 @@ class Recorder:
         if time.monotonic() - self._saved > SAVE_EVERY_S:
             self._save([*self._runs, self._entry()])
 
-    def end(self, step: int) -> None:
-        """The run leaves the stage at ``step``."""
+    def end(self, step: int, *, tokenizer: Path | None = None) -> None:
+        """The run leaves the stage at ``step``. tokenizer: goes into a folder that is to be served."""
         self._step = step
         self._runs.append(self._entry())
-        self._save(self._runs)
+        self._save(self._runs, tokenizer)
 
     def _entry(self) -> dict[str, Any]:
         seconds = round(time.monotonic() - self._began)
         return {"stage": self._stage, "steps": [self._first, self._step], "seed": self._seed, "seconds": seconds}
 
-    def _save(self, runs: list[dict[str, Any]]) -> None:
-        save_checkpoint(self._model, self._out, TOKENIZER)
+    def _save(self, runs: list[dict[str, Any]], tokenizer: Path | None = None) -> None:
+        save_checkpoint(self._model, self._out, tokenizer)
         done = self._step == self._total
         write_json(self._out / STATE, {"stage": self._stage, "step": self._step, "done": done, "runs": runs})
         self._saved = time.monotonic()

@@ -2,9 +2,9 @@
 
 The same command again goes on where the folder stands, through the stages dense, indexer, sparse and reinforce.
 
-A run writes a Hugging Face checkpoint of its weights, training.json (where it stands) and metrics.jsonl into its folder:
-under 30 MB, in files under 16 MiB. The optimiser's moments are not saved: a resumed run raises the learning rates anew
-over a few steps.
+A run writes a Hugging Face checkpoint of its weights, training.json (where it stands) and metrics.jsonl into its
+folder: under 30 MB, in files under 16 MiB. The optimiser's moments are not saved: a resumed run raises the learning
+rates anew over a few steps. The last stage adds the tokenizer: its folder can be served.
 """
 
 from __future__ import annotations
@@ -93,7 +93,8 @@ def main(
             total = _total(name)
             recorder.begin(name, step, total)
             step = _run_stage(model, name, step, limits, recorder.metrics)
-            recorder.end(step)
+            complete = name == ORDER[-1] and step == total
+            recorder.end(step, tokenizer=TOKENIZER if complete else None)
             Console().print(f"{name}: {step} of {total} steps; saved in {out}")
             if stage is not None or step < total or time.monotonic() > deadline:
                 return

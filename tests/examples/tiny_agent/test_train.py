@@ -79,7 +79,6 @@ def test_stages_follow_each_other(tmp_path: Path) -> None:
     assert [line["stage"] for line in _lines(rest)] == ["indexer", "sparse", "reinforce"]
     names = {file.name for file in rest.iterdir()}
     assert {"config.json", "tokenizer.json", "tokenizer_config.json", "generation_config.json"} <= names
-    assert len(names) <= 10
     assert load_model(rest, dtype=torch.float32, layout_name="exact").config.num_hidden_layers == 2
 
 
@@ -100,11 +99,8 @@ def test_a_long_run_saves_on_its_way(tmp_path: Path, monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(progress, "SAVE_EVERY_S", 0.0)
     monkeypatch.setattr(training, "LOG_EVERY", 1)
     seen: list[dict[str, Any]] = []
-    write = progress.write_json
-    monkeypatch.setattr(
-        progress, "write_json", lambda path, content: (seen.append(dict(content)), write(path, content))
-    )
-    _run(tmp_path, "--stage", "dense")
+    monkeypatch.setattr(progress, "write_json", lambda path, content: seen.append(dict(content)))
+    assert _invoke("--out", tmp_path, "--stage", "dense").exit_code == 0
     assert [state["step"] for state in seen] == [1, 2, 3, 3]
     assert [state["runs"][-1]["steps"] for state in seen] == [[0, 1], [0, 2], [0, 3], [0, 3]]
 
