@@ -37,7 +37,7 @@ def mqa_logits(
     is float32; lengths and pages may be int32. Raises ValueError for other shapes, dtypes, strides or devices.
     """
     num_rows, width = q.shape[0], pages.shape[0] * PAGE_SIZE
-    if _on_gpu(q, layout):
+    if multiplies_e4m3(q, layout):
         _check_rows(q, plane, weights, lengths, pages, layout)
         logits = torch.full((num_rows, width), float("-inf"), dtype=torch.float32, device=q.device)
         _write_logits(q.to(torch.float8_e4m3fn), plane, weights, lengths, pages, layout, logits)
@@ -55,7 +55,7 @@ def mqa_topk_indices(
     """
     num_rows, width = q.shape[0], pages.shape[0] * PAGE_SIZE
     selected = torch.empty((num_rows, k), dtype=torch.int64, device=q.device)
-    if on_gpu := _on_gpu(q, layout):
+    if on_gpu := multiplies_e4m3(q, layout):
         _check_rows(q, plane, weights, lengths, pages, layout)
         q, weights, tile = q.to(torch.float8_e4m3fn), weights.float().contiguous(), _GPU_TILE_SCORES
     else:
@@ -74,7 +74,8 @@ def mqa_topk_indices(
     return selected
 
 
-def _on_gpu(q: Tensor, layout: CacheLayout) -> bool:
+def multiplies_e4m3(q: Tensor, layout: CacheLayout) -> bool:
+    """Whether the functions here take e4m3 queries as they are, where q lies and with keys of this layout."""
     return q.is_cuda and layout.quantizes_index and layout.index_head_dim >= 32
 
 
@@ -139,7 +140,7 @@ def paged_mqa_logits(
     On CUDA with an e4m3 index plane: q is e4m3, or holds e4m3 numbers in a wider dtype (others are rounded); the result
     is float32; lengths and page tables may be int32. Raises ValueError for other shapes, dtypes, strides or devices.
     """
-    if _on_gpu(q, layout):
+    if multiplies_e4m3(q, layout):
         _check_paged(q, plane, weights, context_lens, page_tables, layout)
         from seamount.kernels.triton import indexer
 

@@ -18,7 +18,7 @@ from seamount.kernels.sparse_mla import sparse_mla_decode, sparse_mla_prefill
 from seamount.workers.model.batch import AttentionPlan, DecodeRows, PrefillChunk, slots_at
 from seamount.workers.model.config import ModelConfig
 from seamount.workers.model.indexer import Indexer
-from seamount.workers.model.linear import project, project_all, weight_of
+from seamount.workers.model.linear import Projections, project, weight_of
 
 
 class Attention:
@@ -27,10 +27,8 @@ class Attention:
     def __init__(self, config: ModelConfig, layout: CacheLayout, parameters: Mapping[str, Tensor]) -> None:
         self._config = config
         self._layout = layout
-        self._q_a_proj = weight_of(parameters, "q_a_proj.weight")
         self._q_a_norm = parameters["q_a_layernorm.weight"]
         self._q_b_proj = weight_of(parameters, "q_b_proj.weight")
-        self._kv_a_proj = weight_of(parameters, "kv_a_proj_with_mqa.weight")
         self._kv_a_norm = parameters["kv_a_layernorm.weight"]
         self._kv_up = parameters["kv_b_proj.weight"]  # [H * (N + V), C]
         per_head = self._kv_up.view(config.num_attention_heads, -1, config.kv_lora_rank)
@@ -39,6 +37,8 @@ class Attention:
         self._o_proj = weight_of(parameters, "o_proj.weight")
         indexer = {name.removeprefix("indexer."): at for name, at in parameters.items() if name.startswith("indexer.")}
         self._indexer = Indexer(config, layout, indexer)
+        q_a_proj, kv_a_proj = (weight_of(parameters, f"{name}.weight") for name in ("q_a_proj", "kv_a_proj_with_mqa"))
+        self._of_input = Projections(q_a_proj, self._indexer.key_weight, kv_a_proj)
 
     def forward(
         self,
@@ -56,7 +56,7 @@ class Attention:
         Returns [T, hidden]. T may be 0.
         """
         config, (cos, sin) = self._config, angles
-        q_latent, kv, index_key = project_all(x, self._q_a_proj, self._kv_a_proj, self._indexer.key_weight)
+        q_latent, index_key, kv = self._of_input.forward(x)
         q_latent = rms_norm(q_latent, self._q_a_norm, config.rms_norm_eps)
         latent, rope_key = kv[:, : config.kv_lora_rank], kv[:, config.kv_lora_rank :]
         eps = config.rms_norm_eps

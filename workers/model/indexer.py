@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from seamount.kernels.cache_write import rotate_index_vectors, rotate_quantize_index_vectors, write_index_key
-from seamount.kernels.indexer import mqa_topk_indices, paged_mqa_logits
+from seamount.kernels.indexer import mqa_topk_indices, multiplies_e4m3, paged_mqa_logits
 from seamount.kernels.layout import CacheLayout
 from seamount.kernels.quant import decode_e4m3, wide_dtype
 from seamount.kernels.topk import topk_indices
@@ -39,17 +39,19 @@ class Indexer:
         write_index_key(plane, slots, key, self._norm_weight, self._norm_bias, _KEY_NORM_EPS, cos, sin, self._layout)
 
     def queries(self, x: Tensor, q_latent: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
-        """The scored rows' queries [X, H, D] and head weights [X, H], both in at least float32.
+        """The scored rows' queries [X, H, D] and head weights [X, H], in at least float32.
 
         x: [X, hidden], normalised; q_latent: [X, q_lora_rank], what q_b_proj reads too. In layouts with e4m3 keys the
-        queries are e4m3 values and their scales are in the weights.
+        queries are e4m3 values, decoded where the kernels want that, and their scales are in the weights.
         """
         wide = wide_dtype(x.dtype)
         q = project(q_latent, self._wq_b).view(-1, self._heads, self._head_dim)
         weights = project_wide(x, self._weights_proj) * (self._heads**-0.5 * self._head_dim**-0.5)
         if self._layout.quantizes_index:
             values, scales = rotate_quantize_index_vectors(q, cos, sin)
-            return decode_e4m3(values.view(torch.uint8), wide), weights * scales.squeeze(-1)
+            if not multiplies_e4m3(values, self._layout):
+                values = decode_e4m3(values.view(torch.uint8), wide)
+            return values, weights * scales.squeeze(-1)
         return rotate_index_vectors(q.to(wide), cos, sin), weights
 
     def select_decode(self, decode: DecodeRows, q: Tensor, weights: Tensor, plane: Tensor) -> Tensor:

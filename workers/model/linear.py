@@ -6,16 +6,16 @@ numbers, on every device: what DeepSeek-V3.2 was trained for.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from torch.nn.functional import linear
+from torch.nn.functional import linear, pad
 
 from seamount.kernels.gemm import decode_weight, fp8_gemm
-from seamount.kernels.quant import quantize
-from seamount.workers.model.parameters import SCALE_SUFFIX
+from seamount.kernels.quant import BLOCK_SIZE, quantize
+from seamount.workers.model.parameters import SCALE_SUFFIX, block_counts
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -48,20 +48,48 @@ def weight_of(parameters: Mapping[str, Tensor], name: str) -> Weight:
 
 def project(x: Tensor, weight: Weight) -> Tensor:
     """x W^T: [T, K] and [N, K] to [T, N] in x's dtype."""
-    return project_all(x, weight)[0]
-
-
-def project_all(x: Tensor, *weights: Weight) -> tuple[Tensor, ...]:
-    """``project`` of one input by several weights; what is block-scaled shares one quantised input."""
-    quantized = quantize(x) if any(isinstance(weight, BlockScaled) for weight in weights) else None
-    return tuple(_project(x, quantized, weight) for weight in weights)
-
-
-def _project(x: Tensor, quantized: tuple[Tensor, Tensor] | None, weight: Weight) -> Tensor:
     if isinstance(weight, Tensor):
         return linear(x, weight)
-    assert quantized is not None
-    return fp8_gemm(*quantized, weight.values, weight.scales).to(x.dtype)
+    return fp8_gemm(*quantize(x), weight.values, weight.scales).to(x.dtype)
+
+
+class Projections:
+    """Several projections of one input. If all are block-scaled they are one product: the input is quantised once.
+
+    The joined weight is a copy, each part's rows filled up with zeros to whole blocks; other forms are kept as given.
+    """
+
+    def __init__(self, *weights: Weight) -> None:
+        self._weights = weights
+        self._joined: BlockScaled | None = None
+        scaled = [weight for weight in weights if isinstance(weight, BlockScaled)]
+        if len(scaled) == len(weights):
+            self._slices = _slices_of([weight.values.shape[0] for weight in scaled])
+            self._joined = _join(scaled)
+            self._weights = ()
+
+    def forward(self, x: Tensor) -> tuple[Tensor, ...]:
+        """[T, K] to one [T, N] for each weight, in x's dtype; of a joined product they are slices."""
+        if self._joined is None:
+            return tuple(project(x, weight) for weight in self._weights)
+        out = project(x, self._joined)
+        return tuple(out[:, columns] for columns in self._slices)
+
+
+def _slices_of(rows: Sequence[int]) -> list[slice]:
+    slices, first = [], 0
+    for count in rows:
+        slices.append(slice(first, first + count))
+        first += block_counts((count, 0))[0] * BLOCK_SIZE
+    return slices
+
+
+def _join(weights: Sequence[BlockScaled]) -> BlockScaled:
+    # As bytes: not every operation knows float8.
+    rows = [pad(weight.values.view(torch.uint8), (0, 0, 0, -weight.values.shape[0] % BLOCK_SIZE)) for weight in weights]
+    scales = [weight.scales for weight in weights if weight.scales is not None]
+    values = torch.cat(rows).view(weights[0].values.dtype)
+    return BlockScaled(values=values, scales=torch.cat(scales) if scales else None)
 
 
 def project_wide(x: Tensor, weight: Tensor) -> Tensor:

@@ -20,7 +20,7 @@ from seamount.wire.errors import AlreadyExists, InvalidArgument
 from seamount.workers.experts.dispatch import LocalExperts
 from seamount.workers.model.batch import ForwardBatch
 from seamount.workers.model.config import ModelConfig
-from seamount.workers.model.linear import BlockScaled, project, project_all
+from seamount.workers.model.linear import BlockScaled, Projections, project
 from seamount.workers.model.moe import MoE
 from seamount.workers.model.quantize_checkpoint import quantize_checkpoint
 from seamount.workers.model.random_checkpoint import write_random_checkpoint
@@ -62,9 +62,12 @@ def test_a_projection_is_the_product_of_the_kernels(seed: int) -> None:
     scaled = BlockScaled.create(values, scales)
     expected = fp8_gemm(*quantize(x), values, scales).float()
     assert torch.allclose(project(x, scaled), expected, rtol=2**-7, atol=1e-5)
-    both = project_all(x, plain, scaled)
-    assert torch.equal(both[0], x @ plain.T)
-    assert torch.equal(both[1], project(x, scaled))
+    other = BlockScaled.create(values[:64], scales[:1])
+    for weights in ((scaled, plain), (scaled, other, scaled)):
+        parts = Projections(*weights).forward(x)
+        assert len(parts) == len(weights)
+        for part, weight in zip(parts, weights, strict=True):
+            assert torch.allclose(part, project(x, weight), rtol=2**-7, atol=1e-5)
     assert project(x[:0].bfloat16(), scaled).shape == (0, 200)
 
 
