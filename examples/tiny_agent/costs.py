@@ -10,6 +10,7 @@ import math
 
 from examples.tiny_agent.feeding import Fed
 from examples.tiny_agent.indexing import ROW_STRIDE
+from examples.tiny_agent.stages import Kind
 from seamount.workers.model.config import ModelConfig
 from seamount.workers.model.parameters import parameter_shapes
 
@@ -17,20 +18,20 @@ H100_BF16_FLOPS = 989e12
 """Dense bfloat16, from the data sheet."""
 
 
-def training_flops(config: ModelConfig, stage: str, batch: Fed) -> float:
-    """Of one step of a stage ("dense", "indexer", "sparse")."""
+def training_flops(config: ModelConfig, kind: Kind, batch: Fed) -> float:
+    """Of one step of a stage of a kind."""
     layers = config.num_hidden_layers + 1
     tokens, context = batch.num_tokens, batch.mean_context
     head = 2 * config.vocab_size * config.hidden_size * (batch.next_tokens.count + batch.after_next.count)
     main = tokens * 2 * _active_weights(config)
     pair = 2 * config.num_attention_heads * (config.qk_head_dim + config.v_head_dim)
-    if stage == "dense":
+    if kind is Kind.DENSE:
         return 3 * (main + head + tokens * layers * pair * context)
     scored = 2 * config.index_n_heads * config.index_head_dim
     index = tokens * 2 * layers * _index_weights(config)
     learnt = tokens / ROW_STRIDE * layers
     mass = 2 * config.num_attention_heads * config.qk_head_dim
-    if stage == "indexer":
+    if kind is Kind.INDEXER:
         return main + tokens * layers * pair * context + 3 * index + learnt * context * (3 * scored + mass)
     width = min(context, config.index_topk)
     selection = tokens * layers * context * scored

@@ -28,7 +28,7 @@ from examples.tiny_agent.model import Model
 from examples.tiny_agent.objectives import policy_loss
 from examples.tiny_agent.optimizer import Optimizer
 from examples.tiny_agent.rollouts import Reply, Rollouts
-from examples.tiny_agent.stages import trained_parameters
+from examples.tiny_agent.stages import Kind, trained_parameters
 from examples.tiny_agent.tasks import MAKERS, make_task
 from examples.tiny_agent.values import Split
 from seamount.kernels.layout import CacheLayout
@@ -181,7 +181,7 @@ class Reinforcement:
     def __init__(self, model: Model, *, seed: int) -> None:
         self.model = model
         self._device = model.embed_tokens.device
-        trained = trained_parameters(model, "dense")
+        trained = trained_parameters(model, Kind.DENSE)
         self._optimizer = Optimizer(trained.matrices, trained.others, weight_decay=0.0)
         self._generator = torch.Generator(device=self._device).manual_seed(seed)
         served = served_model(model)

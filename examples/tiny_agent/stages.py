@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import enum
 from collections.abc import Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
@@ -16,6 +17,15 @@ BALANCE_SPEED = 0.001
 """Step of the gates' bias towards equal loads (DeepSeek-V3, 2.1.2)."""
 
 
+class Kind(enum.Enum):
+    """DENSE: the whole model but the indexers, which dense attention does not need. INDEXER: the indexers alone,
+    towards the attention of the frozen model. SPARSE: everything, over selected tokens."""
+
+    DENSE = "dense"
+    INDEXER = "indexer"
+    SPARSE = "sparse"
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Stage:
     """steps: of the whole stage, however many runs it takes. decay_share: of the steps, at the end, over which the
@@ -23,6 +33,7 @@ class Stage:
     moments are not saved. mtp_weight: of the prediction of the token after the next."""
 
     name: str
+    kind: Kind
     mixture: Mixture
     sequence_length: int
     batch_size: int
@@ -47,9 +58,9 @@ STAGES: Mapping[str, Stage] = MappingProxyType(
     {
         stage.name: stage
         for stage in (
-            # The whole model but the indexers, which dense attention does not need.
             Stage(
                 name="dense",
+                kind=Kind.DENSE,
                 mixture=SHORT,
                 sequence_length=DENSE_LENGTH,
                 batch_size=64,
@@ -60,9 +71,24 @@ STAGES: Mapping[str, Stage] = MappingProxyType(
                 decay_share=0.4,
                 mtp_weight=0.3,
             ),
-            # The indexers alone, towards the attention of the frozen model; the published learning rate.
+            # Positions beyond those of the first stage, before the indexers imitate what is attended to there.
+            Stage(
+                name="long",
+                kind=Kind.DENSE,
+                mixture=LONG,
+                sequence_length=MAX_POSITION,
+                batch_size=4,
+                steps=600,
+                matrix_lr=1e-3,
+                other_lr=2e-3,
+                warm_up=50,
+                decay_share=0.8,
+                mtp_weight=0.1,
+            ),
+            # The published learning rate.
             Stage(
                 name="indexer",
+                kind=Kind.INDEXER,
                 mixture=LONG,
                 sequence_length=MAX_POSITION,
                 batch_size=4,
@@ -73,9 +99,9 @@ STAGES: Mapping[str, Stage] = MappingProxyType(
                 decay_share=0.5,
                 mtp_weight=0.0,
             ),
-            # Everything, over selected tokens.
             Stage(
                 name="sparse",
+                kind=Kind.SPARSE,
                 mixture=LONG,
                 sequence_length=MAX_POSITION,
                 batch_size=4,
@@ -93,18 +119,18 @@ STAGES: Mapping[str, Stage] = MappingProxyType(
 
 @dataclass(frozen=True, slots=True)
 class Trained:
-    """matrices go to Muon, others to AdamW, both at the stage's rates; the indexers go to AdamW in either stage."""
+    """matrices go to Muon, others to AdamW; the indexers go to AdamW altogether."""
 
     matrices: list[nn.Parameter]
     others: list[nn.Parameter]
 
 
-def trained_parameters(model: Model, stage: str) -> Trained:
-    """What a stage trains; all other parameters keep ``requires_grad`` False from here on."""
+def trained_parameters(model: Model, kind: Kind) -> Trained:
+    """What a stage of a kind trains; all other parameters keep ``requires_grad`` False from here on."""
     trained = Trained([], [])
     for name, parameter in model.named_parameters():
         indexer = ".indexer." in name
-        parameter.requires_grad_(stage == "sparse" or indexer == (stage == "indexer"))
+        parameter.requires_grad_(kind is Kind.SPARSE or indexer == (kind is Kind.INDEXER))
         if not parameter.requires_grad:
             continue
         # Muon is for matrices between hidden states; an embedding's rows are no directions of one map.

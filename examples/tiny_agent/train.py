@@ -1,6 +1,7 @@
 """Trains tiny-agent in runs that stop and resume.
 
-The same command again goes on where the folder stands, through the stages dense, indexer, sparse and reinforce.
+The same command again goes on where the folder stands, through the stages dense, long, indexer, sparse and
+reinforce.
 
 A run writes a Hugging Face checkpoint of its weights, training.json (where it stands) and metrics.jsonl into its
 folder: under 30 MB, in files under 16 MiB. The optimiser's moments are not saved: a resumed run raises the learning

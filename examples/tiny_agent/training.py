@@ -18,7 +18,7 @@ from examples.tiny_agent.indexing import IndexerWarmUp, Rows, SelectedAttention
 from examples.tiny_agent.model import Angles, Attend, Model, MoE
 from examples.tiny_agent.objectives import HeadSums, cross_entropy
 from examples.tiny_agent.optimizer import Optimizer
-from examples.tiny_agent.stages import BALANCE_SPEED, Stage, trained_parameters
+from examples.tiny_agent.stages import BALANCE_SPEED, Kind, Stage, trained_parameters
 
 LOG_EVERY = 10
 
@@ -47,7 +47,7 @@ class Training:
         self.model, self.stage, self.step = model, stage, step
         self._device = model.embed_tokens.device
         self._first_step = step
-        trained = trained_parameters(model, stage.name)
+        trained = trained_parameters(model, stage.kind)
         self._optimizer = Optimizer(trained.matrices, trained.others)
         # The rows that the indexer learns from depend on the step alone, not on where runs were cut.
         self._generator = torch.Generator(device=self._device)
@@ -76,13 +76,13 @@ class Training:
         """One step."""
         self._generator.manual_seed(self._seed * 1_000_003 + self.step)
         angles = self.model.angles(batch.positions)
-        if self.stage.name == "indexer":
+        if self.stage.kind is Kind.INDEXER:
             self._train_indexer(batch, angles)
         else:
             self._train_model(batch, angles)
         factor = self.stage.lr_factor(self.step, self.step - self._first_step)
         self._optimizer.step(factor * self.stage.matrix_lr, factor * self.stage.other_lr)
-        flops = training_flops(self.model.config, self.stage.name, batch)
+        flops = training_flops(self.model.config, self.stage.kind, batch)
         self._sums.add(steps=1.0, tokens=float(batch.num_tokens), flops=flops)
         self.step += 1
 
@@ -112,7 +112,7 @@ class Training:
 
     def _attend(self, batch: Fed) -> Attend:
         scale = self.model.config.softmax_scale
-        if self.stage.name == "dense":
+        if self.stage.kind is Kind.DENSE:
             return DenseAttention(batch.document_ids, scale)
         rows = Rows(batch.document_ids, batch.positions)
         return SelectedAttention(rows, self.model.config.index_topk, scale, self._generator)

@@ -75,8 +75,8 @@ def test_stages_follow_each_other(tmp_path: Path) -> None:
     assert [line["step"] for line in _lines(dense)] == [2, 3]
     state = _run(rest, "--resume", dense)
     assert (state["stage"], state["done"]) == ("reinforce", True)
-    assert [run["stage"] for run in state["runs"]] == ["dense", "dense", "indexer", "sparse", "reinforce"]
-    assert [line["stage"] for line in _lines(rest)] == ["indexer", "sparse", "reinforce"]
+    assert [run["stage"] for run in state["runs"]] == ["dense", "dense", "long", "indexer", "sparse", "reinforce"]
+    assert [line["stage"] for line in _lines(rest)] == ["long", "indexer", "sparse", "reinforce"]
     names = {file.name for file in rest.iterdir()}
     assert {"config.json", "tokenizer.json", "tokenizer_config.json", "generation_config.json"} <= names
     assert load_model(rest, dtype=torch.float32, layout_name="exact").config.num_hidden_layers == 2
@@ -85,7 +85,7 @@ def test_stages_follow_each_other(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("args", "told"),
     [
-        (("--stage", "wrong"), "choose one of dense, indexer, sparse, reinforce"),
+        (("--stage", "wrong"), "choose one of dense, long, indexer, sparse, reinforce"),
         (("--stage", "sparse"), "stage dense is next, at step 0"),
     ],
 )

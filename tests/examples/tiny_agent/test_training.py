@@ -18,7 +18,7 @@ from examples.tiny_agent.export import load_checkpoint, save_checkpoint
 from examples.tiny_agent.feeding import feed
 from examples.tiny_agent.model import Model, MoE
 from examples.tiny_agent.optimizer import Optimizer, orthogonalized
-from examples.tiny_agent.stages import BALANCE_SPEED, STAGES, Stage
+from examples.tiny_agent.stages import BALANCE_SPEED, STAGES, Kind, Stage
 from examples.tiny_agent.training import Training, balance
 
 torch.set_num_threads(1)
@@ -47,6 +47,7 @@ def _small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
 def _stage(name: str, **changes: Any) -> Stage:
     small = Stage(
         name=name,
+        kind=Kind(name),
         mixture=SHORT,
         sequence_length=64,
         batch_size=2,
