@@ -50,6 +50,7 @@ Row = dict[str, Any]
 
 def microseconds(call: Callable[[int], object], sets: int) -> float:
     """The median time of one call; ``call(i)`` runs on input set i."""
+    torch.cuda.synchronize()  # the inputs were made on another stream
     stream = torch.cuda.Stream()
     with torch.cuda.stream(stream):
         call(0)
