@@ -5,25 +5,30 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from seamount.router.parsing import ParsedOutput
+from seamount.router.receipts import Found, SessionBefore, miss_cause
 from seamount.v1 import events_pb2, worker_pb2
 from seamount.wire.durations import duration
 
 
 @dataclass(slots=True, kw_only=True)
 class Account:
-    """What the generation cost so far; becomes the receipt."""
+    """What the generation cost so far; becomes the receipt. ``before``: None for a stateless answer."""
 
     started: float
+    before: SessionBefore | None = None
     num_cached: int = 0
     num_decode_computed: int = 0
     num_prefill_computed: int = 0
     num_pulled: int = 0
     num_pushed: int = 0
     common_len: int = 0
+    miss_cause: events_pb2.MissCause = events_pb2.MISS_CAUSE_UNSPECIFIED
+    idle_kv_byte_seconds: float = 0.0
     decode_rank: str = ""
     prefill_rank: str = ""
     queue_s: float = 0.0
     prefill_s: float = 0.0
+    transfer_s: float = 0.0
     decode_s: float = 0.0
     first_token_s: float = 0.0
     num_retries: int = 0
@@ -48,6 +53,9 @@ class Account:
             time_to_first_token=duration(self.first_token_s),
             decode_time=duration(self.decode_s),
             num_retries=self.num_retries,
+            miss_cause=self.miss_cause,
+            transfer_time=duration(self.transfer_s),
+            idle_kv_byte_seconds=self.idle_kv_byte_seconds,
         )
         receipt.finished_at.GetCurrentTime()
         return receipt
@@ -61,12 +69,39 @@ class Account:
             num_reasoning_tokens=output.num_reasoning_tokens,
         )
 
+    def add_reservation(
+        self,
+        rank_id: str,
+        reserved: worker_pb2.ReserveResponse,
+        *,
+        num_prompt: int,
+        kv_bytes_per_token: int,
+        last_rank_is_alive: bool,
+    ) -> None:
+        """A decode rank took the answer; what the first one found is what the turn found."""
+        if not self.decode_rank:
+            self.num_cached = reserved.cached_len
+            self.common_len = reserved.common_len
+            idle_s = reserved.idle_time.ToTimedelta().total_seconds()
+            self.idle_kv_byte_seconds = reserved.cached_len * kv_bytes_per_token * idle_s
+            if self.before is not None:
+                found = Found(
+                    rank=rank_id,
+                    num_prompt=num_prompt,
+                    num_cached=reserved.cached_len,
+                    common_len=reserved.common_len,
+                    had_left=reserved.left_len,
+                )
+                self.miss_cause = miss_cause(self.before, found, last_rank_is_alive=last_rank_is_alive)
+        self.decode_rank = rank_id
+
     def add_prefill(self, rank_id: str, finished: worker_pb2.PrefillFinished) -> None:
         """A prefill rank did its part."""
         self.prefill_rank = rank_id
         self.num_prefill_computed += finished.num_computed_tokens
         self.num_pulled += finished.num_pulled_tokens
         self.num_pushed += finished.num_pushed_tokens
+        self.transfer_s += finished.transfer_time.ToTimedelta().total_seconds()
         self._add_times(finished)
 
     def add_decode(self, finished: worker_pb2.GenerateFinished) -> None:

@@ -145,7 +145,7 @@ class Generation:
                 if choose_decode_rank(self.ranks.loads(Role.DECODE), preferred=None, excluded=full) is None:
                     raise
                 continue
-            self._note_reservation(load.rank_id, reserved)
+            self._note_reservation(load, reserved)
             return reserved
 
     async def _reserve(self) -> worker_pb2.ReserveResponse:
@@ -160,13 +160,17 @@ class Generation:
         self._reservation_id = ReservationId(reserved.reservation_id)  # a new one where the old one had ended
         return reserved
 
-    def _note_reservation(self, rank_id: RankId, reserved: worker_pb2.ReserveResponse) -> None:
-        self.ranks.assign(rank_id)
-        self._assigned = self.preferred = rank_id
-        if not self.account.decode_rank:
-            self.account.num_cached = reserved.cached_len
-            self.account.common_len = reserved.common_len
-        self.account.decode_rank = rank_id
+    def _note_reservation(self, load: RankLoad, reserved: worker_pb2.ReserveResponse) -> None:
+        before = self.account.before
+        self.account.add_reservation(
+            load.rank_id,
+            reserved,
+            num_prompt=self._num_tokens,
+            kv_bytes_per_token=load.kv_bytes_per_token,
+            last_rank_is_alive=before is not None and self.ranks.load(RankId(before.last_rank)) is not None,
+        )
+        self.ranks.assign(load.rank_id)
+        self._assigned = self.preferred = load.rank_id
 
     async def _place(self, full: set[RankId]) -> RankLoad:
         until = time.monotonic() + min(PLACEMENT_TIMEOUT_S, self._remaining_s())

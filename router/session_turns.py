@@ -26,6 +26,7 @@ from google.rpc import status_pb2
 
 from seamount.router import chain
 from seamount.router.chain import History, HistoryCache
+from seamount.router.receipts import added
 from seamount.router.running_index import IndexedTurn, RunningIndex
 from seamount.router.session_names import check_session_id, random_name
 from seamount.router.session_store import SessionStore
@@ -237,7 +238,11 @@ class SessionTurns:
                 reason="TURN_TOO_LARGE",
             )
         summary = session_pb2.Session(
-            pending_tool_calls=record.pending_tool_calls, num_context_tokens=num_context_tokens
+            pending_tool_calls=record.pending_tool_calls,
+            num_context_tokens=num_context_tokens,
+            totals=added(turn.view.session.totals, record.receipt)
+            if record.HasField("receipt")
+            else turn.view.session.totals,
         )
         entry = chain.entry(turn.history.end, stored)
         session = await self._store.commit(

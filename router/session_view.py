@@ -65,6 +65,7 @@ def view_of(tenant: TenantId, session_id: SessionId, stored: StoredSession) -> S
         pending_tool_calls=summary.pending_tool_calls,
         running_turn_id=stored.running.turn_id if stored.running else "",
         num_context_tokens=summary.num_context_tokens,
+        totals=summary.totals,
     )
     session.updated_at.FromMilliseconds(stored.updated_ms)
     return SessionView(

@@ -10,11 +10,12 @@ from seamount.router.account import Account
 from seamount.router.events import TurnEvents, turn_events
 from seamount.router.generation import Generation
 from seamount.router.logged_turn import LoggedTurn, started_event
-from seamount.router.messages import Message, check_turn, thinking_mode_from_proto, tool_calls_from_proto
+from seamount.router.messages import ASKING_ROLES, Message, check_turn, thinking_mode_from_proto, tool_calls_from_proto
 from seamount.router.model import ServedModel
 from seamount.router.parameters import fit_context
 from seamount.router.parsing import OutputMode
 from seamount.router.ranks import Ranks
+from seamount.router.receipts import SessionBefore
 from seamount.router.rendering import Rendering
 from seamount.router.session_turns import BegunTurn
 from seamount.router.spec import RouterSpec
@@ -68,7 +69,7 @@ class TurnMaker:
                 prompt=prompt,
                 sampling=room,
                 preferred=RankId(preferred) if preferred else None,
-                account=Account(started=time.monotonic()),
+                account=Account(started=time.monotonic(), before=self._before(begun, messages)),
                 max_attempts=self.spec.max_attempts,
                 deadline=deadline,
                 eos_token_id=self.model.tokenizer.eos_token_id,
@@ -96,4 +97,14 @@ class TurnMaker:
             log=self.token_log.open(begun, stream.append, end=logged.end, num_tokens=len(logged.token_ids)),
             stream=stream,
             logprobs=list(logged.logprobs),
+        )
+
+    def _before(self, begun: BegunTurn, messages: Sequence[Message]) -> SessionBefore:
+        outputs = [record for record in begun.records if record.HasField("output")]
+        asks = any(message.role in ASKING_ROLES for message in messages)
+        return SessionBefore(
+            is_new=not begun.records,
+            last_rank=begun.view.last_rank,
+            is_reencoded=any(record.fingerprint != self.model.fingerprint for record in outputs),
+            cuts_reasoning=asks and any(record.output.num_reasoning_tokens for record in outputs),
         )

@@ -7,6 +7,7 @@ Whatever fails on the way is the router's to answer: what has arrived and verifi
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import AsyncGenerator, Coroutine
 from contextlib import aclosing, suppress
 from dataclasses import dataclass
@@ -45,6 +46,7 @@ class _Account:
     in_batch: bool = False
     queue_s: float = 0.0
     prefill_s: float = 0.0
+    transfer_s: float = 0.0
 
     def progress(self) -> worker_pb2.PrefillResponse:
         return worker_pb2.PrefillResponse(
@@ -64,6 +66,7 @@ class _Account:
                 num_pushed_tokens=self.num_pushed,
                 queue_time=duration(self.queue_s),
                 prefill_time=duration(self.prefill_s),
+                transfer_time=duration(self.transfer_s),
             )
         )
 
@@ -207,7 +210,8 @@ class Prefill:
     async def _waiting(
         self, work: Coroutine[Any, Any, None], account: _Account, reservation: Reservation
     ) -> AsyncGenerator[worker_pb2.PrefillResponse, None]:
-        """Wait for ``work`` and say every second that this rank is alive."""
+        """Wait for a transfer and say every second that this rank is alive."""
+        began = time.monotonic()
         task = asyncio.create_task(work)
         try:
             while not (await asyncio.wait({task}, timeout=KEEP_ALIVE_S))[0]:
@@ -215,6 +219,7 @@ class Prefill:
                 yield account.progress()
             await task
         finally:
+            account.transfer_s += time.monotonic() - began
             task.cancel()
             with suppress(asyncio.CancelledError, SeamountError):
                 await task

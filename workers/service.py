@@ -67,7 +67,11 @@ class WorkerService(worker_pb2_grpc.WorkerServiceServicer):
             time_to_live_s=request.time_to_live.ToTimedelta().total_seconds(),
         )
         return worker_pb2.ReserveResponse(
-            reservation_id=reservation.id, cached_len=reservation.cached_len, common_len=reservation.common_len
+            reservation_id=reservation.id,
+            cached_len=reservation.cached_len,
+            common_len=reservation.common_len,
+            left_len=reservation.left_len,
+            idle_time=duration(reservation.idle_s),
         )
 
     async def Prefill(

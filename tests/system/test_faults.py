@@ -106,6 +106,26 @@ async def test_decode_killed_under_a_stream(
     await cluster.start_gang("decode", killed.split(".")[0])
 
 
+async def test_receipts_say_why_the_past_was_computed_again(cluster: LocalCluster, client: AsyncClient) -> None:
+    session = await client.create_session()
+    receipts = [(await client.run_turn(session.id, [user("word " * 30)], sampling=SHORT).result()).receipt]
+    receipts.append((await client.run_turn(session.id, [user("again")], sampling=SHORT).result()).receipt)
+    last = await process_of(cluster, client, receipts[-1].decode_rank)
+    await cluster.kill(last)
+    receipts.append((await client.run_turn(session.id, [user("and again")], sampling=SHORT).result()).receipt)
+    assert [events_pb2.MissCause.Name(receipt.miss_cause) for receipt in receipts] == [
+        "MISS_CAUSE_FIRST_TURN",
+        "MISS_CAUSE_REASONING_CUT",
+        "MISS_CAUSE_RANK_LOST",
+    ]
+    await cluster.start_gang("decode", last.split(".")[0])
+
+
+async def process_of(cluster: LocalCluster, client: AsyncClient, rank_id: str) -> str:
+    (pid,) = [r.state.process_id for r in await client.list_ranks() if r.state.rank_id == rank_id]
+    return next(name for name, process in cluster.processes.items() if process.pid == pid)
+
+
 async def until_alive(client: AsyncClient, pool: str) -> None:
     for _ in range(100):
         if any(rank.alive and rank.state.gang_id.startswith(pool) for rank in await client.list_ranks()):

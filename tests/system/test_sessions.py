@@ -113,6 +113,27 @@ async def test_each_turn_computes_only_what_is_new(cluster: LocalCluster, alice:
     assert receipt.num_prefill_computed_tokens == receipt.num_prompt_tokens - 1 - known
     assert receipt.num_pulled_tokens == known - known_at_prefill(num_first)
     assert after["prefill"] - middle["prefill"] == receipt.num_prefill_computed_tokens
+    assert (first.receipt.miss_cause, receipt.miss_cause) == (
+        events_pb2.MISS_CAUSE_FIRST_TURN,
+        events_pb2.MISS_CAUSE_NONE,
+    )
+    assert receipt.transfer_time.ToNanoseconds() > 0
+    assert first.receipt.idle_kv_byte_seconds == 0
+    assert receipt.idle_kv_byte_seconds > 0, "the caches waited for this turn"
+    totals = (await alice.get_session(session.id)).totals
+    assert totals.num_turns == 2
+    assert totals.num_cached_tokens == known
+    assert totals.num_prefill_computed_tokens == num_first - 1 + receipt.num_prefill_computed_tokens
+    assert totals.num_output_tokens == 16
+    assert totals.idle_kv_byte_seconds == receipt.idle_kv_byte_seconds
+
+
+async def test_a_new_question_cuts_reasoning_and_the_receipt_says_so(alice: AsyncClient) -> None:
+    session = await alice.create_session(thinking_mode=ThinkingMode.THINKING)
+    first = await alice.run_turn(session.id, [user("word " * 40)], sampling=SHORT).result()
+    second = await alice.run_turn(session.id, [user("and more")], sampling=SHORT).result()
+    assert second.receipt.miss_cause == events_pb2.MISS_CAUSE_REASONING_CUT
+    assert second.receipt.first_differing_position < first.receipt.num_prompt_tokens + 8
 
 
 def known_at_prefill(num_prompt: int) -> int:

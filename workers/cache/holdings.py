@@ -32,10 +32,13 @@ class Holdings:
 
     # ---- the session beside the pages
 
-    def common_len(self, session_id: str, root: bytes, token_ids: array[int]) -> int:
-        """First position at which ``token_ids`` differ from what the session left; 0 if it left nothing."""
-        record = self.sessions.get(session_id)
-        return common_prefix_len(record.left, token_ids) if record is not None and record.left_root == root else 0
+    def compare(self, reservation: Reservation, token_ids: array[int], now: float) -> None:
+        """Set ``common_len``, ``left_len`` and ``idle_s``: what the session left here, beside ``token_ids``."""
+        record = self.sessions.get(reservation.session_id)
+        if record is not None and record.left_root == reservation.root:
+            reservation.common_len = common_prefix_len(record.left, token_ids)
+            reservation.left_len = len(record.left)
+            reservation.idle_s = now - record.left_at if record.left_at is not None else 0.0
 
     def begin(self, reservation: Reservation) -> None:
         if reservation.session_id:
@@ -48,11 +51,11 @@ class Holdings:
             left = array("I", reservation.token_ids[:end])
             self.sessions.remember(reservation.session_id, left, reservation.root)
 
-    def end(self, reservation: Reservation) -> None:
+    def end(self, reservation: Reservation, now: float) -> None:
         """The session has no live reservation any more."""
         record = self.sessions.get(reservation.session_id)
         if record is not None and record.live_id == reservation.id:
-            record.live_id = None
+            record.live_id, record.left_at = None, now
             for page in self.sessions.trim():
                 self.pool.free_idle(page)
 

@@ -345,7 +345,7 @@ class Reservations:
         if session_id:
             self._fences.advance(session_id, reservation.turn_id, reservation.epoch, reservation.attempt)
             self._supersede(session_id, aborted)
-        reservation.common_len = self._holdings.common_len(session_id, reservation.root, packed)
+        self._holdings.compare(reservation, packed, self._clock())
         if not self._holdings.assign(reservation, packed):
             now = self._clock()
             soonest_s = min((r.expires_at for r in self._live.values()), default=now) - now
@@ -368,7 +368,7 @@ class Reservations:
 
     def _end(self, reservation: Reservation, keep_len: int | None) -> None:
         del self._live[reservation.id], self._by_key[reservation.key]
-        self._holdings.end(reservation)
+        self._holdings.end(reservation, self._clock())
         reservation.keep_len = keep_len
         if reservation.num_uses:
             self._holdings.remember(reservation, reservation.kept_len)

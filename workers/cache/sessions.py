@@ -31,11 +31,13 @@ class Tail:
 class SessionRecord:
     """left, left_root: the ids whose entries the session's last reservation left here, and the root of their chain.
 
-    live_id: the reservation in force or None; latest_id: the last one ever made: only that one may leave a tail.
+    left_at: when that was, seconds of the owner's clock, or None. live_id: the reservation in force or None; latest_id:
+    the last one ever made: only that one may leave a tail.
     """
 
     left: array[int] = field(default_factory=lambda: array("I"))
     left_root: bytes = b""
+    left_at: float | None = None
     tail: Tail | None = None
     live_id: str | None = None
     latest_id: str = ""

@@ -1,0 +1,86 @@
+"""What a turn cost and why, as its receipt says it, and what a session's receipts add up to."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from google.protobuf import duration_pb2
+
+from seamount.v1 import events_pb2, session_pb2
+from seamount.wire.durations import duration
+from seamount.wire.hashes import PAGE_SIZE
+
+_COUNTS = (
+    "num_prompt_tokens",
+    "num_cached_tokens",
+    "num_decode_computed_tokens",
+    "num_prefill_computed_tokens",
+    "num_pulled_tokens",
+    "num_pushed_tokens",
+    "num_output_tokens",
+    "num_retries",
+)
+_TIMES = ("queue_time", "prefill_time", "transfer_time", "decode_time")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SessionBefore:
+    """A session as a turn found it. last_rank: decode rank of its last turn, '' for none; is_reencoded: ids of an
+    earlier turn were made under another fingerprint; cuts_reasoning: the turn's messages end earlier reasoning."""
+
+    is_new: bool
+    last_rank: str
+    is_reencoded: bool
+    cuts_reasoning: bool
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Found:
+    """What a decode rank answered to the turn's first Reserve. had_left: the rank's ``left_len``."""
+
+    rank: str
+    num_prompt: int
+    num_cached: int
+    common_len: int
+    had_left: int
+
+
+def miss_cause(before: SessionBefore, found: Found, *, last_rank_is_alive: bool) -> events_pb2.MissCause:
+    """Why not the whole of what came before the turn was found in the caches.
+
+    An earlier position counts before a later one: pages that were evicted lie before the first differing token.
+    """
+    if before.is_new:
+        return events_pb2.MISS_CAUSE_FIRST_TURN
+    if before.last_rank and before.last_rank != found.rank:
+        return events_pb2.MISS_CAUSE_MOVED if last_rank_is_alive else events_pb2.MISS_CAUSE_RANK_LOST
+    if not found.had_left:  # a session that only recorded so far, or one that the rank has forgotten
+        return events_pb2.MISS_CAUSE_EVICTED if before.last_rank else events_pb2.MISS_CAUSE_FIRST_TURN
+    is_continued = found.common_len == min(found.had_left, found.num_prompt)
+    usable = min(found.common_len, found.num_prompt - 1)
+    if found.common_len < found.had_left:  # of a page that differs further on nothing can be used
+        usable -= usable % PAGE_SIZE
+    if found.num_cached < usable:
+        return events_pb2.MISS_CAUSE_EVICTED
+    if is_continued:
+        return events_pb2.MISS_CAUSE_NONE
+    if before.is_reencoded:
+        return events_pb2.MISS_CAUSE_FINGERPRINT_CHANGED
+    return events_pb2.MISS_CAUSE_REASONING_CUT if before.cuts_reasoning else events_pb2.MISS_CAUSE_OTHER
+
+
+def added(totals: session_pb2.SessionTotals, receipt: events_pb2.Receipt) -> session_pb2.SessionTotals:
+    """The totals with one receipt more."""
+    result = session_pb2.SessionTotals()
+    result.CopyFrom(totals)
+    result.num_turns += 1
+    for name in _COUNTS:
+        setattr(result, name, getattr(totals, name) + getattr(receipt, name))
+    for name in _TIMES:
+        getattr(result, name).CopyFrom(_sum(getattr(totals, name), getattr(receipt, name)))
+    result.idle_kv_byte_seconds += receipt.idle_kv_byte_seconds
+    return result
+
+
+def _sum(one: duration_pb2.Duration, other: duration_pb2.Duration) -> duration_pb2.Duration:
+    return duration((one.ToTimedelta() + other.ToTimedelta()).total_seconds())
