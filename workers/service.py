@@ -23,7 +23,7 @@ from seamount.workers.requests import EngineRequest, SamplingParams
 from seamount.workers.spec import RankSpec
 from seamount.workers.transfer.service import Transfer
 
-ORPHAN_TIME_TO_LIVE_S = 2.0
+ORPHAN_TIME_TO_LIVE_S = 1.0
 """Of a reservation whose Generate was broken off from outside."""
 
 _REASONS: dict[FinishReason, common_pb2.FinishReason] = {
