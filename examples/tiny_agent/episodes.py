@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import copy
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
@@ -37,8 +37,11 @@ MAX_OUTPUT_TOKENS = 400
 class Inference(Protocol):
     """A model, wherever it runs."""
 
-    def generate(self, prompts: Sequence[Sequence[int]], *, max_output_tokens: int) -> list[list[int]]:
-        """The output of each prompt: ids up to and with EOS, or ``max_output_tokens`` of them."""
+    def generate(self, prompts: Mapping[int, Sequence[int]], *, max_output_tokens: int) -> dict[int, list[int]]:
+        """The output of each prompt: ids up to and with EOS, or ``max_output_tokens`` of them.
+
+        Prompts are numbered by their conversation: one that goes on keeps its number, and may find what is cached.
+        """
         ...
 
 
@@ -62,11 +65,18 @@ class Outcome:
 class Episode:
     """One task being played. While not ``done``: ``prompt``, then ``take`` what the model said to it.
 
-    history: may be shared by episodes of one thread.
+    history: may be shared by episodes of one thread. keeps_reasoning: False takes the reasoning of each step out of the
+    prompts of the next, which served sessions never do: what a task then loses is what kept reasoning is worth.
     """
 
     def __init__(
-        self, task: Task, tokenizer: Tokenizer, history: History, mode: ThinkingMode = ThinkingMode.THINKING
+        self,
+        task: Task,
+        tokenizer: Tokenizer,
+        history: History,
+        mode: ThinkingMode = ThinkingMode.THINKING,
+        *,
+        keeps_reasoning: bool = True,
     ) -> None:
         self.task = task
         self.failure = ""
@@ -75,6 +85,7 @@ class Episode:
         self._tokenizer = tokenizer
         self._history = history
         self._mode = mode
+        self._keeps_reasoning = keeps_reasoning
         self._world = copy.deepcopy(task.world)
         self._tools = Toolbox(tools=list(task.conversation.tools))
         self._records: list[record_pb2.TurnRecord] = []
@@ -149,11 +160,15 @@ class Episode:
 
     def _remember(self, token_ids: Sequence[int], output: ParsedOutput) -> None:
         self._num_output_tokens += output.num_tokens
+        sampled = sampled_message(token_ids, output, self._tokenizer)
+        if not self._keeps_reasoning:
+            del sampled.token_ids[: sampled.num_reasoning_tokens]
+            sampled.num_reasoning_tokens = 0
         self._records.append(
             record_pb2.TurnRecord(
                 turn_id=f"{id(self)}-{len(self._records)}",
                 input=[message_to_proto(message) for message in self._new],
-                output=sampled_message(token_ids, output, self._tokenizer),
+                output=sampled,
                 fingerprint=self._history.fingerprint,
                 pending_tool_calls=calls_to_proto(output.message.tool_calls),
             )
@@ -216,12 +231,16 @@ def play(
     *,
     max_output_tokens: int = MAX_OUTPUT_TOKENS,
     batch_size: int = 256,
+    on_step: Callable[[int], None] = lambda _: None,
 ) -> list[Outcome]:
-    """Play all to their end, ``batch_size`` at a time; outcomes in the order of the episodes."""
+    """Play all to their end, ``batch_size`` at a time; outcomes in the order of the episodes.
+
+    on_step: told how many are done.
+    """
     for start in range(0, len(episodes), batch_size):
         batch = episodes[start : start + batch_size]
-        while going := [episode for episode in batch if not episode.done]:
-            outputs = model.generate([episode.prompt() for episode in going], max_output_tokens=max_output_tokens)
-            for episode, output in zip(going, outputs, strict=True):
-                episode.take(output)
+        while prompts := {i: episode.prompt() for i, episode in enumerate(batch) if not episode.done}:
+            for i, output in model.generate(prompts, max_output_tokens=max_output_tokens).items():
+                batch[i].take(output)
+            on_step(sum(episode.done for episode in episodes))
     return [episode.outcome() for episode in episodes]

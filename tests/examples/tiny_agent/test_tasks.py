@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 
 import pytest
@@ -55,8 +55,8 @@ class Oracle:
                 self._outputs[tuple(episode.prompt())] = output
                 episode.take(output)
 
-    def generate(self, prompts: Sequence[Sequence[int]], *, max_output_tokens: int) -> list[list[int]]:
-        return [self._outputs[tuple(prompt)][:max_output_tokens] for prompt in prompts]
+    def generate(self, prompts: Mapping[int, Sequence[int]], *, max_output_tokens: int) -> dict[int, list[int]]:
+        return {i: self._outputs[tuple(prompt)][:max_output_tokens] for i, prompt in prompts.items()}
 
 
 @pytest.mark.parametrize("split", Split)
