@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import aclosing, contextmanager, suppress
 from dataclasses import dataclass, field
@@ -24,7 +23,7 @@ from seamount.workers.spec import RankSpec
 from seamount.workers.transfer.service import Transfer
 
 ORPHAN_TIME_TO_LIVE_S = 1.0
-"""Of a reservation whose Generate was broken off from outside."""
+"""Of a reservation whose Generate was broken off, or failed."""
 
 _REASONS: dict[FinishReason, common_pb2.FinishReason] = {
     "stop": common_pb2.FINISH_REASON_STOP,
@@ -119,10 +118,11 @@ class WorkerService(worker_pb2_grpc.WorkerServiceServicer):
 
     @contextmanager
     def _orphaned(self, reservation_id: str) -> Iterator[None]:
-        """Whoever breaks off a Generate releases the reservation, or reserves again, soon: or is dead."""
+        """Who hears of a Generate that does not end well releases the reservation, or reserves again, soon: or is dead,
+        or has stopped listening."""
         try:
             yield
-        except (asyncio.CancelledError, GeneratorExit):
+        except BaseException:
             with suppress(NotFound):
                 self.reservations.renew(reservation_id, ORPHAN_TIME_TO_LIVE_S)
             raise
