@@ -28,6 +28,7 @@ PagesAreBack = Callable[[AsyncClient], Awaitable[None]]
 Events = list[events_pb2.TurnEvent]
 # Long enough (seconds) that a fault surely falls into it; with this seed the model does not end it earlier.
 STORY = Sampling(max_output_tokens=300, temperature=0.8, seed=9)
+ENDLESS = Sampling(max_output_tokens=3000, temperature=0.0)
 OVERRIDES = {
     "pools": {"decode": {"gangs": 2, "expert_parallel": 1}, "prefill": {"gangs": 0}},
     "placement": {"path": "local"},
@@ -194,7 +195,7 @@ async def test_a_turn_that_two_ranks_die_under_is_refused_for_good(
 ) -> None:
     """Killed from outside: what a rank dies of does not show."""
     session = await client.create_session()
-    stream = client.run_turn(session.id, [user("tell me a story")], sampling=STORY, idempotency_key="poison")
+    stream = client.run_turn(session.id, [user("go")], sampling=ENDLESS, idempotency_key="poison")
     killed: list[str] = []
 
     async def follow() -> None:
@@ -212,15 +213,14 @@ async def test_a_turn_that_two_ranks_die_under_is_refused_for_good(
     assert len(set(killed)) == 2
     assert (await client.get_session(session.id)).head == 0
     with pytest.raises(Internal):
-        await client.run_turn(session.id, [user("tell me a story")], sampling=STORY, idempotency_key="poison").result()
+        await client.run_turn(session.id, [user("go")], sampling=ENDLESS, idempotency_key="poison").result()
     turn = await client.run_turn(session.id, [user("hi")], sampling=Sampling(max_output_tokens=4)).result()
     assert turn.usage.num_output_tokens == 4, "the session is well"
 
 
 async def test_a_turn_that_ends_with_its_client_frees_its_pages(client: AsyncClient) -> None:
     session = await client.create_session()
-    long = Sampling(max_output_tokens=3000, temperature=0.0)
-    stream = client.run_turn(session.id, [user("go")], sampling=long, cancel_on_disconnect=True)
+    stream = client.run_turn(session.id, [user("go")], sampling=ENDLESS, cancel_on_disconnect=True)
     for _ in range(5):
         await anext(stream)
     await stream.aclose()
