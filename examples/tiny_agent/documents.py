@@ -11,7 +11,7 @@ from typing import ClassVar
 from examples.tiny_agent.conversation import Conversation, Document, DocumentEncoder, MarkedPiece, marked_pieces
 from examples.tiny_agent.long_documents import make_long_document, needle_turn
 from examples.tiny_agent.shapes import NoVariant
-from examples.tiny_agent.tasks import MAKERS, SYSTEMS
+from examples.tiny_agent.tasks import MAKERS, system_text
 from examples.tiny_agent.tools import Tool
 from examples.tiny_agent.turns import Scene, TaskKind, Turn
 from examples.tiny_agent.values import INVENTED_SHARE, Draw, Split
@@ -145,7 +145,7 @@ def conversation(rng: random.Random, mixture: Mixture) -> Conversation:
             scene, mixture, at_most=draw.between(1, mixture.usual_turns if draw.chance(0.5) else mixture.max_turns)
         )
         if turns:
-            return Conversation(system=draw.one(SYSTEMS), tools=tuple(scene.tools.tools), turns=turns)
+            return Conversation(system=system_text(scene), tools=tuple(scene.tools.tools), turns=turns)
 
 
 def _scene(draw: Draw, mixture: Mixture) -> Scene:

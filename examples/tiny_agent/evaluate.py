@@ -188,7 +188,9 @@ def recall_by_length(plan: Plan, checkpoint: Path, tokenizer: Tokenizer, device:
     measured = {}
     for length in plan.lengths:
         tasks = [plan.needle(source, length, 0.5, i) for i in range(_RECALL_PROMPTS)]
-        prompts = [episode.prompt() for episode in opened(Group(name="", tasks=tasks), tokenizer)]
+        prompts = [
+            episode.prompt() for episode in opened(Group(name="", tasks=tasks, batch_size=len(tasks)), tokenizer)
+        ]
         measured[length] = indexer_recall(model, prompts)
     return measured
 

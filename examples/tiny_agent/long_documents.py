@@ -32,7 +32,8 @@ _FILLERS = (
 )
 _TOKENS_OF_A_LINE = 16
 """Roughly."""
-_SHORTEST_LINE = 10
+_SHORTEST_LINE = 8
+_MAX_MISFITS = 6
 _MAX_FORBIDDEN = 40
 
 
@@ -72,7 +73,7 @@ def make_long_document(
     budget = length - count_tokens([opening])[0]
     lines: list[_Line] = []
     used = misfits = 0
-    while budget - used >= _SHORTEST_LINE and misfits < 2:
+    while budget - used >= _SHORTEST_LINE and misfits < _MAX_MISFITS:
         drawn = [facts.draw() for _ in range(max(4, (budget - used) // _TOKENS_OF_A_LINE))]
         texts = [_text_of(draw, fact, style) for fact in drawn]
         before = used

@@ -30,6 +30,8 @@ class Kind(enum.Enum):
     """A person, a place, a date or a word."""
     LABELS = enum.auto()
     """A list of words."""
+    SERIES = enum.auto()
+    """A list of whole numbers."""
     PART = enum.auto()
     """An object of whole numbers."""
     REFERENCE = enum.auto()
@@ -46,7 +48,7 @@ class Field:
     choices: tuple[str, ...] = ()
     target: str = ""
     flavour: str = ""
-    """Of TEXT: person, place, date or word; of numbers: nothing."""
+    """Of TEXT: person, place, date, word or phrase (some words)."""
     low: int = 0
     high: int = 0
 
@@ -63,6 +65,8 @@ class Field:
                 return draw.one(self.choices)
             case Kind.LABELS:
                 return draw.some(self.choices, draw.between(1, min(3, len(self.choices))))
+            case Kind.SERIES:
+                return [draw.integer(self.low, self.high) for _ in range(draw.between(2, 4))]
             case Kind.PART:
                 return {name: draw.integer(self.low, self.high) for name in self.choices}
         match self.flavour:
@@ -72,6 +76,8 @@ class Field:
                 return draw.place()
             case "date":
                 return draw.date()
+            case "phrase":
+                return " ".join(draw.repeatable(draw.words.tags) for _ in range(draw.between(2, 4)))
         return draw.repeatable(draw.words.tags)
 
 
@@ -101,11 +107,11 @@ class Table:
         return next(field for field in self.fields if field.name == name)
 
 
-def make_table(draw: Draw, *, target: Table | None = None, num_rows: int | None = None) -> Table:
+def make_table(draw: Draw, *, target: Table | None = None) -> Table:
     """A table with records. target: another table, whose records those of this one name."""
     words = draw.words
     fields = [_quantity(draw)]
-    makers = [_quantity, _measure, _flag, _choice, _text, _labels, _part]
+    makers = [_quantity, _measure, _flag, _choice, _text, _labels, _series, _part]
     for maker in draw.some(makers, draw.between(2, 4)):
         fields.append(maker(draw))
     if target is not None:
@@ -118,7 +124,7 @@ def make_table(draw: Draw, *, target: Table | None = None, num_rows: int | None 
         fields=tuple(fields),
         extra=draw.word(words.extras),
     )
-    for _ in range(num_rows or draw.between(3, 7)):
+    for _ in range(draw.between(3, 7) if draw.chance(0.9) else draw.between(8, 20)):
         add_record(draw, table, target)
     table.next_keys = [new_key(draw, table) for _ in range(3)]
     return table
@@ -163,13 +169,17 @@ def _choice(draw: Draw) -> Field:
 
 
 def _text(draw: Draw) -> Field:
-    flavour = draw.one(("person", "person", "place", "date", "word"))
+    flavour = draw.one(("person", "person", "place", "date", "word", "phrase"))
     return Field(name=draw.word(draw.words.texts), kind=Kind.TEXT, flavour=flavour)
 
 
 def _labels(draw: Draw) -> Field:
     choices = tuple(dict.fromkeys(draw.word(draw.words.tags) for _ in range(draw.between(3, 6))))
     return Field(name=draw.word(draw.words.labels), kind=Kind.LABELS, choices=choices)
+
+
+def _series(draw: Draw) -> Field:
+    return Field(name=draw.word(draw.words.series), kind=Kind.SERIES, low=1, high=draw.one((9, 60, 400)))
 
 
 def _part(draw: Draw) -> Field:

@@ -21,7 +21,7 @@ from examples.tiny_agent.turns_plan import plan
 from examples.tiny_agent.turns_single import single
 from examples.tiny_agent.values import Draw, Split
 
-SYSTEMS = (
+_SYSTEMS = (
     f"You are {NAME}.",
     f"You are {NAME}, a helpful assistant.",
     "You are a helpful assistant.",
@@ -38,6 +38,12 @@ MAKERS: dict[TaskKind, Callable[[Scene], Turn | None]] = {
     TaskKind.PLAN: plan,
 }
 _MAX_ATTEMPTS = 200
+
+
+def system_text(scene: Scene) -> str:
+    """The system message's text, in front of the tools."""
+    text = scene.draw.one(_SYSTEMS)
+    return f"{text} Today is {scene.today}.".strip() if scene.today else text
 
 
 class SceneSizes(TypedDict):
@@ -73,7 +79,7 @@ def make_task(kind: TaskKind, *, split: Split, seed: int, index: int) -> Task:
             continue
         turns = _turns(scene, kind)
         if turns is not None and scene.initial_world is not None:
-            conversation = Conversation(system=draw.one(SYSTEMS), tools=tuple(scene.tools.tools), turns=turns)
+            conversation = Conversation(system=system_text(scene), tools=tuple(scene.tools.tools), turns=turns)
             return Task(
                 kind=kind, split=split, seed=seed, index=index, conversation=conversation, world=scene.initial_world
             )

@@ -19,6 +19,7 @@ _TYPE_OF_KIND = {
     Kind.CHOICE: ParameterType.ENUM,
     Kind.TEXT: ParameterType.STRING,
     Kind.REFERENCE: ParameterType.STRING,
+    Kind.SERIES: ParameterType.NUMBERS,
     Kind.PART: ParameterType.OBJECT,
 }
 _Parameters = tuple[Parameter, ...]
@@ -114,7 +115,7 @@ def make_lookup(draw: Draw, table: Table) -> Lookup:
 
 def make_search(draw: Draw, table: Table) -> Search:
     group, limit = draw.word(draw.words.changes), draw.word(draw.words.limits)
-    fields = [field for field in table.fields if field.kind not in (Kind.PART, Kind.REFERENCE)]
+    fields = [field for field in table.fields if field.kind not in (Kind.SERIES, Kind.PART, Kind.REFERENCE)]
     conditions = [_condition(draw, field) for field in draw.some(fields, min(len(fields), draw.between(1, 3)))]
 
     def build() -> _Parameters:

@@ -117,6 +117,9 @@ class Known:
     """(noun, key, field), oldest first."""
 
 
+_DATED_SHARE = 0.3
+
+
 class Scene:
     """A world with tools and a conversation in the making. Turns change the world as they are made.
 
@@ -134,6 +137,8 @@ class Scene:
         self.initial_world = copy.deepcopy(self.world) if for_checking else None
         """As it was before the first turn."""
         self.known = Known()
+        self.today = draw.date() if draw.chance(_DATED_SHARE) else ""
+        """What the system message says of the day, if it does."""
 
     @property
     def tables(self) -> list[Table]:

@@ -31,7 +31,7 @@ def no_tool(scene: Scene) -> Turn:
         case 5:
             return _larger(scene)
         case 6 | 7:
-            return _told(scene)
+            return _today(scene) if scene.today and scene.draw.chance(0.5) else _told(scene)
     return _repeat(scene)
 
 
@@ -75,6 +75,14 @@ def _larger(scene: Scene) -> Turn:
     script.think(f"{first} and {second}: {best} is {word}. No tool is needed.")
     check = Check(values=(best,), first=str(best), rivals=(str(other),), max_calls=0)
     return script.finish(_KIND, f"Which number is {word}, {first} or {second}?", f"{best} is {word}.", check)
+
+
+def _today(scene: Scene) -> Turn:
+    """The system message says it."""
+    script = Script(scene)
+    script.think("The system says it. No tool is needed.")
+    question = scene.draw.one(("What is the date?", "What day is it today?", "Which date is today?"))
+    return script.finish(_KIND, question, f"Today is {scene.today}.", Check(values=(scene.today,), max_calls=0))
 
 
 def _told(scene: Scene) -> Turn:

@@ -14,9 +14,9 @@ EnumWords = tuple[str, tuple[str, ...]]
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Words:
     """nouns: kinds of records. quantities: whole numbers that a record has; measures: numbers with a fraction; flags:
-    what is true or false; enums; texts: short strings; labels: lists of words, and their elements (``tags``); parts:
-    objects' names, holding numbers (``dimensions``); keys: names of a record's identifier. Verbs of the tools by what
-    they do. firsts, lasts, places: names.
+    what is true or false; enums; texts: short strings; labels: lists of words, and their elements (``tags``); series:
+    lists of whole numbers; parts: objects' names, holding numbers (``dimensions``); keys: names of a record's
+    identifier. Verbs of the tools by what they do. firsts, lasts, places: names.
     """
 
     nouns: tuple[str, ...]
@@ -27,6 +27,7 @@ class Words:
     texts: tuple[str, ...]
     labels: tuple[str, ...]
     tags: tuple[str, ...]
+    series: tuple[str, ...]
     parts: tuple[str, ...]
     dimensions: tuple[str, ...]
     extras: tuple[str, ...]
@@ -119,6 +120,7 @@ tier: first second third
         "soft hard light heavy fast slow cheap rare new old quiet loud sharp blunt wet dry clean dirty long short thin "
         "thick bright dark sweet sour plain fancy safe risky empty full local foreign simple complex daily weekly"
     ),
+    series=_split("readings scores samples counts prices pulses steps"),
     parts=_split("address casing position frame contact schedule layout range"),
     dimensions=_split("row column zone lane block floor line slot page unit bay aisle x y z"),
     extras=_split("history notes audit remarks summary trace comments forecast journal"),
@@ -174,6 +176,7 @@ flavour: vanilla mint lemon cherry
     tags=_split(
         "sauna pool wifi breakfast balcony garlic pepper basil onion cello flute harp trumpet amber silk velvet marble"
     ),
+    series=_split("timings intervals milestones tallies"),
     parts=_split("location itinerary seating luggage"),
     dimensions=_split("gate deck track hall wing seat coach tower"),
     extras=_split("logbook reviews warranty provenance"),

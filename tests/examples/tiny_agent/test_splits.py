@@ -13,7 +13,7 @@ from examples.tiny_agent.toolbox import OPERATORS
 from examples.tiny_agent.values import SMALLEST_SPLIT_NUMBER, Draw, Split, id_formats, is_of, matches_format
 from examples.tiny_agent.words import EVALUATION, TRAINING
 
-NUM_TASKS = 40
+NUM_TASKS = 30
 
 
 def tasks(split: Split) -> Iterator[Task]:

@@ -22,7 +22,7 @@ from seamount.router.history import History
 from seamount.router.messages import Message, Role, ThinkingMode, ToolCall
 from seamount.router.tokenizer import Tokenizer
 
-NUM_TASKS = 100
+NUM_TASKS = 80
 KINDS = [*MAKERS, TaskKind.NEEDLE]
 SEED = 11
 Change = Callable[[Task, list[Message]], list[Message] | None]
@@ -120,7 +120,10 @@ def calls_nothing(task: Task, messages: list[Message]) -> list[Message] | None:
 def answers_another_question(task: Task, messages: list[Message]) -> list[Message] | None:
     turn, other = task.conversation.turns[-1], task_of(task.kind, task.index + 1).conversation.turns[-1].answer
     of_a_flag = turn.check.any_of[:1] in (("yes",), ("no",))
-    return None if of_a_flag or other == turn.answer else [*messages[:-1], replace(messages[-1], content=other)]
+    alike = bool(turn.check.values) and all(mentions(other, value) for value in turn.check.values)
+    if of_a_flag or alike or other == turn.answer:
+        return None
+    return [*messages[:-1], replace(messages[-1], content=other)]
 
 
 def is_one_digit_off(task: Task, messages: list[Message]) -> list[Message] | None:
