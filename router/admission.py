@@ -1,4 +1,4 @@
-"""Who may begin a turn: the request's own checks, its parameters resolved, then the session taken in the store."""
+"""Who may begin a turn, or a fork: the request's own checks, its parameters resolved, then the step in the store."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from seamount.router.messages import Message, checked_messages
+from seamount.router.messages import Message, checked_messages, thinking_mode_from_proto
 from seamount.router.model import ServedModel
 from seamount.router.parameters import check_sampling, resolve
 from seamount.router.rendering import Rendering
@@ -18,7 +18,7 @@ from seamount.router.spec import RouterSpec
 from seamount.router.stored import RunningTurn
 from seamount.v1 import common_pb2, record_pb2, session_pb2
 from seamount.wire import limits
-from seamount.wire.errors import FailedPrecondition, InvalidArgument
+from seamount.wire.errors import FailedPrecondition, InvalidArgument, OutOfRange
 from seamount.wire.ids import SessionId, TenantId
 
 MAX_KNOWN_DEFAULTS = 65_536
@@ -82,6 +82,25 @@ class Admission:
             forced_token_ids=forced_token_ids,
         )
 
+    async def fork(self, tenant: TenantId, request: session_pb2.ForkSessionRequest) -> session_pb2.Session:
+        """A new session with the first turns of another. Raises ``OutOfRange`` for a turn that is not committed."""
+        view, history = await self.sessions.read(tenant, SessionId(request.session_id))
+        self._check_model(view.session)
+        at_turn = request.at_turn if request.HasField("at_turn") else history.head
+        if at_turn > history.head:
+            raise OutOfRange(
+                f"at_turn is {at_turn}; the session has {history.head} turns",
+                reason="NO_SUCH_TURN",
+                field="at_turn",
+                metadata={"head": str(history.head)},
+            )
+        records = history.records[:at_turn]
+        mode = thinking_mode_from_proto(view.session.thinking_mode)
+        num_context_tokens = await self.rendering.num_context_tokens(records, mode) if records else 0
+        session = await self.sessions.fork(tenant, request, view, records, num_context_tokens=num_context_tokens)
+        self.remember(tenant, session)
+        return session
+
     async def begin(
         self, tenant: TenantId, checked: TurnRequest
     ) -> tuple[BegunTurn | ReplayedTurn | RunningTurn, record_pb2.TurnStart]:
@@ -102,14 +121,17 @@ class Admission:
         known = self._defaults.get((tenant, session_id))
         if known is None:
             view = await self.sessions.get(tenant, session_id)
-            if view.session.model != self.model.name:
-                raise FailedPrecondition(
-                    f"the session is of model {view.session.model}, which this deployment does not serve",
-                    reason="MODEL_NOT_SERVED",
-                )
+            self._check_model(view.session)
             known = view.session.defaults
             self.remember(tenant, view.session)
         return known
+
+    def _check_model(self, session: session_pb2.Session) -> None:
+        if session.model != self.model.name:
+            raise FailedPrecondition(
+                f"the session is of model {session.model}, which this deployment does not serve",
+                reason="MODEL_NOT_SERVED",
+            )
 
     async def _begin(
         self, tenant: TenantId, checked: TurnRequest, defaults: common_pb2.SamplingParameters

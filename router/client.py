@@ -173,6 +173,7 @@ class Client:
     get_history = _waiting(AsyncClient.get_history)
     list_sessions = _waiting(AsyncClient.list_sessions)
     delete_session = _waiting(AsyncClient.delete_session)
+    fork_session = _waiting(AsyncClient.fork_session)
     run_turn = _streaming(AsyncClient.run_turn)
     resume_turn = _streaming(AsyncClient.resume_turn)
     cancel_turn = _waiting(AsyncClient.cancel_turn)

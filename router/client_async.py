@@ -178,6 +178,18 @@ class AsyncClient:
         """Repeating it is harmless."""
         await self._call(lambda to: to.sessions.DeleteSession, session_pb2.DeleteSessionRequest(session_id=session_id))
 
+    async def fork_session(
+        self, session_id: str, *, at_turn: int | None = None, idempotency_key: str | None = None
+    ) -> session_pb2.Session:
+        """A new session that begins with another one's first turns. at_turn: how many; None = all committed ones.
+
+        The two share what is cached of them, and nothing else from then on.
+        """
+        request = session_pb2.ForkSessionRequest(
+            idempotency_key=_key(idempotency_key), session_id=session_id, at_turn=at_turn
+        )
+        return (await self._call(lambda to: to.sessions.ForkSession, request)).session
+
     def run_turn(
         self,
         session_id: str,

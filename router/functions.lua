@@ -106,20 +106,23 @@ local function close_log(log, field, value, kept_ms)
   redis.call('PEXPIRE', log, kept_ms)
 end
 
--- ARGV tenant, session, record, body hash, summary, chain root, created (ms)
+-- ARGV tenant, session, record, body hash, summary, chain, created (ms), rest, rank, then the entries it begins with:
+--      those of another session, chained to its own record
 --   {CREATED|EXISTS, created, view} · {KEY_REUSED} · {DATA_LOSS, part}
 local function create_session(keys, argv)
-  local tenant, session, record, body_hash = argv[1], argv[2], argv[3], argv[4]
+  local tenant, session, record, body_hash, rest = argv[1], argv[2], argv[3], argv[4], argv[8]
   local meta, refusal = load(keys, tenant, session)
   if meta then
     if meta.create_hash ~= body_hash then return {'KEY_REUSED'} end
     return {'EXISTS', meta.created, view(meta)}
   end
   if refusal[1] ~= 'NOT_FOUND' then return refusal end
+  if rest ~= 'idle' and rest ~= 'waiting_for_tools' then return redis.error_reply('ERR rest is ' .. rest) end
+  for i = 10, #argv do redis.call('RPUSH', keys[2], argv[i]) end
   redis.call('HSET', keys[1], 'tenant', tenant, 'session', session, 'record', record, 'create_hash', body_hash,
-             'summary', argv[5], 'chain', argv[6], 'created', argv[7], 'updated', decimal(now_ms()), 'rest', 'idle',
-             'head', '0', 'epoch', '0', 'num_keys', '0', 'rank', '', 'prompt_tokens', '0', 'output_tokens', '0',
-             'turn', '', 'key', '', 'hash', '', 'owner', '', 'nonce', '', 'deadline', '0')
+             'summary', argv[5], 'chain', argv[6], 'created', argv[7], 'updated', decimal(now_ms()), 'rest', rest,
+             'head', decimal(#argv - 9), 'epoch', '0', 'num_keys', '0', 'rank', argv[9], 'prompt_tokens', '0',
+             'output_tokens', '0', 'turn', '', 'key', '', 'hash', '', 'owner', '', 'nonce', '', 'deadline', '0')
   meta = load(keys, tenant, session)
   return {'CREATED', meta.created, view(meta)}
 end

@@ -25,10 +25,12 @@ _TIMES = ("queue_time", "prefill_time", "transfer_time", "decode_time")
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SessionBefore:
-    """A session as a turn found it. last_rank: decode rank of its last turn, '' for none; is_reencoded: ids of an
-    earlier turn were made under another fingerprint; cuts_reasoning: the turn's messages end earlier reasoning."""
+    """A session as a turn found it. is_fork: it begins with another one's turns, and no turn of its own has come yet;
+    last_rank: decode rank of its last turn, '' for none; is_reencoded: ids of an earlier turn were made under another
+    fingerprint; cuts_reasoning: the turn's messages end earlier reasoning."""
 
     is_new: bool
+    is_fork: bool
     last_rank: str
     is_reencoded: bool
     cuts_reasoning: bool
@@ -52,6 +54,8 @@ def miss_cause(before: SessionBefore, found: Found, *, last_rank_is_alive: bool)
     """
     if before.is_new:
         return events_pb2.MISS_CAUSE_FIRST_TURN
+    if before.is_fork:
+        return events_pb2.MISS_CAUSE_FORKED
     if before.last_rank and before.last_rank != found.rank:
         return events_pb2.MISS_CAUSE_MOVED if last_rank_is_alive else events_pb2.MISS_CAUSE_RANK_LOST
     if not found.had_left:  # a session that only recorded so far, or one that the rank has forgotten

@@ -73,6 +73,12 @@ class SessionService(session_pb2_grpc.SessionServiceServicer):
         await self.turns.delete(caller().tenant, SessionId(request.session_id))
         return session_pb2.DeleteSessionResponse()
 
+    async def ForkSession(
+        self, request: session_pb2.ForkSessionRequest, context: Context
+    ) -> session_pb2.ForkSessionResponse:
+        session = await self.turns.admission.fork(caller().tenant, request)
+        return session_pb2.ForkSessionResponse(session=session)
+
     async def RunTurn(
         self, request: session_pb2.RunTurnRequest, context: Context
     ) -> AsyncIterator[session_pb2.RunTurnResponse]:

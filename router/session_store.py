@@ -56,11 +56,18 @@ class SessionStore:
         record: bytes,
         body_hash: bytes,
         summary: bytes,
-        root: bytes,
+        chain: bytes,
         created: str,
+        rest: str,
+        rank: str,
+        entries: Sequence[bytes],
     ) -> Read:
-        """The new session, or the one that an earlier, same call made. Lists it. ``AlreadyExists`` for another body."""
-        arguments = (*_scope(tenant, session_id), record, body_hash, summary, root, created)
+        """The new session, or the one that an earlier, same call made. Lists it. ``AlreadyExists`` for another body.
+
+        entries: the turns it begins with; chain: after them.
+        """
+        arguments: list[bytes | str | int] = [*_scope(tenant, session_id), record, body_hash, summary, chain]
+        arguments += [created, rest, rank, *entries]
         reply: Reply = await self.store.function("create_session", self._keys(tenant, session_id), arguments)
         if reply[0] not in (b"CREATED", b"EXISTS"):
             raise _refusal(reply)

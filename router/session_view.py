@@ -66,6 +66,7 @@ def view_of(tenant: TenantId, session_id: SessionId, stored: StoredSession) -> S
         running_turn_id=stored.running.turn_id if stored.running else "",
         num_context_tokens=summary.num_context_tokens,
         totals=summary.totals,
+        forked_from=record.forked_from if record.HasField("forked_from") else None,
     )
     session.updated_at.FromMilliseconds(stored.updated_ms)
     return SessionView(

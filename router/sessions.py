@@ -6,7 +6,9 @@ session again; sessions stay readable by their ids.
 
 from __future__ import annotations
 
+import secrets
 import time
+from collections.abc import Sequence
 
 from seamount.router import chain
 from seamount.router.chain import History
@@ -55,27 +57,74 @@ class Sessions(SessionTurns):
     ) -> session_pb2.Session:
         """A new session on ``model`` (resolved). With a key, a retry finds the first one; ``AlreadyExists`` where the
         key came with another body. After a DeleteSession the key makes a new session."""
-        key = request.idempotency_key
-        limits.check_length(key.encode(), field="idempotency_key", high=limits.MAX_IDEMPOTENCY_KEY_BYTES, unit="bytes")
-        session_id = self._names.session_id(tenant, key)
         record = record_pb2.SessionRecord(
-            session_id=session_id,
             tenant_id=tenant,
             model=model,
             thinking_mode=request.thinking_mode or common_pb2.THINKING_MODE_THINKING,
             defaults=request.defaults,
         )
+        return await self._create(tenant, request, record, summary=session_pb2.Session(), records=(), rank="")
+
+    async def fork(
+        self,
+        tenant: TenantId,
+        request: session_pb2.ForkSessionRequest,
+        origin: SessionView,
+        records: Sequence[record_pb2.TurnRecord],
+        *,
+        num_context_tokens: int,
+    ) -> session_pb2.Session:
+        """A new session that begins with these first turns of another; as ``create`` for its key.
+
+        Its turns draw on a seed of their own, also where the other one's defaults name one. num_context_tokens: of
+        these turns.
+        """
+        record = record_pb2.SessionRecord(
+            tenant_id=tenant,
+            model=origin.session.model,
+            thinking_mode=origin.session.thinking_mode,
+            defaults=origin.session.defaults,
+            forked_from=session_pb2.ForkOrigin(session_id=origin.session.id, at_turn=len(records)),
+        )
+        if record.defaults.HasField("seed"):
+            record.defaults.seed = secrets.randbits(63)
+        pending = records[-1].pending_tool_calls if records else ()
+        summary = session_pb2.Session(pending_tool_calls=pending, num_context_tokens=num_context_tokens)
+        return await self._create(
+            tenant, request, record, summary=summary, records=records, rank=origin.last_rank if records else ""
+        )
+
+    async def _create(
+        self,
+        tenant: TenantId,
+        request: session_pb2.CreateSessionRequest | session_pb2.ForkSessionRequest,
+        record: record_pb2.SessionRecord,
+        *,
+        summary: session_pb2.Session,
+        records: Sequence[record_pb2.TurnRecord],
+        rank: str,
+    ) -> session_pb2.Session:
+        key = request.idempotency_key
+        limits.check_length(key.encode(), field="idempotency_key", high=limits.MAX_IDEMPOTENCY_KEY_BYTES, unit="bytes")
+        session_id = record.session_id = self._names.session_id(tenant, key)
         created_ns = time.time_ns()
         record.created_at.FromNanoseconds(created_ns)
         stored = record.SerializeToString()
+        entries: list[bytes] = []
+        for turn in records:
+            before = entries[-1][: chain.CHAIN_BYTES] if entries else chain.root(stored)
+            entries.append(chain.entry(before, turn.SerializeToString()))
         read = await self._store.create(
             tenant,
             session_id,
             record=stored,
             body_hash=body_hash(request),
-            summary=b"",
-            root=chain.root(stored),
+            summary=summary.SerializeToString(),
+            chain=entries[-1][: chain.CHAIN_BYTES] if entries else chain.root(stored),
             created=f"{created_ns // 1000000:015d}",
+            rest="waiting_for_tools" if summary.pending_tool_calls else "idle",
+            rank=rank,
+            entries=entries,
         )
         return view_of(tenant, session_id, read.session).session
 

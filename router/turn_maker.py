@@ -100,10 +100,12 @@ class TurnMaker:
         )
 
     def _before(self, begun: BegunTurn, messages: Sequence[Message]) -> SessionBefore:
+        session = begun.view.session
         outputs = [record for record in begun.records if record.HasField("output")]
         asks = any(message.role in ASKING_ROLES for message in messages)
         return SessionBefore(
             is_new=not begun.records,
+            is_fork=session.HasField("forked_from") and session.head == session.forked_from.at_turn,
             last_rank=begun.view.last_rank,
             is_reencoded=any(record.fingerprint != self.model.fingerprint for record in outputs),
             cuts_reasoning=asks and any(record.output.num_reasoning_tokens for record in outputs),

@@ -9,7 +9,7 @@ import pytest
 from seamount.router.receipts import Found, SessionBefore, added, miss_cause
 from seamount.v1 import events_pb2, session_pb2
 
-GROWN = SessionBefore(is_new=False, last_rank="d0", is_reencoded=False, cuts_reasoning=False)
+GROWN = SessionBefore(is_new=False, is_fork=False, last_rank="d0", is_reencoded=False, cuts_reasoning=False)
 ALL = Found(rank="d0", num_prompt=120, num_cached=100, common_len=100, had_left=100)
 
 CASES = {
@@ -34,6 +34,7 @@ CASES = {
         replace(GROWN, last_rank=""),
         replace(ALL, num_cached=0, common_len=0, had_left=0),
     ),
+    "FORKED": (replace(GROWN, is_fork=True), replace(ALL, num_cached=64, common_len=0, had_left=0)),
     "RANK_LOST": (GROWN, replace(ALL, rank="d1", num_cached=0, common_len=0, had_left=0)),
     "MOVED": (GROWN, replace(ALL, rank="d1", num_cached=0, common_len=0, had_left=0)),
 }

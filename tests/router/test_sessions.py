@@ -281,6 +281,49 @@ async def test_a_stale_epoch_is_refused_and_the_successor_unharmed(sessions: Ses
     assert list((await sessions.read(ALICE, session_id))[1].records) == [made]
 
 
+async def test_a_fork_begins_with_turns_of_another_and_goes_its_own_way(sessions: Sessions, store: Store) -> None:
+    session_id = await created(sessions)
+    made = [await committed(sessions, session_id, f"k{index}") for index in range(2)]
+    turn = await begun(sessions, session_id, "tools")
+    made.append(record(turn, calls=2))
+    await sessions.commit_turn(turn, made[-1], rank="decode-3", num_context_tokens=20)
+    view, history = await sessions.read(ALICE, session_id)
+    request = session_pb2.ForkSessionRequest(idempotency_key="fork", session_id=session_id)
+    fork = await sessions.fork(ALICE, request, view, history.records, num_context_tokens=20)
+    assert fork.id != session_id
+    assert (fork.head, fork.state, fork.num_context_tokens) == (3, session_pb2.SESSION_STATE_WAITING_FOR_TOOLS, 20)
+    assert [call.id for call in fork.pending_tool_calls] == ["call_0", "call_1"]
+    assert (fork.forked_from.session_id, fork.forked_from.at_turn) == (session_id, 3)
+    assert fork.totals == session_pb2.SessionTotals()
+    again = await sessions.fork(ALICE, request, view, history.records[:1], num_context_tokens=9)
+    assert again == fork, "the key's first call decides"
+
+    other = Sessions(store, secret=SECRET, router_id=RouterId("router-2"))
+    fork_id = SessionId(fork.id)
+    read, forked = await other.read(ALICE, fork_id)
+    assert (list(forked.records), read.last_rank) == (made, "decode-3")
+    own = await committed(other, fork_id, "k0")  # keys are the fork's own
+    await other.delete(ALICE, session_id)
+    assert list((await other.read(ALICE, fork_id))[1].records) == [*made, own]
+
+    early = session_pb2.ForkSessionRequest(session_id=fork.id)
+    cut = await sessions.fork(ALICE, early, read, forked.records[:2], num_context_tokens=5)
+    assert (cut.head, cut.state, len(cut.pending_tool_calls)) == (2, session_pb2.SESSION_STATE_IDLE, 0)
+    listed, _ = await sessions.list(ALICE)
+    assert {session.id for session in listed} == {fork.id, cut.id}
+
+
+async def test_a_fork_draws_on_a_seed_of_its_own(sessions: Sessions) -> None:
+    defaults = common_pb2.SamplingParameters(seed=7, top_k=3)
+    origin = await sessions.create(ALICE, session_pb2.CreateSessionRequest(defaults=defaults), model="tiny")
+    view, _ = await sessions.read(ALICE, SessionId(origin.id))
+    fork = await sessions.fork(
+        ALICE, session_pb2.ForkSessionRequest(session_id=origin.id), view, (), num_context_tokens=0
+    )
+    assert fork.defaults.top_k == 3
+    assert fork.defaults.seed != 7
+
+
 async def test_tokens_are_logged_once_and_in_order(sessions: Sessions) -> None:
     session_id = await created(sessions)
     turn = await begun(sessions, session_id)

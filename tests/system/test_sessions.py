@@ -41,6 +41,7 @@ from seamount.wire.errors import (
     FailedPrecondition,
     InvalidArgument,
     NotFound,
+    OutOfRange,
     SeamountError,
     Unauthenticated,
     Unavailable,
@@ -252,6 +253,36 @@ def by_bytes(tokenizer: Tokenizer, text: str) -> list[int]:
     return [token_id for byte in text.encode() for token_id in tokenizer.encode_bytes(bytes([byte]))]
 
 
+async def test_a_fork_shares_full_pages_and_goes_its_own_way(cluster: LocalCluster, alice: AsyncClient) -> None:
+    session = await alice.create_session(thinking_mode=ThinkingMode.CHAT)
+    for text in ("word " * 60, "more " * 20):
+        turn = await alice.run_turn(session.id, [user(text)], sampling=SHORT).result()
+    num_known = turn.receipt.num_prompt_tokens + turn.receipt.num_output_tokens - 1
+    fork = await alice.fork_session(session.id)
+    early = await alice.fork_session(session.id, at_turn=1)
+    assert (fork.head, early.head, fork.num_context_tokens) == (
+        2,
+        1,
+        (await alice.get_session(session.id)).num_context_tokens,
+    )
+
+    question = [user("and now?")]
+    forked = await alice.run_turn(fork.id, question, sampling=SHORT).result()
+    assert num_known - 63 <= forked.receipt.num_cached_tokens <= num_known, "all but its last, partly filled page"
+    assert forked.receipt.miss_cause == events_pb2.MISS_CAUSE_FORKED
+    original = await alice.run_turn(session.id, question, sampling=SHORT).result()
+    assert original.receipt.num_cached_tokens == num_known, "the fork took nothing from it"
+    assert (forked.content, forked.usage.num_prompt_tokens) == (original.content, original.usage.num_prompt_tokens)
+
+    rewound = await alice.run_turn(early.id, [user("more " * 20)], sampling=SHORT).result()
+    assert rewound.content == turn.content, "the second turn again"
+    assert rewound.receipt.num_cached_tokens >= 64
+    assert [(await alice.get_session(one)).head for one in (session.id, fork.id, early.id)] == [3, 3, 2]
+    with pytest.raises(OutOfRange) as caught:
+        await alice.fork_session(session.id, at_turn=4)
+    assert (caught.value.field, caught.value.metadata["head"]) == ("at_turn", "3")
+
+
 async def test_another_tenants_session_is_not_found(cluster: LocalCluster, alice: AsyncClient) -> None:
     session = await alice.create_session()
     async with AsyncClient(cluster.address, api_key=KEYS["bob"]) as bob:
@@ -261,6 +292,8 @@ async def test_another_tenants_session_is_not_found(cluster: LocalCluster, alice
                 bob.get_session(session_id),
                 bob.run_turn(session_id, [user("hi")]).result(),
                 bob.cancel_turn(session_id),
+                bob.fork_session(session_id),
+                bob.resume_turn(session_id, "turn_x").result(),
             ):
                 with pytest.raises(NotFound) as caught:
                     await attempt
@@ -280,7 +313,7 @@ async def test_without_a_key_every_method_is_unauthenticated(cluster: LocalClust
     ]
     names += ["/grpc.health.v1.Health/Check", "/grpc.health.v1.Health/Watch"]
     names += ["/grpc.reflection.v1alpha.ServerReflection/ServerReflectionInfo"]
-    assert len(names) == 16
+    assert len(names) == 17
     async with grpc.aio.insecure_channel(cluster.address) as channel:
         for name in names:
             for metadata in ((), bearer("wrong-key-0123456789abcdef")):
