@@ -1,5 +1,5 @@
 .DEFAULT_GOAL := help
-.PHONY: help setup demo serve test test-gpu memcheck-gpu test-interpreter check lint type bench bench-kernels clean
+.PHONY: help setup demo serve test test-gpu memcheck-gpu test-interpreter check lint type bench bench-kernels eval clean
 
 # The first Python of a fitting version; PYTHON=... chooses another.
 PYTHON ?= $(shell for p in python3 python3.12 python3.11; do \
@@ -8,6 +8,7 @@ BIN := .venv/bin
 READY := .venv/.ready
 # Triton and the NumPy that its interpreter works with; neither belongs into .venv.
 INTERPRETER := build/interpreter
+CHECKPOINT ?= checkpoints/tiny-agent
 # A GPU machine without a network has torch in a Python of its own and no .venv.
 GPU_PYTHON ?= $(if $(wildcard $(BIN)/python),$(BIN)/python,python3)
 
@@ -65,6 +66,9 @@ bench-kernels:  ## measure the GPU kernels; needs a CUDA device
 	@mkdir -p gen/seamount && ln -sfn ../../kernels gen/seamount/kernels
 	@set -e; for name in kernels kernels_write kernels_gemm kernels_chunk; do \
 		echo "== benchmarks.$$name"; PYTHONPATH=gen $(GPU_PYTHON) -m benchmarks.$$name; done
+
+eval:  ## score the trained checkpoint on held-out tasks: table, JSON, plot (CHECKPOINT=DIR; hours without a GPU)
+	PYTHONPATH=gen $(GPU_PYTHON) -m examples.tiny_agent.evaluate --checkpoint $(CHECKPOINT)
 
 clean:  ## remove the environment and everything generated; checkpoints stay
 	rm -rf .venv gen build dist .run .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache

@@ -9,7 +9,7 @@ running text, in JSON or in a tool's name, so that using it means copying. Hence
 - the vocabulary is learnt from invented words: no noun has a token of its own, neither in training nor later.
 
 What is always the same (the tools' preamble, the frames of schemas and calls) is cut out whole, so that it becomes few
-tokens: the preamble takes about 30 instead of 400.
+tokens: the preamble takes 81.
 
     python -m examples.tiny_agent.bpe
 """
