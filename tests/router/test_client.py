@@ -100,6 +100,10 @@ class Script(session_pb2_grpc.SessionServiceServicer, inference_pb2_grpc.Inferen
         self._take(request)
         return session_pb2.DeleteSessionResponse()
 
+    async def ForkSession(self, request, context):
+        self._take(request)
+        return session_pb2.ForkSessionResponse(session=session_pb2.Session(id="f"))
+
     async def CancelTurn(self, request, context):
         self._take(request)
         return session_pb2.CancelTurnResponse(cancelled=True)
@@ -293,6 +297,7 @@ async def test_reads_and_keyed_writes_are_retried_a_bounded_number_of_times() ->
             lambda: client.delete_session("s"),
             lambda: client.tokenize("x"),
             lambda: client.cancel_turn("s", "t"),
+            lambda: client.fork_session("s", at_turn=2),
         ):
             script.requests, script.failures = [], [passing(), passing()]
             await call()

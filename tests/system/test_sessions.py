@@ -260,11 +260,8 @@ async def test_a_fork_shares_full_pages_and_goes_its_own_way(cluster: LocalClust
     num_known = turn.receipt.num_prompt_tokens + turn.receipt.num_output_tokens - 1
     fork = await alice.fork_session(session.id)
     early = await alice.fork_session(session.id, at_turn=1)
-    assert (fork.head, early.head, fork.num_context_tokens) == (
-        2,
-        1,
-        (await alice.get_session(session.id)).num_context_tokens,
-    )
+    assert (fork.head, early.head) == (2, 1)
+    assert fork.num_context_tokens == (await alice.get_session(session.id)).num_context_tokens
 
     question = [user("and now?")]
     forked = await alice.run_turn(fork.id, question, sampling=SHORT).result()
