@@ -181,11 +181,12 @@ def prefill_rows(quick: bool) -> Iterator[Row]:
         shapes += [(4096, 8192, 128), (4096, 32768, 128), (4096, 131072, 128), (4096, 32768, 64)]
     for queries, context, heads in shapes:
         q = [torch.randn((queries, heads, 576), device="cuda").bfloat16() for _ in range(2)]
-        slots = [spread_slots(queries, context) for _ in range(2)]
+        indices = [spread_indices(queries, context) for _ in range(2)]
+        tokens = torch.arange(context, device="cuda")
         latent = torch.randn((context, 576), device="cuda")
         peer_us = None
         if flash_mla is not None:
-            kv, narrow = latent.bfloat16().view(context, 1, 576), [x.view(queries, 1, TOPK) for x in slots]
+            kv, narrow = latent.bfloat16().view(context, 1, 576), [x.view(queries, 1, TOPK) for x in indices]
 
             def theirs(i: int, q: list[Tensor] = q, kv: Tensor = kv, narrow: list[Tensor] = narrow) -> object:
                 return flash_mla.flash_mla_sparse_fwd(q[i], kv, narrow[i], SCALE, 512, use_legacy=True)
@@ -199,10 +200,11 @@ def prefill_rows(quick: bool) -> Iterator[Row]:
                 i: int,
                 q: list[Tensor] = q,
                 plane: Tensor = plane,
-                slots: list[Tensor] = slots,
+                tokens: Tensor = tokens,
+                indices: list[Tensor] = indices,
                 layout: CacheLayout = layout,
             ) -> object:
-                return sparse_mla_prefill(q[i], plane, slots[i], layout, SCALE)
+                return sparse_mla_prefill(q[i], plane, tokens, indices[i], layout, SCALE)
 
             row: Row = {"kernel": f"sparse_mla_prefill_{name}", "peer_us": peer_us}
             row["shape"] = f"s_q{queries} h{heads} k{TOPK} ctx{context}"
@@ -210,8 +212,8 @@ def prefill_rows(quick: bool) -> Iterator[Row]:
             yield finish(row, 1.2)
 
 
-def spread_slots(queries: int, context: int) -> Tensor:
-    """One slot from each of TOPK equal parts of what each of the last queries sees: [queries, TOPK] int32."""
+def spread_indices(queries: int, context: int) -> Tensor:
+    """One token from each of TOPK equal parts of what each of the last queries sees: [queries, TOPK] int32."""
     parts = torch.arange(context - queries + 1, context + 1, device="cuda").clamp_min(TOPK).unsqueeze(1) / TOPK
     at = torch.arange(TOPK, device="cuda")
     first, end = (parts * at).floor(), (parts * (at + 1)).floor()

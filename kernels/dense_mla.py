@@ -38,8 +38,9 @@ def dense_mla(
     as there.
     """
     if q.is_cuda and layout.name != "exact":
-        chosen = torch.where(_visible(lengths, slots.shape[0]), slots, -1)
-        return sparse_mla_prefill(q, plane, chosen, layout, scale)
+        positions = torch.arange(slots.shape[0], device=slots.device)
+        chosen = torch.where(_visible(lengths, slots.shape[0]), positions, -1)
+        return sparse_mla_prefill(q, plane, slots, chosen, layout, scale)
     num_rows, heads, _ = q.shape
     kv = unpack_latent(gather_slots(plane, slots[: _longest(lengths)], layout, "latent"), layout)
     unseen = ~_visible(lengths, kv.shape[0])

@@ -1,8 +1,9 @@
 """Multi-head latent attention (absorbed form) over the tokens that the indexer selected.
 
-    out[t, h] = sum_j p[t, h, j] kv[i_j, :C],   p = softmax_j(scale * q[t, h] . kv[i_j]),   i = slots[t]
+    out[t, h] = sum_j p[t, h, j] kv[i_j, :C],   p = softmax_j(scale * q[t, h] . kv[i_j]),
+    i = slots[t], or context[indices[t]]
 
-Slot -1 is no token, wherever it stands. A row without any token has out 0 and lse +inf.
+-1 is no token, wherever it stands. A row without any token has out 0 and lse +inf.
 """
 
 from __future__ import annotations
@@ -11,8 +12,7 @@ import torch
 from torch import Tensor
 
 from seamount.kernels.arguments import INTEGERS, check_plane, check_tensor
-from seamount.kernels.layout import PAGE_SIZE, CacheLayout, gather_slots, unpack_latent
-from seamount.kernels.quant import wide_dtype
+from seamount.kernels.layout import CacheLayout, gather_slots, unpack_latent
 from seamount.kernels.softmax import masked_softmax
 
 # Elements of the gathered [rows, k, C + R] latents that exist at one time. Few enough to stay in a core's cache: larger
@@ -34,7 +34,8 @@ def sparse_mla_decode(
     strides or devices.
     """
     if q.is_cuda and layout.name != "exact":
-        _check(q, plane, slots, layout)
+        _check_query(q, plane, layout)
+        _check_choice("slots", slots, q)
         from seamount.kernels.triton import sparse_mla
 
         return sparse_mla.sparse_mla_decode(q, plane, slots, layout, scale)
@@ -49,53 +50,52 @@ def sparse_mla_decode(
 
 
 def sparse_mla_prefill(
-    q: Tensor, plane: Tensor, slots: Tensor, layout: CacheLayout, scale: float
+    q: Tensor, plane: Tensor, context: Tensor, indices: Tensor, layout: CacheLayout, scale: float
 ) -> tuple[Tensor, Tensor]:
-    """Many rows whose slots overlap, as those of one sequence do: ``sparse_mla_decode``, fit for that.
+    """The rows of one sequence over its context in the paged cache.
 
-    Takes and returns what ``sparse_mla_decode`` does. On the CPU a slot that several rows chose is unpacked once; on
-    CUDA nothing is copied.
+    q: [T, H, C + R] float32 or float64, latent part first; plane: a latent plane [num_pages, page bytes] uint8.
+    context: [L] int64, the sequence's physical slots in order; indices: [T, k] int64 positions in it, -1 for none,
+    distinct within a row. T, L and k may be 0. Context that no row chose may hold anything.
+    Returns (out [T, H, C], lse [T, H]) in q's dtype.
+
+    On CUDA with an fp8 or bf16 plane: q may be bfloat16 (other dtypes are rounded to it), the integers int32; lse is
+    float32. Indices must lie in the context and slots in the plane: nothing can check them before the launch. Trailing
+    -1 cost nothing, as the first queries of a sequence have them. Raises ValueError for other shapes, dtypes, strides
+    or devices.
     """
     if q.is_cuda and layout.name != "exact":
-        _check(q, plane, slots, layout)
-        from seamount.kernels.triton import sparse_mla
+        _check_query(q, plane, layout)
+        check_tensor("context", context, (context.numel(),), q.device, INTEGERS)
+        _check_choice("indices", indices, q)
+        from seamount.kernels.triton import sparse_prefill
 
-        return sparse_mla.sparse_mla_decode(q, plane, slots, layout, scale)
+        return sparse_prefill.sparse_mla_prefill(q, plane, context, indices, layout, scale)
     num_rows, heads, _ = q.shape
-    kv, indices = _distinct_latents(plane, slots, layout)
     out = q.new_empty((num_rows, heads, layout.kv_lora_rank))
     lse = q.new_empty((num_rows, heads))
+    kv = unpack_latent(gather_slots(plane, context, layout, "latent"), layout)
+    if kv.shape[0] == 0:
+        # What -1 points at below.
+        kv = kv.new_zeros((1, layout.latent_dim))
     for rows in _tiles(num_rows, indices.shape[1] * layout.latent_dim):
-        latents = kv.index_select(0, indices[rows].flatten()).view(*indices[rows].shape, layout.latent_dim)
-        out[rows], lse[rows] = _attend(q[rows], latents, slots[rows] < 0, scale, layout.kv_lora_rank)
+        latents = kv.index_select(0, indices[rows].clamp(min=0).flatten()).view(*indices[rows].shape, layout.latent_dim)
+        out[rows], lse[rows] = _attend(q[rows], latents, indices[rows] < 0, scale, layout.kv_lora_rank)
     return out, lse
 
 
-def _check(q: Tensor, plane: Tensor, slots: Tensor, layout: CacheLayout) -> None:
+def _check_query(q: Tensor, plane: Tensor, layout: CacheLayout) -> None:
     if q.dim() != 3 or q.shape[2] != layout.latent_dim:
         raise ValueError(f"q has shape {tuple(q.shape)}; it must be [B, H, {layout.latent_dim}]")
     if q.dtype not in (torch.bfloat16, torch.float16, torch.float32):
         raise ValueError(f"q is {q.dtype}; it must be bfloat16, float16 or float32")
     check_plane(plane, layout, "latent", q.device)
-    if slots.dim() != 2:
-        raise ValueError(f"slots has shape {tuple(slots.shape)}; it must be [B, k]")
-    check_tensor("slots", slots, (q.shape[0], slots.shape[1]), q.device, INTEGERS)
 
 
-def _distinct_latents(plane: Tensor, slots: Tensor, layout: CacheLayout) -> tuple[Tensor, Tensor]:
-    """The latents [n, C + R] of all slots that some row chose, each once, and where each row finds its own: [T, k].
-
-    Where ``slots`` is -1 the second result names any latent; without a single slot there is one, of zeros.
-    """
-    is_chosen = torch.zeros(plane.shape[0] * PAGE_SIZE, dtype=torch.bool, device=plane.device)
-    is_chosen[slots[slots >= 0]] = True
-    chosen = is_chosen.nonzero().squeeze(1)
-    if chosen.shape[0] == 0:
-        dtype = wide_dtype(layout.dtype)
-        return torch.zeros((1, layout.latent_dim), dtype=dtype, device=plane.device), torch.zeros_like(slots)
-    kv = unpack_latent(gather_slots(plane, chosen, layout, "latent"), layout)
-    indices = (is_chosen.cumsum(0) - 1)[slots.clamp(min=0)]
-    return kv, indices.clamp_(min=0)
+def _check_choice(name: str, chosen: Tensor, q: Tensor) -> None:
+    if chosen.dim() != 2:
+        raise ValueError(f"{name} has shape {tuple(chosen.shape)}; it must be [{q.shape[0]}, k]")
+    check_tensor(name, chosen, (q.shape[0], chosen.shape[1]), q.device, INTEGERS)
 
 
 def _attend(q: Tensor, latents: Tensor, invalid: Tensor, scale: float, value_dim: int) -> tuple[Tensor, Tensor]:

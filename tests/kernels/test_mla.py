@@ -67,9 +67,9 @@ def test_prefill_over_selected_rows(num_keys: int, dtype: torch.dtype, generator
     scatter_slots(plane, context, pack_latent(kv[:, :RANK], kv[:, RANK:], layout), layout, "latent")
     rows = _random_rows(9, k, num_keys, generator)
     q = torch.randn((9, HEADS, RANK + ROPE), generator=generator, dtype=dtype)
-    slots = _padded([[int(context[at]) for at in row] for row in rows], k)
-    slots[4] = slots[4][torch.randperm(k, generator=generator)]  # -1 may stand anywhere
-    out, lse = sparse_mla_prefill(q, plane, slots, layout, SCALE)
+    indices = _padded(rows, k)
+    indices[4] = indices[4][torch.randperm(k, generator=generator)]  # -1 may stand anywhere
+    out, lse = sparse_mla_prefill(q, plane, context, indices, layout, SCALE)
     _check(out, lse, q, kv, rows, 1e-5 if dtype == torch.float32 else 1e-12)
     assert not out[0].any()
 
@@ -105,7 +105,8 @@ def test_nothing_to_attend_to(rows: int, k: int) -> None:
     q, nothing = torch.randn(rows, HEADS, RANK + ROPE), torch.full((rows, k), -1)
     for out, lse in (
         sparse_mla_decode(q, plane, nothing, layout, SCALE),
-        sparse_mla_prefill(q, plane, nothing, layout, SCALE),
+        sparse_mla_prefill(q, plane, torch.arange(2), nothing, layout, SCALE),
+        sparse_mla_prefill(q, plane, torch.arange(0), nothing, layout, SCALE),
         dense_mla(q, plane, torch.arange(k), torch.zeros(rows, dtype=torch.int64), layout, SCALE),
     ):
         assert out.shape == (rows, HEADS, RANK)

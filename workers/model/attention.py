@@ -102,8 +102,8 @@ class Attention:
         num_rows, num_keys = q.shape[0], chunk.slots.shape[0]
         scale = self._config.softmax_scale
         if selected is not None:
-            picked = chunk.slots[selected.clamp(min=0)].masked_fill_(selected < 0, -1)
-            return self._values(sparse_mla_prefill(self._absorb(q), plane, picked, self._layout, scale)[0])
+            rows = sparse_mla_prefill(self._absorb(q), plane, chunk.slots, selected, self._layout, scale)[0]
+            return self._values(rows)
         if self._plain_is_cheaper(num_rows, num_keys):
             return self._attend_plain(chunk, q, plane)
         return self._values(dense_mla(self._absorb(q), plane, chunk.slots, chunk.lengths, self._layout, scale)[0])

@@ -46,7 +46,7 @@ def attention(name: str, heads: int) -> list[Call]:
     every, lengths = torch.randperm(PAGES * PAGE_SIZE)[:131], torch.tensor([1, 131, 64])
     return [
         (sparse_mla.sparse_mla_decode, (q, plane, slots, layout(name), scale)),
-        (sparse_mla.sparse_mla_prefill, (q, plane, slots, layout(name), scale)),
+        (sparse_mla.sparse_mla_prefill, (q, plane, torch.randperm(PAGES * PAGE_SIZE), slots, layout(name), scale)),
         (dense_mla.dense_mla, (q, plane, every, lengths, layout(name), scale)),
     ]
 
