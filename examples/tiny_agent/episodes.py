@@ -45,7 +45,7 @@ class Inference(Protocol):
         ...
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, slots=True)
 class Outcome:
     """failure: why the task does not count, empty where it does. num_calls: all that were made; num_valid_calls: with a
     known tool and arguments that are valid under its schema; num_plain_arguments: strings without an enumeration."""

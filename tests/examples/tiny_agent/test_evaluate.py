@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
@@ -13,16 +15,20 @@ from rich.console import Console
 from examples.tiny_agent.config import model_config
 from examples.tiny_agent.documents import TOKENIZER, DocumentSource
 from examples.tiny_agent.episodes import gold_outputs
-from examples.tiny_agent.evaluate import Group, Plan, Results, Served, needle_row, opened, run
+from examples.tiny_agent.evaluate import MODELS, Group, Plan, Players, Results, Served, needle_row, opened, run
 from examples.tiny_agent.inference import LocalInference
+from examples.tiny_agent.journal import Journal
 from examples.tiny_agent.model import Angles, Layer, Model, Projected
 from examples.tiny_agent.recall import NUM_QUERIES, indexer_recall
 from examples.tiny_agent.reinforce import served_model
 from examples.tiny_agent.report import Report, write_report
 from examples.tiny_agent.scores import Share, paired
 from examples.tiny_agent.turns import TaskKind
+from seamount.cluster.checkpoint import init_checkpoint
 from seamount.router.tokenizer import Tokenizer
+from seamount.workers.model.config import ModelConfig
 
+torch.set_num_threads(1)
 PLAN = Plan(seed=6, num_tasks=5, num_needles=2, lengths=(512,), depths=(0.0, 1.0), batch_size=3)
 SMALL = {
     "vocab_size": 32,
@@ -49,8 +55,7 @@ class Oracle:
         self._eos = tokenizer.eos_token_id
         self._outputs: dict[tuple[int, ...], list[int]] = {}
         for group in plan.groups(DocumentSource(tokenizer)):
-            plain = Group(name="", tasks=group.tasks, batch_size=group.batch_size)
-            for episode in opened(plain, tokenizer):
+            for episode in opened(dataclasses.replace(group, given=False, keeps_reasoning=True), tokenizer):
                 for output in gold_outputs(episode.task, tokenizer):
                     self._outputs[tuple(episode.prompt())] = output
                     episode.take(output)
@@ -65,10 +70,10 @@ class Silent:
 
 
 @pytest.fixture(scope="module")
-def results(tokenizer: Tokenizer) -> Results:
-    console = Console(quiet=True)
-    made = run(PLAN, Served(Oracle(PLAN, tokenizer)), tokenizer, console)
-    other = run(PLAN, Served(Silent()), tokenizer, console)
+def results(tokenizer: Tokenizer, tmp_path_factory: pytest.TempPathFactory) -> Results:
+    console, folder = Console(quiet=True), tmp_path_factory.mktemp("evaluation")
+    made = run(PLAN, Served(Oracle(PLAN, tokenizer)), tokenizer, console, Journal(folder / "oracle", {}))
+    other = run(PLAN, Served(Silent()), tokenizer, console, Journal(folder / "silent", {}))
     return Results(outcomes={"oracle": made.outcomes["served"], "silent": other.outcomes["served"]})
 
 
@@ -84,6 +89,19 @@ def test_every_kind_is_played_and_a_perfect_player_does_all_of_it(results: Resul
     assert all(all(done) for done in rows.values())
     assert sum(map(len, rows.values())) + len(cut) == PLAN.num_episodes
     assert not any(one.succeeded for made in results.outcomes["silent"].values() for one in made)
+
+
+def test_an_evaluation_goes_on_where_it_stopped(results: Results, tokenizer: Tokenizer, tmp_path: Path) -> None:
+    console, subject = Console(quiet=True), {"seed": PLAN.seed}
+    stopped = run(PLAN, Served(Silent()), tokenizer, console, Journal(tmp_path, subject), deadline=0.0)
+    assert not stopped.outcomes
+    first = dataclasses.replace(PLAN, kinds=PLAN.kinds[:2], lengths=())
+    begun = run(first, Served(Silent()), tokenizer, console, Journal(tmp_path, subject)).outcomes["served"]
+    whole = run(PLAN, Served(Oracle(PLAN, tokenizer)), tokenizer, console, Journal(tmp_path, subject))
+    for row, outcomes in whole.outcomes["served"].items():
+        assert outcomes == begun.get(row, results.outcomes["oracle"][row])
+    with pytest.raises(ValueError, match="another model"):
+        Journal(tmp_path, {"seed": 7})
 
 
 def test_the_report_is_complete(results: Results, tmp_path: Path) -> None:
@@ -176,3 +194,18 @@ def test_a_prompt_that_leaves_no_room_gets_no_output() -> None:
     assert outputs[0] == []
     assert 1 <= len(outputs[2]) <= 4
     assert inference.generate({2: [3, 4]}, max_output_tokens=4)[2] == outputs[2]
+
+
+def test_the_models_under_test_differ_in_what_they_attend_to_and_store(tmp_path: Path) -> None:
+    checkpoint = tmp_path / "random"
+    init_checkpoint(checkpoint, seed=3, geometry="demo")
+    topk = ModelConfig.from_json(checkpoint).index_topk
+    group = Group(name="", make=list, num_tasks=2, max_tokens=256, batch_size=2)
+    prompts = {0: [5 + i % 200 for i in range(topk - 8)], 1: [5 + i * i % 200 for i in range(topk + 100)]}
+    with ExitStack() as stack:
+        players = Players(checkpoint, stack, models=MODELS, device="cpu")
+        said = {name: players.inference(name, group).generate(prompts, max_output_tokens=6) for name in MODELS}
+    assert said["sparse"][0] == said["dense"][0], "all tokens are selected in so short a context"
+    assert said["sparse"][1] != said["dense"][1]
+    assert set(said["fp8"]) == {0, 1}
+    assert all(said["fp8"].values())
