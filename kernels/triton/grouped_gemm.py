@@ -8,8 +8,7 @@ prefix sum over ceil(count / BLOCK_M), kept in registers, maps a tile number to 
 the token tiles of one weight tile are neighbours, so a weight is read from memory once. The grid is bounded by what the
 counts can be at most; programs take tiles in strides and those without one leave at once. In the SwiGLU form a program
 holds the gate's and the up's tile of the same 128 channels, which is one quantisation block: the [rows, 2 I]
-intermediate never reaches memory. With many rows an expert, the plain form also holds two weight tiles beside one token
-tile (WIDE): the tokens' bytes through the L2 are halved.
+intermediate never reaches memory. For more than 64 rows an expert grouped_wide.py does the work.
 Bytes: active experts * N K + rows (K + 2 N); SwiGLU form rows (K + N / 2) in place of rows (K + 2 N + 2 N + N / 2).
 """
 
@@ -18,12 +17,14 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from seamount.kernels.triton import grouped_wide
 from seamount.kernels.triton.elementwise import scale_of
 from seamount.kernels.triton.fp8_gemm import accumulate, multiprocessors
 from seamount.kernels.triton.moe import swiglu_quantize
 
 _BLOCK_N = 128
 _PROGRAMS_PER_MULTIPROCESSOR = 16
+_MANY_ROWS = 64
 
 
 @triton.jit
@@ -70,7 +71,6 @@ def _grouped_kernel(
     x_ptr, x_scale_ptr, weight_ptr, weight_scale_ptr, group_ptr, out_ptr, out_scale_ptr,
     slab_rows, num_columns, num_blocks, EXPERTS: tl.constexpr, EXPERTS_PADDED: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, STAGES: tl.constexpr, MASKED: tl.constexpr, SWIGLU: tl.constexpr,
-    WIDE: tl.constexpr,
 ):  # fmt: skip
     experts = tl.arange(0, EXPERTS_PADDED)
     if MASKED:
@@ -81,8 +81,7 @@ def _grouped_kernel(
     tiles_m = (counts + BLOCK_M - 1) // BLOCK_M
     last_tile = tl.cumsum(tiles_m, axis=0)
     out_columns = num_columns // 2 if SWIGLU else num_columns
-    tile_columns = 2 * BLOCK_N if WIDE else BLOCK_N
-    tiles_n = tl.cdiv(out_columns, tile_columns)
+    tiles_n = tl.cdiv(out_columns, BLOCK_N)
     num_tiles = tl.sum(tiles_m, axis=0) * tiles_n
     for tile in tl.range(tl.program_id(0), num_tiles, tl.num_programs(0), num_stages=1):
         expert = tl.sum((last_tile <= tile // tiles_n).to(tl.int32), axis=0)
@@ -96,7 +95,7 @@ def _grouped_kernel(
         of_expert = tile - before * tiles_n
         expert_tiles = (count + BLOCK_M - 1) // BLOCK_M
         local_row = of_expert % expert_tiles * BLOCK_M
-        first_column = of_expert // expert_tiles * tile_columns
+        first_column = of_expert // expert_tiles * BLOCK_N
         rows = local_row + tl.arange(0, BLOCK_M)
         columns = first_column + tl.arange(0, BLOCK_N)
         # Rows past the end repeat the last one and are not stored: no masks on the way in.
@@ -126,13 +125,6 @@ def _grouped_kernel(
             tl.store(out_ptrs, values, mask=row_of_tile)
             block = of_expert // expert_tiles
             tl.store(out_scale_ptr + out_rows * (out_columns // 128) + block, scale, mask=row_inside)
-        elif WIDE:
-            first, second = _accumulate_pair(
-                x, x_scale, weight, weight_scale, read_rows, read_columns, BLOCK_N, num_blocks,
-                BLOCK_M, BLOCK_N, STAGES,
-            )  # fmt: skip
-            tl.store(out_ptrs, first.to(tl.bfloat16), mask=row_of_tile)
-            tl.store(out_ptrs + BLOCK_N, second.to(tl.bfloat16), mask=row_of_tile)
         else:
             total = accumulate(
                 x, x_scale, weight, weight_scale, read_rows, read_columns, 0, num_blocks, num_blocks,
@@ -144,19 +136,19 @@ def _grouped_kernel(
 def launch_grouped(
     x: Tensor, x_scale: Tensor, weight: Tensor, weight_scale: Tensor, groups: Tensor,
     out: Tensor, out_scale: Tensor | None,
-    *, block_m: int, stages: int, block_n: int = _BLOCK_N, warps: int = 4, wide: bool = False,
+    *, block_m: int, stages: int, block_n: int = _BLOCK_N, warps: int = 4,
 ) -> None:  # fmt: skip
     """One configuration; the choice is ``grouped_gemm``'s. out_scale makes it the SwiGLU form."""
     experts, columns, channels = weight.shape
     masked = x.dim() == 3
     rows = x.shape[-2]
     tiles_m = experts * triton.cdiv(rows, block_m) if masked else rows // block_m + min(experts, rows)
-    tiles = tiles_m * triton.cdiv(out.shape[-1], block_n * (1 + wide))
+    tiles = tiles_m * triton.cdiv(out.shape[-1], block_n)
     programs = min(tiles, _PROGRAMS_PER_MULTIPROCESSOR * multiprocessors(x.device)) if masked else tiles
     _grouped_kernel[(programs,)](
         x, x_scale, weight, weight_scale, groups, out, out if out_scale is None else out_scale,
         rows, columns, channels // 128, EXPERTS=experts, EXPERTS_PADDED=triton.next_power_of_2(experts),
-        BLOCK_M=block_m, BLOCK_N=block_n, STAGES=stages, MASKED=masked, SWIGLU=out_scale is not None, WIDE=wide,
+        BLOCK_M=block_m, BLOCK_N=block_n, STAGES=stages, MASKED=masked, SWIGLU=out_scale is not None,
         num_warps=warps,
     )  # fmt: skip
 
@@ -170,10 +162,10 @@ def grouped_gemm(x: Tensor, x_scale: Tensor, weight: Tensor, weight_scale: Tenso
     operands = (x, x_scale, weight, weight_scale, groups, out, None)
     if rows <= 24:  # one tile an expert; deep prefetch, for all the time goes into reading weights
         launch_grouped(*operands, block_m=32, stages=6)
-    elif rows <= 64 or weight.shape[1] % 256:
+    elif rows > _MANY_ROWS and grouped_wide.is_supported(x, weight):
+        grouped_wide.launch_wide(*operands)
+    else:
         launch_grouped(*operands, block_m=64, stages=3)
-    else:  # held by arithmetic and the L2
-        launch_grouped(*operands, block_m=64, stages=4, warps=8, wide=True)
     return out
 
 
@@ -182,14 +174,17 @@ def grouped_gemm_swiglu(
 ) -> tuple[Tensor, Tensor]:
     """``grouped_fp8_gemm_swiglu`` for checked CUDA tensors."""
     rows = _mean_rows(x, weight)
-    if rows > 64:  # held by arithmetic, where two accumulators leave too small a tile: measured 1.14 times the parts
+    wide = rows > _MANY_ROWS and grouped_wide.is_supported(x, weight)
+    if rows > _MANY_ROWS and not wide:  # two accumulators leave too small a tile: 1.14 times the time of the parts
         return swiglu_quantize(grouped_gemm(x, x_scale, weight, weight_scale, groups))
     channels = weight.shape[1] // 2
     values = torch.empty((*x.shape[:-1], channels), dtype=torch.float8_e4m3fn, device=x.device)
     scales = torch.empty((*x.shape[:-1], channels // 128), dtype=torch.float32, device=x.device)
     if values.numel():
         operands = (x, x_scale, weight, weight_scale, groups, values, scales)
-        if rows <= 16:
+        if wide:
+            grouped_wide.launch_wide(*operands)
+        elif rows <= 16:
             launch_grouped(*operands, block_m=16, stages=4)
         else:
             launch_grouped(*operands, block_m=64, stages=4, warps=8)

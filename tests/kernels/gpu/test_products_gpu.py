@@ -10,7 +10,7 @@ pytest.importorskip("triton", reason="Triton is not installed: no GPU kernels he
 
 from seamount.kernels import gemm
 from seamount.kernels.quant import dequantize, dequantize_blocks, quantize
-from seamount.kernels.triton import fp8_gemm, grouped_gemm, moe
+from seamount.kernels.triton import fp8_gemm, grouped_gemm, grouped_wide, moe
 
 pytestmark = pytest.mark.gpu
 
@@ -104,21 +104,49 @@ def test_contiguous_groups(counts: list[int], columns: int, poisoned: torch.devi
     assert error(actual[:filled], reference[:filled].double()) < 2 * LIMIT
 
 
-@pytest.mark.parametrize(("block_m", "warps", "wide"), [(16, 4, False), (32, 4, False), (64, 8, True), (128, 8, False)])
+@pytest.mark.parametrize(("block_m", "warps"), [(16, 4), (32, 4), (64, 4), (128, 8)])
 def test_every_grouped_tile_gives_the_same_bits(
-    block_m: int, warps: int, wide: bool, poisoned: torch.device, generator: torch.Generator
+    block_m: int, warps: int, poisoned: torch.device, generator: torch.Generator
 ) -> None:
     counts = [129, 0, 40, 1, 300]
     x, x_scale, weight, weight_scale = grouped_operands(sum(counts), len(counts), 512, generator)
     offsets = torch.tensor([0, *counts]).cumsum(0).int()
     moved = [argument.to(poisoned) for argument in (x, x_scale, weight, weight_scale, offsets)]
     actual = torch.full((sum(counts), 512), float("nan"), dtype=torch.bfloat16, device=poisoned)
-    grouped_gemm.launch_grouped(*moved, actual, None, block_m=block_m, stages=3, warps=warps, wide=wide)
+    grouped_gemm.launch_grouped(*moved, actual, None, block_m=block_m, stages=3, warps=warps)
     assert torch.equal(actual, grouped_gemm.grouped_gemm(*moved))
     for e in range(len(counts)):
         rows = slice(int(offsets[e]), int(offsets[e + 1]))
         if counts[e]:
             assert error(actual[rows], product(x[rows], x_scale[rows], weight[e], weight_scale[e])) < LIMIT
+
+
+@pytest.mark.parametrize("swiglu", [False, True])
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("counts", [*COUNTS, [129, 0, 40, 1, 300], [128, 256, 64]])
+def test_many_rows_give_the_bits_of_few(
+    counts: list[int], masked: bool, swiglu: bool, device: torch.device, generator: torch.Generator
+) -> None:
+    experts, slab = len(counts), 303
+    x, x_scale, weight, weight_scale = grouped_operands(experts * slab, experts, 512, generator)
+    groups = torch.tensor(counts if masked else [0, *counts]).int()
+    groups = groups if masked else groups.cumsum(0).int()
+    if masked:
+        x, x_scale = x.view(experts, slab, -1), x_scale.view(experts, slab, -1)
+    moved = [argument.to(device) for argument in (x, x_scale, weight, weight_scale, groups)]
+    assert grouped_wide.is_supported(moved[0], moved[2]) == (torch.cuda.get_device_capability(device)[0] == 9)
+    if not grouped_wide.is_supported(moved[0], moved[2]):
+        pytest.skip("no Hopper GPU here")
+    results = []
+    for launch in (grouped_wide.launch_wide, lambda *of: grouped_gemm.launch_grouped(*of, block_m=64, stages=3)):
+        shape = (*x.shape[:-1], 256 if swiglu else 512)
+        out = torch.zeros(shape, dtype=torch.float8_e4m3fn if swiglu else torch.bfloat16, device=device)
+        scales = torch.zeros((*x.shape[:-1], 2), device=device) if swiglu else None
+        launch(*moved, out, scales)
+        results.append([part.cpu() for part in (out, scales) if part is not None])
+    # Both leave rows of no expert as they were.
+    for wide, narrow in zip(*results, strict=True):
+        assert torch.equal(wide.view(torch.uint8), narrow.view(torch.uint8))
 
 
 @pytest.mark.parametrize("counts", COUNTS)
