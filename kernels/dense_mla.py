@@ -42,7 +42,9 @@ def dense_mla(
         chosen = torch.where(_visible(lengths, slots.shape[0]), positions, -1)
         return sparse_mla_prefill(q, plane, slots, chosen, layout, scale)
     num_rows, heads, _ = q.shape
-    kv = unpack_latent(gather_slots(plane, slots[: _longest(lengths)], layout, "latent"), layout)
+    # What lies in slots that no row sees must not reach the sums: 0 * NaN would.
+    longest = int(lengths.max()) if num_rows else 0
+    kv = unpack_latent(gather_slots(plane, slots[:longest], layout, "latent"), layout)
     unseen = ~_visible(lengths, kv.shape[0])
     out = q.new_empty((num_rows, heads, layout.kv_lora_rank))
     lse = q.new_empty((num_rows, heads))
@@ -57,25 +59,27 @@ def dense_mha(q: Tensor, k: Tensor, k_rope: Tensor, v: Tensor, lengths: Tensor, 
     """Plain form.
 
     q: [T, H, N + R]; k: [L, H, N]; k_rope: [L, R]; v: [L, H, V], one dtype, last dimensions dense; lengths: [T] int64:
-    row t sees the first lengths[t] keys. T and L may be 0; what no row sees may hold anything.
+    row t sees the first lengths[t] keys. T and L may be 0; keys and values that no row sees must be finite too.
     Returns (out [T, H, V] in q's dtype, lse [T, H] in float32, or float64 where q is).
 
     On CUDA with bfloat16 a kernel does this if N and V are powers of two from 16 to 256 and R is one to 128 or 0.
     Raises ValueError there for other shapes, dtypes, strides or devices.
     """
     if q.is_cuda and q.dtype == torch.bfloat16:
-        from seamount.kernels.triton import dense_mla as triton_dense
+        from seamount.kernels.triton import dense_hopper
+        from seamount.kernels.triton import dense_mla as dense_general
 
-        if triton_dense.is_supported(k.shape[2], k_rope.shape[1], v.shape[2]):
+        if dense_general.is_supported(k.shape[2], k_rope.shape[1], v.shape[2]):
             _check(q, k, k_rope, v, lengths)
-            return triton_dense.dense_mha(q, k, k_rope, v, lengths, scale)
+            if dense_hopper.is_supported(q, k, k_rope, v):
+                return dense_hopper.dense_mha(q, k, k_rope, v, lengths, scale)
+            return dense_general.dense_mha(q, k, k_rope, v, lengths, scale)
     num_rows, heads, _ = q.shape
     wide = wide_dtype(q.dtype)
     out = q.new_empty((num_rows, heads, v.shape[-1]))
     lse = q.new_empty((num_rows, heads), dtype=wide)
-    context = slice(_longest(lengths))
-    k = torch.cat((k[context], k_rope[context].unsqueeze(1).expand(-1, heads, -1)), dim=-1)
-    keys, values = k.to(wide).permute(1, 2, 0), v[context].to(wide).transpose(0, 1)
+    k = torch.cat((k, k_rope.unsqueeze(1).expand(-1, heads, -1)), dim=-1)
+    keys, values = k.to(wide).permute(1, 2, 0), v.to(wide).transpose(0, 1)
     unseen = ~_visible(lengths, k.shape[0])
     for rows in _tiles(num_rows, heads * k.shape[0]):
         scores = torch.bmm(q[rows].to(wide).transpose(0, 1), keys)
@@ -96,11 +100,6 @@ def _check(q: Tensor, k: Tensor, k_rope: Tensor, v: Tensor, lengths: Tensor) -> 
     for name, x in (("q", q), ("k", k), ("k_rope", k_rope), ("v", v)):
         if x.numel() and x.stride(-1) != 1:
             raise ValueError(f"{name} has strided channels; those of a head must be adjacent")
-
-
-def _longest(lengths: Tensor) -> int:
-    """Keys beyond it may hold anything: 0 * NaN would reach the sums."""
-    return int(lengths.max()) if lengths.numel() else 0
 
 
 def _visible(lengths: Tensor, num_keys: int) -> Tensor:
