@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from examples.tiny_agent.shapes import Parameter, object_schema, signature
-from examples.tiny_agent.tables import Field, Kind, Record, Table, World
+from examples.tiny_agent.tables import Kind, Record, Table, World
 
 Arguments = dict[str, Any]
 Result = dict[str, Any]
@@ -293,7 +293,3 @@ def execute(tool: Tool, world: World, arguments: Arguments) -> Result:
         return tool.run(world, arguments)
     except ToolError as error:
         return {"error": str(error)}
-
-
-def field_named(world: World, noun: str, name: str) -> Field:
-    return world.tables[noun].field_named(name)

@@ -116,6 +116,9 @@ class Known:
     shown: list[tuple[str, str, str]] = default(default_factory=list)
     """(noun, key, field), oldest first."""
 
+    def about(self, table: Table, key: str, field: Field) -> None:
+        self.table, self.key, self.field = table, key, field
+
 
 _DATED_SHARE = 0.3
 

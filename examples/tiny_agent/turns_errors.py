@@ -37,7 +37,7 @@ def _failing_read(scene: Scene, table: Table, key: str, actual: str, fault: Faul
     script.think(remedy)
     values = dict(script.call(lookup, moves.lookup_arguments(lookup, actual, [field])))
     script.think(phrases.finding([field], values))
-    scene.known.table, scene.known.key, scene.known.field = table, actual, field
+    scene.known.about(table, actual, field)
     answer = phrases.statement(field, phrases.record(table, actual), values[field.name])
     return script.finish(_KIND, question, answer, read_check(table, actual, [field], proof))
 
@@ -77,7 +77,7 @@ def _locked(scene: Scene) -> Turn | None:
     script.think(f"Now {lookup.name} again.")
     values = dict(script.call(lookup, moves.lookup_arguments(lookup, key, [field])))
     script.think(phrases.finding([field], values))
-    scene.known.table, scene.known.key, scene.known.field = table, key, field
+    scene.known.about(table, key, field)
     answer = phrases.statement(field, phrases.record(table, key), values[field.name])
     return script.finish(_KIND, question, answer, read_check(table, key, [field], proof))
 
@@ -104,7 +104,7 @@ def _too_much(scene: Scene) -> Turn | None:
     script.think(f"The {tool.receipt} is {receipt}.")
     question = f"Please {verb} {amount} {tool.field} of {subject}{said}; if there are fewer, all there are."
     check = Check(values=(available, receipt), state=scene.expected_state(), required_calls=((tool.name, arguments),))
-    scene.known.table, scene.known.key, scene.known.field = table, key, table.field_named(tool.field)
+    scene.known.about(table, key, table.field_named(tool.field))
     return script.finish(_KIND, question, f"There were only {available}. The {tool.receipt} is {receipt}.", check)
 
 

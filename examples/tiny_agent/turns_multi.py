@@ -274,7 +274,7 @@ def created(scene: Scene) -> Turn | None:
         f"Add a {table.noun} with {assignments(list(table.fields), values)}. "
         f"Then {verb} {amount} {action.field} of it{said}."
     )
-    scene.known.table, scene.known.key, scene.known.field = table, key, table.field_named(action.field)
+    scene.known.about(table, key, table.field_named(action.field))
     check = Check(values=(key, receipt), state=scene.expected_state(), required_calls=((action.name, arguments),))
     answer = f"Added {phrases.record(table, key)}. The {action.receipt} is {receipt}."
     return script.finish(_KIND, question, answer, check)

@@ -46,7 +46,7 @@ def _read_several(scene: Scene) -> Turn | None:
     script.think("All are there.")
     pairs = [item for key in keys for item in (key, *_shown(table.rows[key][field.name]))]
     check = Check(values=tuple(pairs), ordered=True, evidence=proof, parallel=len(keys))
-    scene.known.table, scene.known.key, scene.known.field = table, keys[-1], field
+    scene.known.about(table, keys[-1], field)
     return script.finish(_KIND, question, f"{field.name} of {'; '.join(said)}.", check)
 
 
@@ -81,7 +81,7 @@ def _compare(scene: Scene) -> Turn | None:
         evidence=proof,
         parallel=len(keys),
     )
-    scene.known.table, scene.known.key, scene.known.field = table, winner, field
+    scene.known.about(table, winner, field)
     answer = f"{phrases.record(table, winner)} has the {word} {field.name}: {best}."
     return script.finish(_KIND, question, answer, check)
 
@@ -103,7 +103,7 @@ def _update_several(scene: Scene) -> Turn | None:
     script.think("All are done.")
     question = draw.one((f"Change these {table.plural}: {said}.", f"Please update {table.plural}: {said}."))
     check = Check(values=tuple(keys), state=scene.expected_state(), parallel=len(keys))
-    scene.known.table, scene.known.key, scene.known.field = table, keys[-1], field
+    scene.known.about(table, keys[-1], field)
     return script.finish(_KIND, question, f"Done: {said}.", check)
 
 

@@ -43,7 +43,7 @@ def read(scene: Scene, table: Table, *, key: str = "", kind: TaskKind = _KIND) -
     proof = moves.evidence(table, key, fields)
     values = moves.look_up(script, table, key, fields)
     script.think(phrases.finding(fields, values))
-    scene.known.table, scene.known.key, scene.known.field = table, key, fields[0]
+    scene.known.about(table, key, fields[0])
     check = read_check(table, key, fields, proof)
     return script.finish(kind, question, phrases.statements(fields, subject, values), check)
 
@@ -119,7 +119,7 @@ def update(scene: Scene, tool: Update, *, key: str = "") -> Turn:
     script.think(f"I change {subject}: {tool.name}.")
     script.call(tool, moves.update_arguments(tool, key, values))
     script.think("It is done.")
-    scene.known.table, scene.known.key, scene.known.field = table, key, chosen[0]
+    scene.known.about(table, key, chosen[0])
     check = Check(values=tuple(shown_values(chosen, values)), state=scene.expected_state())
     return script.finish(_KIND, question, f"Done: {subject} now has {said}.", check)
 
@@ -162,7 +162,7 @@ def create(scene: Scene, tool: Create) -> Turn | None:
     script.think(f"A new {table.noun}: {tool.name}.")
     key = str(script.call(tool, moves.create_arguments(tool, values))[table.key])
     script.think(f"Its {table.key} is {key}.")
-    scene.known.table, scene.known.key, scene.known.field = table, key, table.fields[0]
+    scene.known.about(table, key, table.fields[0])
     check = Check(values=(key,), state=scene.expected_state())
     return script.finish(_KIND, question, f"Added {phrases.record(table, key)}.", check)
 
@@ -186,7 +186,7 @@ def action(scene: Scene, tool: Action, *, key: str = "") -> Turn | None:
     script.think(f"To {verb} {tool.field}: {tool.name}.")
     receipt = script.call(tool, arguments)[tool.receipt]
     script.think(f"The {tool.receipt} is {receipt}.")
-    scene.known.table, scene.known.key, scene.known.field = table, key, table.field_named(tool.field)
+    scene.known.about(table, key, table.field_named(tool.field))
     check = Check(values=(receipt,), state=scene.expected_state(), required_calls=((tool.name, arguments),))
     return script.finish(_KIND, question, f"Done. The {tool.receipt} is {receipt}.", check)
 

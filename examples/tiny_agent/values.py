@@ -12,7 +12,6 @@ from __future__ import annotations
 import enum
 import functools
 import random
-import re
 from collections.abc import Sequence
 from typing import TypeVar
 
@@ -200,9 +199,3 @@ def invented_word(rng: random.Random) -> str:
 
 def _syllable(rng: random.Random) -> str:
     return rng.choice(_ONSETS) + rng.choice(_NUCLEI) + rng.choice(_CODAS)
-
-
-def matches_format(text: str, id_format: str) -> bool:
-    """Whether an identifier has a format."""
-    classes = {"A": "[A-Z]", "a": "[a-z]", "9": "[0-9]"}
-    return re.fullmatch("".join(classes.get(c, re.escape(c)) for c in id_format), text) is not None

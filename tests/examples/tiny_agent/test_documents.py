@@ -5,12 +5,14 @@ from __future__ import annotations
 import itertools
 import random
 import re
+from pathlib import Path
 
 import numpy as np
 import pytest
 import tokenizers
 
 from examples.tiny_agent.conversation import DocumentEncoder, marked_pieces
+from examples.tiny_agent.corpus import read, write_batch
 from examples.tiny_agent.data import PADDING, BatchShape, batches, make_batch
 from examples.tiny_agent.documents import LONG, SHORT, TOKENIZER, DocumentSource, conversation
 from examples.tiny_agent.long_documents import make_long_document
@@ -155,3 +157,15 @@ def test_long_batches_reach_their_length() -> None:
     shape = BatchShape(seed=4, sequence_length=8192, batch_size=2, mixture=LONG)
     longest = max(int(make_batch(shape, i).positions.max()) for i in range(2))
     assert longest > 3000
+
+
+def test_a_corpus_gives_its_batches_back(tmp_path: Path) -> None:
+    for index in range(2):
+        num_tokens = write_batch(SHAPE, tmp_path, index)
+        assert num_tokens == make_batch(SHAPE, index).num_tokens
+        assert write_batch(SHAPE, tmp_path, index) == num_tokens  # there already
+    for index, batch in enumerate(read(tmp_path)):
+        made = make_batch(SHAPE, index)
+        for name in ("tokens", "loss_mask", "document_ids", "positions"):
+            assert (getattr(batch, name) == getattr(made, name)).all()
+    assert index == 1

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import re
 from collections.abc import Iterator
 from typing import Any
 
@@ -10,7 +11,7 @@ from examples.tiny_agent.shapes import Parameter, split_of
 from examples.tiny_agent.tables import World
 from examples.tiny_agent.tasks import MAKERS, Task, make_task
 from examples.tiny_agent.toolbox import OPERATORS
-from examples.tiny_agent.values import SMALLEST_SPLIT_NUMBER, Draw, Split, id_formats, is_of, matches_format
+from examples.tiny_agent.values import SMALLEST_SPLIT_NUMBER, Draw, Split, id_formats, is_of
 from examples.tiny_agent.words import EVALUATION, TRAINING
 
 NUM_TASKS = 30
@@ -97,6 +98,11 @@ def test_values_of_records_are_disjoint() -> None:
     assert texts[Split.TRAINING]
     assert not texts[Split.TRAINING] & texts[Split.EVALUATION]
     assert not numbers[Split.TRAINING] & numbers[Split.EVALUATION]
+
+
+def matches_format(text: str, id_format: str) -> bool:
+    classes = {"A": "[A-Z]", "a": "[a-z]", "9": "[0-9]"}
+    return re.fullmatch("".join(classes.get(c, re.escape(c)) for c in id_format), text) is not None
 
 
 def test_identifiers_of_one_split_have_no_format_of_the_other() -> None:
