@@ -77,6 +77,20 @@ def test_every_tile_shape(
     assert not fp8_gemm.arrivals(first.device).any()
 
 
+@pytest.mark.parametrize("rows", [1, 16, 17, 32, 33, 64, 65, 128])
+def test_chosen_tiles_are_legal_and_fill_the_gpu(rows: int) -> None:
+    for columns in (1, 64, 576, 2112, 7168, 36864):
+        for blocks in (1, 3, 4, 56, 144):
+            tiles = fp8_gemm.choose_tiles(rows, columns, blocks, 132)
+            assert 128 % tiles.block_n == 0
+            assert tiles.block_m in (16, 32, 64)
+            assert 1 <= tiles.splits <= blocks
+            assert 1 <= tiles.stages <= blocks
+            programs = -(-rows // tiles.block_m) * -(-columns // tiles.block_n) * tiles.splits
+            assert tiles.splits == 1 or programs <= 1.5 * 132 or (programs <= 2 * 132 and rows <= 16)
+            assert (tiles.block_m + tiles.block_n) * 128 * tiles.stages <= 160 << 10
+
+
 def test_empty_products(target: torch.device, generator: torch.Generator) -> None:
     for rows, columns in ((0, 128), (3, 0)):
         moved = [argument.to(target) for argument in operands(rows, columns, 128, generator)]
