@@ -18,9 +18,9 @@ def table(rows: list[Row]) -> str:
     return "\n".join([f"{about}:", "", *(f"| {line} |" for line in lines)])
 
 
-def _cell(value: str | int | float) -> str:
+def _cell(value: str | int | float | None) -> str:
     if not isinstance(value, float):
-        return str(value)
+        return "" if value is None else str(value)
     return f"{value:.0f}" if abs(value) >= 1000 else f"{value:.3g}"
 
 
