@@ -130,8 +130,11 @@ class Attention:
         return plain < absorbed
 
     def _absorb(self, q: Tensor) -> Tensor:
-        """[n, H, N + R] queries to [n, H, C + R] in at least float32: the keys' up-projection moves into the query."""
-        wide = wide_dtype(q.dtype)
+        """[n, H, N + R] queries to [n, H, C + R] in at least float32: the keys' up-projection moves into the query.
+
+        On a GPU they stay in the model's dtype, where the attention kernels would round them to bfloat16 anyway.
+        """
+        wide = q.dtype if q.is_cuda and self._layout.name != "exact" else wide_dtype(q.dtype)
         q_nope = q[..., : self._config.qk_nope_head_dim].transpose(0, 1)
         latent_q = torch.bmm(q_nope, self._k_up).transpose(0, 1)
         return torch.cat((latent_q.to(wide), q[..., self._config.qk_nope_head_dim :].to(wide)), dim=-1)
