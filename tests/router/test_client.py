@@ -273,7 +273,7 @@ async def test_a_failed_turn_raises_its_own_error_and_is_not_retried() -> None:
 
 
 async def test_a_stream_without_an_end_is_an_error() -> None:
-    async with scripted(retries=Retries(max_attempts=1)) as (script, client):
+    async with scripted(retries=Retries(max_attempts=1, resume_for_s=0.0)) as (script, client):
         script.events = EVENTS[:3]
         with pytest.raises(Unavailable) as caught:
             await client.run_turn("s", [user("hi")]).result()
