@@ -152,9 +152,10 @@ class RouterServer:
         registration = Registration(directory, self._record(address), interval_s=spec.beat_s)
         await registration.start()
         parts.push_async_callback(registration.stop)
-        links = RouterLinks(router_id=spec.router_id, watcher=watcher)
-        links.start()
-        parts.push_async_callback(links.stop)
+        if spec.tls_certificate_file is None:
+            links = RouterLinks(router_id=spec.router_id, watcher=watcher)
+            links.start()
+            parts.push_async_callback(links.stop)
         self._take_over = TakeOver(
             router_id=spec.router_id,
             index=sessions.index,

@@ -9,6 +9,7 @@ import signal
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import AbstractAsyncContextManager
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -68,10 +69,12 @@ def addresses(cluster: LocalCluster) -> str:
     return ",".join(cluster.processes[f"router-{number}"].address for number in range(2))
 
 
-async def begin(client: AsyncClient, *, num_events: int = 20) -> tuple[session_pb2.Session, TurnStream, Events]:
+async def begin(
+    client: AsyncClient, *, num_events: int = 20, sampling: Sampling = STORY
+) -> tuple[session_pb2.Session, TurnStream, Events]:
     """A story under way, the first events taken."""
     session = await client.create_session()
-    stream = client.run_turn(session.id, [user("tell me a story")], sampling=STORY)
+    stream = client.run_turn(session.id, [user("tell me a story")], sampling=sampling)
     return session, stream, [await anext(stream) for _ in range(num_events)]
 
 
@@ -105,10 +108,11 @@ async def check_whole(client: AsyncClient, session_id: str, seen: Events, expect
 
 @pytest.mark.figures
 async def test_router_killed_under_a_stream(cluster: LocalCluster, client: AsyncClient, expected: str) -> None:
-    session, stream, seen = await begin(client)
+    session, stream, seen = await begin(client, sampling=replace(STORY, num_logprobs=1))
     await cluster.kill("router-0")
     events, pause_s = await rest(stream)
     await check_whole(client, session.id, seen + events, expected)
+    assert sum(len(event.logprobs) for event in seen + events) == STORY.max_output_tokens
     print(f"router killed: the stream paused for {pause_s:.2f} s")
 
 
