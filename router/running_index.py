@@ -28,11 +28,12 @@ class IndexedTurn:
 
 
 class RunningIndex:
-    """The index of one namespace. Errors as ``Store.function``."""
+    """The index of one cluster: only routers that stand in the same directory judge each other. Errors as
+    ``Store.function``."""
 
-    def __init__(self, store: Store) -> None:
+    def __init__(self, store: Store, cluster: str) -> None:
         self._store = store
-        self._key = store.key("running")
+        self._key = store.key("running", cluster)
 
     def entry(self, owner: RouterId, tenant: TenantId, session_id: SessionId, turn_id: TurnId) -> tuple[str | int, ...]:
         """The command that enters a turn."""

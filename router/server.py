@@ -105,7 +105,13 @@ class RouterServer:
         store = await Store.open(spec.redis_url, command_timeout_s=spec.redis_timeout_s)
         parts.push_async_callback(store.close)
         secret = await load_or_create_secret(store)
-        sessions = Sessions(store, secret=secret, router_id=spec.router_id, log_kept_s=spec.token_log_kept_s)
+        sessions = Sessions(
+            store,
+            secret=secret,
+            router_id=spec.router_id,
+            cluster=spec.cluster_name,
+            log_kept_s=spec.token_log_kept_s,
+        )
         parts.push_async_callback(sessions.close)
         token_log = TokenLog(sessions)
         parts.push_async_callback(token_log.close)

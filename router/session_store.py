@@ -40,12 +40,13 @@ MIN_RETRY_AFTER_S = 0.05
 class SessionStore:
     """The Functions of one namespace's sessions. Errors as ``Store.function``, and those each method names.
 
-    log_kept_s: how long the token log of an ended turn is kept.
+    cluster: whose routers take over the turns that begin here; log_kept_s: how long the token log of an ended turn is
+    kept.
     """
 
-    def __init__(self, store: Store, *, log_kept_s: float) -> None:
+    def __init__(self, store: Store, *, cluster: str, log_kept_s: float) -> None:
         self.store = store
-        self.index = RunningIndex(store)
+        self.index = RunningIndex(store, cluster)
         self._log_kept_ms = round(log_kept_s * 1000)
 
     async def create(

@@ -98,11 +98,12 @@ class SessionTurns:
         store: Store,
         *,
         router_id: RouterId,
+        cluster: str,
         cache_bytes: int,
         deadline_grace_s: float,
         log_kept_s: float,
     ) -> None:
-        self._store = SessionStore(store, log_kept_s=log_kept_s)
+        self._store = SessionStore(store, cluster=cluster, log_kept_s=log_kept_s)
         self._router_id = router_id
         self._cache = HistoryCache(cache_bytes)
         self._grace_s = deadline_grace_s

@@ -36,16 +36,18 @@ class Sessions(SessionTurns):
         *,
         secret: bytes,
         router_id: RouterId,
+        cluster: str = "seamount",
         cache_bytes: int = 256 << 20,
         deadline_grace_s: float = 2.0,
         log_kept_s: float = 600.0,
     ) -> None:
-        """router_id: unique to this process, also over restarts; deadline_grace_s: how long after its deadline a
-        running turn still holds its session, for the owner to end it itself; log_kept_s: how long the token log of an
-        ended turn is kept."""
+        """router_id: unique to this process, also over restarts; cluster: name of the directory that it stands in;
+        deadline_grace_s: how long after its deadline a running turn still holds its session, for the owner to end it
+        itself; log_kept_s: how long the token log of an ended turn is kept."""
         super().__init__(
             store,
             router_id=router_id,
+            cluster=cluster,
             cache_bytes=cache_bytes,
             deadline_grace_s=deadline_grace_s,
             log_kept_s=log_kept_s,

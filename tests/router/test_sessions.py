@@ -389,6 +389,8 @@ async def test_the_index_holds_what_runs(sessions: Sessions, store: Store) -> No
     turns = [await begun(sessions, one, tenant=BOB) for one in ids]
     other = Sessions(store, secret=SECRET, router_id=RouterId("router-12"))
     elsewhere = await begun(other, await created(sessions))
+    apart = Sessions(store, secret=SECRET, router_id=RouterId("router-3"), cluster="another")
+    await begun(apart, await created(sessions))
     assert await sessions.index.owners() == ["router-1", "router-12"]
     assert await indexed("router-1") == {turn.turn_id for turn in turns}
     assert await indexed("router-12") == {elsewhere.turn_id}
