@@ -9,6 +9,9 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
+# A run goes through several stages; each has its shapes, and each kind of layer its own graph for them.
+torch._dynamo.config.recompile_limit = 64
+
 Function = TypeVar("Function", bound=Callable[..., Any])
 
 
