@@ -66,10 +66,11 @@ def pack_prompt(token_ids: Sequence[int], *, page_size: int, num_pages: int) -> 
 
 
 def no_pages(pool: PagePool, num_needed: int, soonest_expiry_s: float) -> ResourceExhausted:
-    """The refusal of a prompt that would fit if others ended; soonest_expiry_s: from now."""
+    """The refusal of a prompt that would fit if others ended; soonest_expiry_s: of a reservation or lease, from now."""
     return ResourceExhausted(
-        f"the prompt needs {num_needed} pages, cached ones included; {pool.num_free + pool.num_idle} of "
-        f"{pool.num_pages} are free or can be evicted; retry later or use another rank",
+        f"the prompt needs {num_needed} pages, cached ones included; {pool.num_available} of "
+        f"{pool.num_pages} are free or can be evicted, {pool.num_leased_idle} are leased; retry later or use another "
+        "rank",
         reason="NO_PAGES",
         retry_after_s=min(max(soonest_expiry_s, MIN_RETRY_S), MAX_RETRY_S),
         metadata={"num_needed_pages": str(num_needed), "num_pages": str(pool.num_pages)},

@@ -4,8 +4,8 @@
   ``(len - 1) // page_size`` pages of a prompt are taken from it, so that the last prompt token, which is always
   computed, never falls into a shared page. A partly filled page belongs to one reservation, or to one session as its
   tail.
-- Whoever pins a page of the tree pins all pages before it, and gives them back deepest first: the least recently used
-  idle page is therefore always a leaf, and every idle page can be evicted.
+- Whoever pins or leases a page of the tree does so with all pages before it: behind an idle page without a lease there
+  are only such pages, and all of them can be evicted, leaves first, in the order of ``retention.eviction_key``.
 - Two sequences that compute the same page at once: the first one's enters the tree, the second pins that one too and
   reads its own copy until it ends, since a step or a transfer may be using it.
 """
@@ -13,19 +13,25 @@
 from __future__ import annotations
 
 from array import array
+from collections.abc import Callable
+from heapq import heapify, heappop, heappush
 
 from seamount.wire.hashes import page_hashes
 from seamount.workers.cache.pages import PagePool
 from seamount.workers.cache.prefix import PageNode, PrefixTree
 from seamount.workers.cache.reservation import Reservation, common_prefix_len
-from seamount.workers.cache.sessions import SessionBook, Tail
+from seamount.workers.cache.retention import Candidate, eviction_key
+from seamount.workers.cache.sessions import Lease, SessionBook, SessionRecord, Tail
 
 
 class Holdings:
-    """Not thread-safe: its owner holds the lock."""
+    """Not thread-safe: its owner holds the lock. clock: monotonic seconds."""
 
-    def __init__(self, *, num_pages: int, page_size: int) -> None:
+    def __init__(self, *, num_pages: int, page_size: int, clock: Callable[[], float]) -> None:
         self.page_size = page_size
+        self._clock = clock
+        self._leaves: dict[int, None] = {}
+        """Every idle page with nothing cached behind it, and pages that were such before."""
         self.pool = PagePool(num_pages)
         self.tree = PrefixTree()
         self.sessions = SessionBook(max_left_tokens=4 * num_pages * page_size)
@@ -56,8 +62,14 @@ class Holdings:
         record = self.sessions.get(reservation.session_id)
         if record is not None and record.live_id == reservation.id:
             record.live_id, record.left_at = None, now
-            for page in self.sessions.trim():
-                self.pool.free_idle(page)
+            self.trim()
+
+    def trim(self) -> None:
+        """Forget the sessions that are beyond the bounds; their full pages stay, as superseded ones."""
+        for tail in self.sessions.trim():
+            self.pool.free_idle(tail.page)
+            if tail.parent is not None:
+                self._note_leaf(tail.parent.page)
 
     # ---- taking pages
 
@@ -75,14 +87,16 @@ class Holdings:
             rest = token_ids[found_len : min(found_len + len(tail.token_ids), len(token_ids) - 1)]
             num_from_tail = common_prefix_len(tail.token_ids, rest)
         num_missing = len(token_ids) // self.page_size + 1 - len(nodes) - (num_from_tail > 0)
-        num_idle_hits = sum(1 for node in nodes if self.pool.refcount(node.page) == 0) + (num_from_tail > 0)
-        if num_missing > self.pool.num_free + self.pool.num_idle - num_idle_hits:
+        hits = [node.page for node in nodes if self.pool.is_idle(node.page)]
+        if tail is not None and num_from_tail > 0:
+            hits.append(tail.page)
+        if num_missing > self.pool.num_available - sum(1 for page in hits if not self.pool.num_leases(page)):
             return False
         for node in nodes:
             self.pool.pin(node.page)
         pages = [node.page for node in nodes]
         if tail is not None and num_from_tail > 0:
-            self.sessions.drop_tail(tail)
+            self._drop_tail(tail)
             self.pool.pin(tail.page)
             pages.append(tail.page)
         reservation.nodes, reservation.num_found = nodes.copy(), len(nodes)
@@ -93,7 +107,7 @@ class Holdings:
     def grow(self, reservation: Reservation, num_pages: int) -> bool:
         """Let it hold ``num_pages``; or change nothing and say False."""
         num_missing = num_pages - len(reservation.pages)
-        if num_missing > self.pool.num_free + self.pool.num_idle:
+        if num_missing > self.pool.num_available:
             return False
         if num_missing > 0:
             reservation.pages.extend(self._allocate(num_missing))
@@ -106,22 +120,117 @@ class Holdings:
         return record.tail if record.tail.parent is (nodes[-1] if nodes else None) else None
 
     def _allocate(self, num_pages: int) -> list[int]:
-        while self.pool.num_free < num_pages:
-            self._evict()
+        """The caller has made sure that so many are available."""
+        if self.pool.num_free < num_pages:
+            self._evict_until(num_pages)
         return [self.pool.take() for _ in range(num_pages)]
 
-    def _evict(self) -> None:
-        page = self.pool.oldest_idle()
+    # ---- evicting
+
+    def _evict_until(self, num_free: int) -> None:
+        now = self._clock()
+        self._leaves = {page: None for page in self._leaves if self._is_leaf(page)}
+        order = [(*self._eviction_key(page, now), page) for page in self._leaves if not self.pool.num_leases(page)]
+        heapify(order)
+        while self.pool.num_free < num_free:
+            parent = self._evict(heappop(order)[-1])
+            if parent is not None and self._is_leaf(parent.page) and not self.pool.num_leases(parent.page):
+                heappush(order, (*self._eviction_key(parent.page, now), parent.page))
+
+    def _is_leaf(self, page: int) -> bool:
+        node = self.tree.at(page)
+        return self.pool.is_idle(page) and (node is None or node.num_children == 0)
+
+    def _eviction_key(self, page: int, now: float) -> tuple[bool, float]:
+        node, size = self.tree.at(page), self.page_size
+        idle_s = now - self.pool.idle_since(page)
+        if node is not None:
+            first, end = node.depth * size, (node.depth + 1) * size
+            is_superseded = bool(node.session_id) and node.num_sessions == 0
+            candidate = Candidate(
+                first=first, end=end, num_sessions=node.num_sessions, is_superseded=is_superseded, idle_s=idle_s
+            )
+            return eviction_key(candidate)
+        tail = self.sessions.tail_at(page)
+        first = 0 if tail.parent is None else (tail.parent.depth + 1) * size
+        end = first + len(tail.token_ids)
+        return eviction_key(Candidate(first=first, end=end, num_sessions=1, is_superseded=False, idle_s=idle_s))
+
+    def _evict(self, page: int) -> PageNode | None:
+        """Forget a leaf; returns the page before it."""
         node = self.tree.at(page)
         if node is not None:
+            parent = node.parent
             self._forget(node)
         else:
-            self.sessions.drop_tail(self.sessions.tail_at(page))
+            tail = self.sessions.tail_at(page)
+            parent = tail.parent
+            self._drop_tail(tail)
         self.pool.free_idle(page)
+        return parent
+
+    def _note_leaf(self, page: int) -> None:
+        """The page may have become an idle leaf."""
+        if self._is_leaf(page):
+            self._leaves.pop(page, None)  # to the end: of equals, the one that came first goes first
+            self._leaves[page] = None
+
+    def _drop_tail(self, tail: Tail) -> None:
+        """The page of the session's tail is no longer that, nor leased as such."""
+        self.sessions.drop_tail(tail)
+        lease = self.sessions.leases.get(tail.session_id)
+        if lease is not None and tail.page in lease.pages:
+            lease.pages.remove(tail.page)
+            self.pool.unlease(tail.page)
+        if tail.parent is not None:
+            self._note_leaf(tail.parent.page)
 
     def _forget(self, node: PageNode) -> None:
         self.tree.remove(node)
         self.sessions.count_tree_page(node.session_id, -1)
+        if node.parent is not None:
+            self._note_leaf(node.parent.page)
+
+    # ---- leases
+
+    def lease(self, session_id: str, lease: Lease) -> None:
+        """Keep what the session leaves here, in the place of an earlier lease. Its record exists."""
+        self.end_lease(session_id)
+        self.sessions.leases[session_id] = lease
+        record = self.sessions.touch(session_id)
+        if record.live_id is None:
+            self._cover(record, lease)
+
+    def end_lease(self, session_id: str) -> None:
+        """Harmless where there is none."""
+        lease = self.sessions.leases.pop(session_id, None)
+        if lease is not None:
+            self._uncover(lease)
+
+    def leaves(self) -> set[int]:
+        """Idle pages with nothing cached behind them."""
+        return {page for page in self._leaves if self._is_leaf(page)}
+
+    def left_pages(self, record: SessionRecord) -> list[int]:
+        """Pages that hold what the session left here, from the first on, as far as they are still here."""
+        pages: list[int] = []
+        for node in record.chain:
+            if self.tree.at(node.page) is not node:
+                return pages
+            pages.append(node.page)
+        if record.tail is not None and record.tail.parent is (record.chain[-1] if record.chain else None):
+            pages.append(record.tail.page)
+        return pages
+
+    def _cover(self, record: SessionRecord, lease: Lease) -> None:
+        lease.pages = self.left_pages(record)[: lease.max_pages]
+        for page in lease.pages:
+            self.pool.lease(page)
+
+    def _uncover(self, lease: Lease) -> None:
+        for page in lease.pages:
+            self.pool.unlease(page)
+        lease.pages = []
 
     # ---- filling pages
 
@@ -159,26 +268,33 @@ class Holdings:
         """
         record = self.sessions.get(reservation.session_id)
         is_latest = record is not None and record.latest_id == reservation.id
+        num_full = end // self.page_size
         if record is not None and is_latest:
             self.remember(reservation, end)
-            if end > 0 and record.tail is not None:
-                page = record.tail.page
-                self.sessions.drop_tail(record.tail)
-                self.pool.free_idle(page)
-        num_full = end // self.page_size
+            if end > 0:
+                if record.tail is not None:
+                    page = record.tail.page
+                    self._drop_tail(record.tail)
+                    self.pool.free_idle(page)
+                self.sessions.pass_through(reservation.session_id, reservation.nodes[:num_full])
         for index in range(len(reservation.pages) - 1, -1, -1):
             is_tail = is_latest and index == num_full < end / self.page_size and index <= len(reservation.nodes)
             self._give_back_page(reservation, index, end if is_tail else None, is_kept=index < num_full)
         reservation.pages, reservation.nodes = [], []
         reservation.num_found = reservation.computed_len = 0
+        lease = self.sessions.leases.get(reservation.session_id)
+        if record is not None and lease is not None and is_latest:
+            self._uncover(lease)
+            self._cover(record, lease)
 
     def _give_back_page(self, reservation: Reservation, index: int, tail_end: int | None, *, is_kept: bool) -> None:
         page = reservation.pages[index]
         node = reservation.nodes[index] if index < len(reservation.nodes) else None
         if node is not None and node.page == page:
             brought = index >= reservation.num_found
-            if is_kept or not brought or node.num_children > 0 or self.pool.refcount(page) > 1:
-                self.pool.unpin(page, cached=True)
+            is_used = node.num_children > 0 or self.pool.refcount(page) > 1 or self.pool.num_leases(page) > 0
+            if is_kept or not brought or is_used:
+                self._unpin_cached(page)
                 return
             self._forget(node)
             node = None
@@ -194,6 +310,13 @@ class Holdings:
                     token_ids=token_ids,
                 )
             )
-        self.pool.unpin(page, cached=tail_end is not None)
+        if tail_end is None:
+            self.pool.unpin(page, cached=False)
+        else:
+            self._unpin_cached(page)
         if node is not None:
-            self.pool.unpin(node.page, cached=True)
+            self._unpin_cached(node.page)
+
+    def _unpin_cached(self, page: int) -> None:
+        self.pool.unpin(page, cached=True, now=self._clock())
+        self._note_leaf(page)

@@ -14,8 +14,8 @@ def check_holdings(holdings: Holdings, reservations: Sequence[Reservation]) -> N
     """Raise AssertionError unless the pages are in order. ``reservations``: all that hold pages.
 
     Every page is free, referenced or idle, and only one of them; references equal holders; every idle page is a node of
-    the tree or a tail; every node's parents are in the tree; whoever pins a node pins its parents; least recently used
-    order never puts a page before those behind it.
+    the tree or a tail; every node's parents are in the tree; whoever pins or leases a node does so with its parents;
+    every idle page without others behind it is known as such; leases are counted, and cover no free page.
     """
     pool = holdings.pool
     free, idle = pool.free_pages(), pool.idle_pages()
@@ -58,22 +58,42 @@ def _check_tree(holdings: Holdings, free: set[int], idle: Sequence[int]) -> None
     assert not free.intersection(owned), "a free page holds a prefix"
     assert set(idle) <= set(owned), "an idle page holds nothing"
     children: Counter[int] = Counter()
-    rank = {page: order for order, page in enumerate(idle)}
+    resting = set(idle)
     links = [(node.page, node.parent) for node in tree] + [(tail.page, tail.parent) for tail in tails]
     for page, parent in links:
         if parent is not None:
             assert tree.at(parent.page) is parent, "a cached page cannot be reached: its parent is gone"
             children[parent.page] += 1
-            if page not in rank:
-                assert parent.page not in rank, "a page is in use and the one before it is not"
-            elif parent.page in rank:
-                assert rank[page] < rank[parent.page], "a page would be evicted before one behind it"
+            assert page in resting or parent.page not in resting, "a page is in use and the one before it is not"
     for node in tree:
         assert tree.at(node.page) is node, "the tree's two indices differ"
         assert node.num_children == children[node.page], "a node miscounts its children"
     for tail in tails:
-        assert tail.page in rank, "a tail is in use"
+        assert tail.page in resting, "a tail is in use"
         assert 0 < len(tail.token_ids) < holdings.page_size, "a tail is empty or full"
         record = holdings.sessions.get(tail.session_id)
         assert record is not None, "a tail has no session"
         assert record.tail is tail, "a session has two tails"
+    leaves = resting - {parent.page for _, parent in links if parent is not None}
+    assert holdings.leaves() == leaves, "a page that could be evicted is not known, or one that could not is"
+    _check_leases(holdings, resting, dict(links))
+
+
+def _check_leases(holdings: Holdings, idle: set[int], parents: dict[int, PageNode | None]) -> None:
+    pool, sessions = holdings.pool, holdings.sessions
+    counted: Counter[int] = Counter()
+    for session_id, lease in sessions.leases.items():
+        assert sessions.get(session_id) is not None, "a lease has no session"
+        counted.update(lease.pages)
+        assert len(lease.pages) <= lease.max_pages, "a lease grew"
+        for page in lease.pages:
+            parent = parents[page]  # of a page that holds something
+            assert parent is None or parent.page in lease.pages, "a page is leased and the one before it is not"
+    assert counted == Counter({page: n for page in range(pool.num_pages) if (n := pool.num_leases(page))})
+    assert pool.num_leased == len(counted)
+    assert pool.num_leased_idle == len(idle.intersection(counted))
+    users: Counter[PageNode] = Counter()
+    for record in sessions.records():
+        users.update(record.chain)
+    for node in holdings.tree:
+        assert node.num_sessions == users[node], "a node miscounts its sessions"

@@ -11,7 +11,8 @@ class PageNode:
     """A full page in the tree.
 
     token_ids: its ids packed as native uint32: compared on every hit, so that equal hashes alone never serve a page.
-    num_children: nodes and session tails right behind it.
+    depth: pages before it; num_children: nodes and session tails right behind it; num_sessions: whose last turn here
+    went through it.
     session_id: who brought it here; empty for stateless requests.
     """
 
@@ -20,7 +21,9 @@ class PageNode:
     parent: PageNode | None
     token_ids: bytes
     session_id: str
+    depth: int = 0
     num_children: int = 0
+    num_sessions: int = 0
 
 
 class PrefixTree:
@@ -66,7 +69,10 @@ class PrefixTree:
         node = self._by_digest.get(digest)
         if node is not None:
             return node if _is_same(node, parent, memoryview(token_ids)) else None
-        node = PageNode(page=page, digest=digest, parent=parent, token_ids=token_ids, session_id=session_id)
+        depth = 0 if parent is None else parent.depth + 1
+        node = PageNode(
+            page=page, digest=digest, parent=parent, token_ids=token_ids, session_id=session_id, depth=depth
+        )
         self._by_digest[digest] = node
         self._by_page[page] = node
         if parent is not None:

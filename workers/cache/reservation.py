@@ -32,7 +32,8 @@ class Reservation:
     token_ids: the prompt, then what was appended; pages: physical pages in order; computed_len: tokens whose entries
     are present, from the first on; common_len: first position at which the prompt differs from what the session left
     here (the length of the shorter if none does, 0 if it left nothing); left_len: how many those were, evicted ones
-    included; idle_s: since then, when this was made; cached_len_at_first: ``cached_len`` when made;
+    included; idle_s: since then, when this was made; is_leased: a lease of the session was in force then;
+    cached_len_at_first: ``cached_len`` when made;
     expires_at, time_to_live_s: seconds of the owner's monotonic clock.
 
     nodes: pinned pages of the tree, for the leading tokens; ``pages[i]`` is ``nodes[i].page``, or an own copy where
@@ -57,6 +58,7 @@ class Reservation:
     common_len: int = 0
     left_len: int = 0
     idle_s: float = 0.0
+    is_leased: bool = False
     state: ReservationState = ReservationState.ACTIVE
     pages: list[int] = field(default_factory=list)
     nodes: list[PageNode] = field(default_factory=list, repr=False)

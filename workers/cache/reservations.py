@@ -17,20 +17,24 @@ from dataclasses import dataclass
 
 from seamount.wire.errors import AlreadyExists, FailedPrecondition, InvalidArgument, NotFound, OutOfRange
 from seamount.wire.hashes import PAGE_SIZE, page_hashes, root_hash
-from seamount.wire.limits import MAX_RESERVATION_S, check_range
+from seamount.wire.limits import MAX_RESERVATION_S, MAX_TOOL_WAIT_S, check_range
 from seamount.workers.cache.admission import EpochFences, check_span, no_pages, pack_prompt
 from seamount.workers.cache.holdings import Holdings
 from seamount.workers.cache.invariants import check_holdings
+from seamount.workers.cache.leases import Leases
 from seamount.workers.cache.reservation import Reservation, ReservationKey, ReservationState
+from seamount.workers.cache.retention import Importance, LeaseDecision
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CacheState:
-    """num_cached: unreferenced pages that hold a prefix; num_reservations: with those whose end waits for a use."""
+    """num_cached: unreferenced pages that hold a prefix; num_leased: those of them that a lease holds;
+    num_reservations: with those whose end waits for a use."""
 
     num_pages: int
     num_free: int
     num_cached: int
+    num_leased: int
     num_reservations: int
 
 
@@ -58,7 +62,8 @@ class Reservations:
         self.on_abort = on_abort
         self._fingerprint, self._layout, self._clock = fingerprint, layout, clock
         self._lock = threading.RLock()
-        self._holdings = Holdings(num_pages=num_pages, page_size=page_size)
+        self._holdings = Holdings(num_pages=num_pages, page_size=page_size, clock=clock)
+        self._leases = Leases(self._holdings)
         self._fences = EpochFences()
         self._live: dict[str, Reservation] = {}
         self._ending: dict[str, Reservation] = {}
@@ -142,7 +147,8 @@ class Reservations:
 
         Entries before ``keep_len`` (None = all that are present) stay cached: full pages in the tree, the partly filled
         last page as the session's tail. Pages beyond that this reservation computed are freed; those that it found
-        here, or that others use, stay. Raises InvalidArgument if ``keep_len`` is negative.
+        here, or that others use or lease, stay. With ``keep_len`` the session has come back, and a lease that was given
+        before this reservation ends. Raises InvalidArgument if ``keep_len`` is negative.
         """
         if keep_len is not None and keep_len < 0:
             raise InvalidArgument(f"keep_len is {keep_len}; it must be at least 0", field="keep_len")
@@ -150,9 +156,37 @@ class Reservations:
             reservation = self._live.get(reservation_id)
             if reservation is not None:
                 self._end(reservation, keep_len)
+                if keep_len is not None:
+                    self._leases.came_back(reservation)
+
+    def retain(
+        self, session_id: str, *, duration_s: float, importance: Importance, prefill_tokens_per_s: float
+    ) -> LeaseDecision:
+        """Lease the pages of what a session left here, or is about to leave, as ``retention.decide`` says.
+
+        Until the lease ends nobody else gets these pages, at the price of refusing others (NO_PAGES). It ends with its
+        time, with the session's next commit, or with another one in its place; a denied request leaves it alone.
+        duration_s: over 0, at most MAX_TOOL_WAIT_S. Raises InvalidArgument.
+        """
+        check_range(duration_s, field="duration", low=0, low_open=True, high=MAX_TOOL_WAIT_S)
+        with self._lock:
+            now = self._clock()
+            self._leases.end_expired(now)
+            record = self._holdings.sessions.get(session_id)
+            live = self._live.get(record.live_id) if record is not None and record.live_id is not None else None
+            return self._leases.retain(
+                session_id,
+                live,
+                duration_s=duration_s,
+                importance=importance,
+                is_short=any(r.state is ReservationState.PREEMPTED for r in self._live.values()),
+                prefill_tokens_per_s=prefill_tokens_per_s,
+                now=now,
+            )
 
     def expire(self, now: float | None = None) -> list[str]:
-        """End those whose time is over, as ``release`` does; returns their ids after ``on_abort`` had each."""
+        """End those whose time is over, as ``release`` does, and leases; returns the ids of the reservations after
+        ``on_abort`` had each."""
         aborted: list[str] = []
         with self._lock:
             self._end_expired(self._clock() if now is None else now, aborted)
@@ -303,6 +337,7 @@ class Reservations:
                 num_pages=self.num_pages,
                 num_free=self._holdings.pool.num_free,
                 num_cached=self._holdings.pool.num_idle,
+                num_leased=self._holdings.pool.num_leased_idle,
                 num_reservations=len(self._live) + len(self._ending),
             )
 
@@ -345,10 +380,13 @@ class Reservations:
         if session_id:
             self._fences.advance(session_id, reservation.turn_id, reservation.epoch, reservation.attempt)
             self._supersede(session_id, aborted)
+        reservation.is_leased = self._leases.is_held(session_id, self._clock())
         self._holdings.compare(reservation, packed, self._clock())
         if not self._holdings.assign(reservation, packed):
             now = self._clock()
-            soonest_s = min((r.expires_at for r in self._live.values()), default=now) - now
+            ends = [r.expires_at for r in self._live.values()]
+            ends += [lease.expires_at for lease in self._holdings.sessions.leases.values()]
+            soonest_s = min(ends, default=now) - now
             raise no_pages(self._holdings.pool, len(packed) // self.page_size + 1, soonest_s)
         reservation.cached_len_at_first = reservation.cached_len
         reservation.expires_at = self._clock() + reservation.time_to_live_s
@@ -362,6 +400,7 @@ class Reservations:
             self._end(self._live[record.live_id], None)
 
     def _end_expired(self, now: float, aborted: list[str]) -> None:
+        self._leases.end_expired(now)
         for reservation in [r for r in self._live.values() if r.expires_at <= now]:
             aborted.append(reservation.id)
             self._end(reservation, None)

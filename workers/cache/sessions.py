@@ -1,4 +1,4 @@
-"""What a rank remembers of each session: the ids it left, its tail page, its live reservation."""
+"""What a rank remembers of each session: what it left, its tail page, its lease, its live reservation."""
 
 from __future__ import annotations
 
@@ -28,16 +28,32 @@ class Tail:
 
 
 @dataclass(slots=True, eq=False, repr=False, kw_only=True)
+class Lease:
+    """Keeps what the session left here, up to ``max_pages`` of it, until ``expires_at`` (the owner's clock).
+
+    given_during: the session's live reservation when it was given, if there was one: its commit does not end the lease.
+    pages: leased now; none of them while it is not settled what the session leaves.
+    """
+
+    expires_at: float
+    max_pages: int
+    given_during: str | None
+    pages: list[int] = field(default_factory=list)
+
+
+@dataclass(slots=True, eq=False, repr=False, kw_only=True)
 class SessionRecord:
     """left, left_root: the ids whose entries the session's last reservation left here, and the root of their chain.
 
-    left_at: when that was, seconds of the owner's clock, or None. live_id: the reservation in force or None; latest_id:
-    the last one ever made: only that one may leave a tail.
+    left_at: when that was, seconds of the owner's clock, or None. chain: the full pages of it, some of which may have
+    been evicted since. live_id: the reservation in force or None; latest_id: the last one ever made: only that one may
+    leave a tail.
     """
 
     left: array[int] = field(default_factory=lambda: array("I"))
     left_root: bytes = b""
     left_at: float | None = None
+    chain: list[PageNode] = field(default_factory=list)
     tail: Tail | None = None
     live_id: str | None = None
     latest_id: str = ""
@@ -55,6 +71,8 @@ class SessionBook:
         self._records: OrderedDict[str, SessionRecord] = OrderedDict()
         self._tails: dict[int, Tail] = {}
         self._num_tree_pages: Counter[str] = Counter()
+        self.leases: dict[str, Lease] = {}
+        """By session; each of them has a record."""
 
     def get(self, session_id: str) -> SessionRecord | None:
         return self._records.get(session_id)
@@ -64,6 +82,9 @@ class SessionBook:
         record = self._records.setdefault(session_id, SessionRecord())
         self._records.move_to_end(session_id)
         return record
+
+    def records(self) -> Iterator[SessionRecord]:
+        return iter(self._records.values())
 
     def tails(self) -> Iterator[Tail]:
         return iter(self._tails.values())
@@ -89,29 +110,39 @@ class SessionBook:
         self._num_left_tokens += len(token_ids) - len(record.left)
         record.left, record.left_root = token_ids, root
 
-    def trim(self) -> list[int]:
-        """Forget the least recently used sessions beyond the bounds; returns the pages of their tails, now ownerless.
+    def pass_through(self, session_id: str, chain: list[PageNode]) -> None:
+        """The session's last turn went through these full pages, and no longer through those of the turn before."""
+        record = self._records[session_id]
+        for node in record.chain:
+            node.num_sessions -= 1
+        for node in chain:
+            node.num_sessions += 1
+        record.chain = chain
 
-        Sessions with a live reservation stay.
+    def trim(self) -> list[Tail]:
+        """Forget the least recently used sessions beyond the bounds; returns their tails: the pages are ownerless now.
+
+        Sessions with a live reservation or a lease stay.
         """
         num_records, num_tokens = len(self._records), self._num_left_tokens
         victims: list[str] = []
         for session_id, record in self._records.items():
             if num_records <= MAX_RECORDS and num_tokens <= self._max_left_tokens:
                 break
-            if record.live_id is None:
+            if record.live_id is None and session_id not in self.leases:
                 victims.append(session_id)
                 num_records -= 1
                 num_tokens -= len(record.left)
-        pages: list[int] = []
+        tails: list[Tail] = []
         for session_id in victims:
             record = self._records[session_id]
             if record.tail is not None:
-                pages.append(record.tail.page)
+                tails.append(record.tail)
                 self.drop_tail(record.tail)
+            self.pass_through(session_id, [])
             del self._records[session_id]
         self._num_left_tokens = num_tokens
-        return pages
+        return tails
 
     def count_tree_page(self, session_id: str, change: int) -> None:
         """A page that the session brought entered (+1) or left (-1) the tree."""

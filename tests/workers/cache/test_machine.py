@@ -29,6 +29,7 @@ from seamount.wire.errors import Aborted, AlreadyExists, FailedPrecondition, Not
 from seamount.workers.cache import holdings, reservations
 from seamount.workers.cache.reservation import Reservation, ReservationState
 from seamount.workers.cache.reservations import Reservations
+from seamount.workers.cache.retention import MAX_LEASE_S, Importance, LeaseOutcome
 
 SIZE = 4
 SALTS = [b"a" * 32, b"b" * 32]
@@ -51,6 +52,7 @@ class CacheMachine(RuleBasedStateMachine):
         self.ids: set[str] = set()
         self.epochs: dict[str, tuple[int, int]] = {}
         self.left: dict[str, tuple[bytes, list[int]]] = {}
+        self.leased: dict[str, tuple[float, tuple[int, int] | None, list[int]]] = {}
         self.caches = Reservations(
             num_pages=num_pages,
             page_size=SIZE,
@@ -188,7 +190,8 @@ class CacheMachine(RuleBasedStateMachine):
         if self.caches.ensure_capacity(reservation.id, len(reservation.token_ids) + 1):
             self.caches.append_token(reservation.id, token_id)
         else:
-            assert self.caches.state().num_free + self.caches.state().num_cached == 0
+            state = self.caches.state()
+            assert state.num_free + state.num_cached == state.num_leased
 
     @precondition(lambda self: self.caches._live)
     @rule(pick=picks)
@@ -264,6 +267,21 @@ class CacheMachine(RuleBasedStateMachine):
             self.left[reservation.session_id] = (self.salts[reservation.id], list(reservation.token_ids[:keep_len]))
         self.caches.release(reservation.id, keep_len)
 
+    @rule(
+        session=st.sampled_from(["x", "y", "z"]),
+        duration_s=st.sampled_from([0.3, 3.0, 30.0]),
+        importance=st.sampled_from(Importance),
+    )
+    def retain(self, session: str, duration_s: float, importance: Importance) -> None:
+        decision = self.caches.retain(session, duration_s=duration_s, importance=importance, prefill_tokens_per_s=0.0)
+        lease = self.caches._holdings.sessions.leases.get(session)
+        if decision.outcome is LeaseOutcome.DENIED:
+            assert lease is None or lease.expires_at > self.now
+        else:
+            assert lease is not None
+            assert lease.expires_at == self.now + decision.duration_s
+            self.leased[session] = lease.expires_at, self.epochs.get(session), list(lease.pages)
+
     @rule(elapsed_s=st.sampled_from([0.2, 0.5, 6.0]))
     def wait(self, elapsed_s: float) -> None:
         self.now += elapsed_s
@@ -282,6 +300,10 @@ class CacheMachine(RuleBasedStateMachine):
         sessions = [reservation.session_id for reservation in self.caches._live.values() if reservation.session_id]
         assert len(set(sessions)) == len(sessions)
         assert len(self.aborted) == len(set(self.aborted))
+        leases = self.caches._holdings.sessions.leases
+        for session, (expires_at, epoch, pages) in self.leased.items():
+            if self.now < expires_at and pages and self.epochs.get(session) == epoch:  # the session has not come back
+                assert leases[session].pages == pages, "a lease lost a page before its end"
 
     def teardown(self) -> None:
         if not hasattr(self, "caches"):
@@ -293,9 +315,11 @@ class CacheMachine(RuleBasedStateMachine):
                 caches.end_receive(reservation.id, 0)
             while reservation.num_uses:
                 caches.end_use(reservation.id)
+        self.now += MAX_LEASE_S
+        caches.expire()
         caches.check_invariants()
         state = caches.state()
-        assert state.num_reservations == 0
+        assert state.num_reservations == state.num_leased == 0
         assert state.num_free + state.num_cached == state.num_pages
         whole = caches.reserve(
             session_id="last",

@@ -18,16 +18,27 @@ def test_a_page_goes_free_referenced_idle_free() -> None:
     assert (pool.num_free, pool.num_idle) == (3, 0)
 
 
-def test_idle_pages_go_in_the_order_in_which_they_were_given_back() -> None:
+def test_leased_pages_are_not_available() -> None:
     pool = PagePool(3)
-    first, second, third = (pool.take() for _ in range(3))
-    for page in (second, first, third):
-        pool.unpin(page, cached=True)
-    assert pool.oldest_idle() == second
-    pool.pin(second)
-    assert pool.oldest_idle() == first
-    pool.unpin(second, cached=True)
-    assert pool.idle_pages() == [first, third, second]
+    first, second, _ = (pool.take() for _ in range(3))
+    pool.lease(first)
+    pool.unpin(first, cached=True, now=5.0)
+    pool.unpin(second, cached=True, now=6.0)
+    assert (pool.num_idle, pool.num_leased_idle, pool.num_available) == (2, 1, 1)
+    pool.lease(first)
+    pool.pin(first)
+    assert (pool.num_leased, pool.num_leased_idle, pool.num_available) == (1, 0, 1)
+    pool.unpin(first, cached=True, now=7.0)
+    assert pool.idle_since(first) == 7.0
+    pool.unlease(first)
+    assert (pool.num_leases(first), pool.num_available) == (1, 1)
+    with pytest.raises(AssertionError, match="leased"):
+        pool.free_idle(first)
+    pool.unlease(first)
+    assert pool.num_available == 2
+    pool.free_idle(first)
+    with pytest.raises(AssertionError, match="free"):
+        pool.lease(first)
 
 
 def test_defects_are_loud() -> None:

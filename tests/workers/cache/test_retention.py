@@ -1,0 +1,110 @@
+"""What is kept, as a table: no pages, no clock."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+
+from seamount.workers.cache.retention import (
+    INDEXER_PARITY_TOKENS,
+    MAX_LEASE_S,
+    MAX_LEASES,
+    MIN_LEASE_S,
+    TYPICAL_WAIT_S,
+    Candidate,
+    Importance,
+    LeaseOutcome,
+    LeaseRequest,
+    Pressure,
+    Tier,
+    chance_of_return,
+    decide,
+    eviction_key,
+    rebuild_cost,
+)
+
+ASKED = LeaseRequest(num_tokens=640, num_new_pages=10, duration_s=30.0, importance=Importance.NORMAL)
+CALM = Pressure(num_pages=1000, num_leased_pages=0, num_leases=0, is_short=False, prefill_tokens_per_s=1000.0)
+ACCEPTED, CLIPPED, DENIED = LeaseOutcome.ACCEPTED, LeaseOutcome.CLIPPED, LeaseOutcome.DENIED
+
+DECISIONS = [
+    # request, pressure, outcome, seconds
+    ({}, {}, ACCEPTED, 30.0),
+    ({"duration_s": 0.2}, {}, ACCEPTED, 0.2),
+    ({"duration_s": 3600.0, "num_new_pages": 0}, {}, CLIPPED, MAX_LEASE_S),
+    ({"duration_s": 3600.0}, {"num_leased_pages": 240}, CLIPPED, MAX_LEASE_S / 2),
+    ({"duration_s": 3600.0}, {"num_leased_pages": 489}, CLIPPED, MAX_LEASE_S / 500),
+    ({"duration_s": 3600.0}, {"num_leased_pages": 490}, DENIED, 0.0),
+    ({"duration_s": 3600.0, "importance": Importance.LOW}, {"num_leased_pages": 115}, CLIPPED, MAX_LEASE_S / 2),
+    ({"duration_s": 30.0, "importance": Importance.LOW}, {"num_leased_pages": 240}, DENIED, 0.0),
+    ({"duration_s": 3600.0, "importance": Importance.HIGH}, {"num_leased_pages": 365}, CLIPPED, MAX_LEASE_S / 2),
+    ({"num_new_pages": 0}, {"num_leased_pages": 500}, DENIED, 0.0),
+    ({"num_tokens": 0, "num_new_pages": 0}, {}, DENIED, 0.0),
+    ({}, {"is_short": True}, DENIED, 0.0),
+    ({}, {"num_leases": MAX_LEASES - 1}, ACCEPTED, 30.0),
+    ({}, {"num_leases": MAX_LEASES}, DENIED, 0.0),
+    # What is in force is not shortened by asking again for as much or more, and is by asking for less.
+    ({"held_s": 12.0}, {"is_short": True}, CLIPPED, 12.0),
+    ({"held_s": 0.3}, {"is_short": True}, CLIPPED, 0.3),
+    ({"held_s": 50.0}, {"is_short": True}, ACCEPTED, 30.0),
+]
+
+
+@pytest.mark.parametrize(("request_changes", "pressure_changes", "outcome", "duration_s"), DECISIONS)
+def test_decisions(
+    request_changes: dict[str, object], pressure_changes: dict[str, object], outcome: LeaseOutcome, duration_s: float
+) -> None:
+    request, pressure = replace(ASKED, **request_changes), replace(CALM, **pressure_changes)  # type: ignore[arg-type]
+    decision = decide(request, pressure)
+    assert decision.outcome is outcome
+    assert decision.duration_s == pytest.approx(duration_s)
+    assert decision.tier is (None if outcome is DENIED else Tier.DEVICE)
+    assert decision.rebuild_tokens == request.num_tokens
+
+
+def test_a_clipped_lease_is_worth_having_or_denied() -> None:
+    few = replace(ASKED, duration_s=MIN_LEASE_S, num_new_pages=0)
+    assert decide(few, replace(CALM, num_leased_pages=499)).outcome is ACCEPTED
+    tight = Pressure(num_pages=10_000, num_leased_pages=4_995, num_leases=1, is_short=False, prefill_tokens_per_s=0.0)
+    assert decide(few, tight).outcome is DENIED
+    assert decide(few, tight).rebuild_s == 0.0, "not known yet"
+
+
+def test_rebuilding_takes_longer_the_deeper_the_tokens_lie() -> None:
+    assert rebuild_cost(0, 1) == pytest.approx(1.0, abs=1e-4)
+    whole = rebuild_cost(0, 2 * INDEXER_PARITY_TOKENS)
+    assert whole == pytest.approx(4 * INDEXER_PARITY_TOKENS)
+    assert rebuild_cost(0, 1000) + rebuild_cost(1000, 5000) == pytest.approx(rebuild_cost(0, 5000))
+    request = replace(ASKED, num_tokens=2 * INDEXER_PARITY_TOKENS)
+    assert decide(request, CALM).rebuild_s == pytest.approx(whole / 1000.0)
+
+
+def test_the_longer_a_session_waits_the_less_likely_it_comes_back() -> None:
+    assert chance_of_return(1, 0.0) == 1.0
+    assert chance_of_return(1, TYPICAL_WAIT_S) == 0.5
+    assert chance_of_return(2, TYPICAL_WAIT_S) == 0.75
+    assert chance_of_return(0, TYPICAL_WAIT_S) == 0.5
+    assert chance_of_return(1, -1.0) == 1.0, "a clock that was read before the page was given back"
+
+
+def page(
+    first: int = 0, num: int = 64, *, sessions: int = 1, superseded: bool = False, idle_s: float = 10.0
+) -> Candidate:
+    return Candidate(first=first, end=first + num, num_sessions=sessions, is_superseded=superseded, idle_s=idle_s)
+
+
+@pytest.mark.parametrize(
+    ("first", "then"),
+    [
+        (page(100_000, superseded=True, idle_s=0.0), page(0, idle_s=1e6)),
+        (page(0, idle_s=11.0), page(0, idle_s=10.0)),
+        (page(0), page(64)),
+        (page(0, num=3, idle_s=0.0), page(0, num=64, idle_s=60.0)),
+        (page(0, sessions=1), page(0, sessions=2)),
+        (page(0, idle_s=60.0), page(INDEXER_PARITY_TOKENS, idle_s=100.0)),
+        (page(0, superseded=True, idle_s=11.0), page(0, superseded=True, idle_s=10.0)),
+    ],
+)
+def test_order_of_eviction(first: Candidate, then: Candidate) -> None:
+    assert eviction_key(first) < eviction_key(then)
