@@ -77,7 +77,7 @@ def logits() -> Iterator[Row]:
 def _scores(num_rows: int, context: int) -> Iterator[Row]:
     deep_gemm = deep_gemm_module()
     read = context * (DIM + 4) + num_rows * HEADS * DIM
-    chunks = [_Chunk(num_rows, context) for _ in range(min(3, copies(read)))]
+    chunks = [_Chunk(num_rows, context) for _ in range(copies(read))]
     out = torch.empty((num_rows, context), device="cuda")
     seen = int(chunks[0].lengths.sum())
     rates = {"num_bytes": read + 4 * seen, "flop": 2 * HEADS * DIM * seen}
