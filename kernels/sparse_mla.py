@@ -30,6 +30,7 @@ def sparse_mla_decode(
     Returns (out [B, H, C], lse [B, H]) in q's dtype.
 
     On CUDA with an fp8 or bf16 plane: q may be bfloat16 (other dtypes are rounded to it), slots int32; lse is float32.
+    Latents of an fp8 plane must stay below 65,504, float16's largest value, which an RMS norm sees to.
     Slots must lie in the plane: nothing can check them before the launch. Raises ValueError for other shapes, dtypes,
     strides or devices.
     """

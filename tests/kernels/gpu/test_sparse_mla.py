@@ -96,17 +96,20 @@ def test_other_sizes_and_wide_queries(
     assert float((lse[:2] - expected_lse[:2]).abs().max()) < 2e-3
 
 
-def test_scales_of_any_size(formulas: ModuleType, device: torch.device) -> None:
+@pytest.mark.parametrize(("exponent", "query_exponent"), [(-14, 17), (-9, 9), (0, 0), (9, -9)])
+def test_latents_and_queries_of_any_size(
+    exponent: int, query_exponent: int, formulas: ModuleType, device: torch.device
+) -> None:
+    """Latents up to 2^15 and down to the scales' floor; queries beyond float16's range."""
     layout = _layout("fp8", 512, 64)
     slots = torch.arange(128, device=device).view(1, 128)
-    for exponent in (-20, -9, 0, 20):
-        latents = torch.randn((128, 576), device=device) * 2.0**exponent
-        rows = formulas.latent_rows(latents[:, :512], latents[:, 512:], True)
-        plane = rows.view(-1, layout.page_bytes("latent"))
-        q = (torch.randn((1, 64, 576), device=device) * 2.0 ** -max(exponent, 0)).bfloat16()
-        out, _ = sparse_mla_decode(q, plane, slots, layout, SCALE)
-        expected, _ = formulas.sparse_attention(q, rows, slots, 512, SCALE, True)
-        assert float((out.float() - expected).norm() / expected.norm()) < 1e-2
+    rows = formulas.latent_rows(*(torch.randn((128, 576), device=device) * 2.0**exponent).split((512, 64), 1), True)
+    plane = rows.view(-1, layout.page_bytes("latent"))
+    q = (torch.randn((1, 64, 576), device=device) * 2.0**query_exponent).bfloat16()
+    out, lse = sparse_mla_decode(q, plane, slots, layout, SCALE)
+    expected, expected_lse = formulas.sparse_attention(q, rows, slots, 512, SCALE, True)
+    assert float((out.float() - expected).norm() / expected.norm()) < 1e-2
+    assert float(((lse - expected_lse) / expected_lse).abs().max()) < 1e-4
 
 
 def test_a_selected_nan_is_seen(formulas: ModuleType, device: torch.device) -> None:
