@@ -93,13 +93,13 @@ def random_fp8(*shape: int) -> torch.Tensor:
 
 
 def publish_gpu(name: str, rows: Iterable[Row]) -> None:
-    """Print rows as they come and, at the end, write them with date and device to ``results/<name>.jsonl``."""
+    """Print rows as they come and write each, with date and device, to ``results/<name>.jsonl``."""
     device = f"{torch.cuda.get_device_name()}, torch {torch.__version__}"
     stamp: Row = {"benchmark": name, "date": datetime.now(UTC).date().isoformat(), "machine": device}
-    lines = []
-    for row in rows:
-        lines.append(json.dumps(stamp | row) + "\n")
-        shown = (f"{key} {value:.2f}" if isinstance(value, float) else f"{value}" for key, value in row.items())
-        print("  ".join(shown), flush=True)
     RESULTS.mkdir(exist_ok=True)
-    (RESULTS / f"{name}.jsonl").write_text("".join(lines), encoding="utf-8")
+    with (RESULTS / f"{name}.jsonl").open("w", encoding="utf-8") as results:
+        for row in rows:
+            results.write(json.dumps(stamp | row) + "\n")
+            results.flush()
+            shown = (f"{key} {value:.2f}" if isinstance(value, float) else f"{value}" for key, value in row.items())
+            print("  ".join(shown), flush=True)
