@@ -25,7 +25,6 @@ from triton.experimental.gluon.language.nvidia.hopper import async_copy, mbarrie
 
 from seamount.kernels.layout import CacheLayout
 from seamount.kernels.triton.mla_hopper import attend_left, attend_right
-from seamount.kernels.triton.sparse_mla import _num_sms as num_sms
 from seamount.kernels.triton.sparse_mla import sparse_mla_decode
 
 _LOG2_E = 1.4426950408889634
@@ -56,15 +55,15 @@ def _copy(target, rows, live, FIRST: gl.constexpr, COLUMNS: gl.constexpr, ROWS: 
 
 
 @gluon.jit
-def _count_tiles(indices, num_indices):
-    """Tiles up to the last valid index, at least one."""
+def _last_valid(indices, first, num_indices):
+    """The last position from ``first`` on whose index is valid, 0 if none."""
     FLAT: gl.constexpr = gl.BlockedLayout([4], [32], [4], [0])
     at = gl.arange(0, 1024, layout=FLAT)
     last = gl.full([1024], 0, gl.int32, FLAT)
-    for start in range(0, num_indices, 1024):
+    for start in range(first, num_indices, 1024):
         index = gl.load(indices + start + at, mask=start + at < num_indices, other=-1)
         last = gl.where(index >= 0, start + at, last)
-    return gl.max(last, axis=0) // 64 + 1
+    return gl.max(last, axis=0)
 
 
 @gluon.jit
@@ -113,7 +112,8 @@ def _bring(
     FLAT: gl.constexpr = gl.BlockedLayout([1], [32], [4], [0])
     tile = 0
     first = gl.program_id(0)
-    num_tiles = _count_tiles(indices + (first // head_blocks).to(gl.int64) * num_indices, num_indices)
+    lane = gl.arange(0, 64, layout=FLAT)
+    num_tiles = _last_valid(indices + (first // head_blocks).to(gl.int64) * num_indices, 0, num_indices) // 64 + 1
     for item in range(first, num_items, gl.num_programs(0)):
         done = (item - first) // gl.num_programs(0)
         row = (item // head_blocks).to(gl.int64)
@@ -122,7 +122,12 @@ def _bring(
         slot = _to_slots(_load_indices(row_indices, 0, num_indices, TOKEN), context, PAGED)
         index = _load_indices(row_indices, 1, num_indices, TOKEN)
         bias_index = _load_indices(row_indices, 0, num_indices, FLAT)
-        next_num_tiles = num_tiles
+        # How far the next item reaches is found out in passing, a tile at a time.
+        following = gl.minimum(item + gl.num_programs(0), num_items - 1)
+        next_row = (following // head_blocks).to(gl.int64)
+        next_indices = indices + next_row * num_indices
+        next_index = _load_indices(next_indices, 0, num_indices, FLAT)
+        last = gl.full([64], 0, gl.int32, FLAT)
         for step in range(num_tiles):
             buffer = tile % 2
             phase = (tile // 2 & 1) ^ 1
@@ -132,6 +137,8 @@ def _bring(
             slot = _to_slots(index, context, PAGED)
             index = _load_indices(row_indices, step + 2, num_indices, TOKEN)
             bias_index = _load_indices(row_indices, step + 1, num_indices, FLAT)
+            last = gl.where(next_index >= 0, step * 64 + lane, last)
+            next_index = _load_indices(next_indices, step + 1, num_indices, FLAT)
             mbarrier.wait(empty_right.index(buffer), phase)
             bias.index(buffer).store(invalid)
             _copy(k_rope.index(buffer), rows, live, 512, 64, ROWS)
@@ -148,21 +155,20 @@ def _bring(
                 live = item % head_blocks * 64 + head < num_heads
                 rows = q + (row * num_heads + item % head_blocks * 64) * 576 + head * 576
                 _copy(q_rope, rows, live, 512, 64, ROWS)
-                _copy(q_latent, rows, live, 0, 512, ROWS)
+                _copy(q_latent.index(0), rows, live, 0, 512, ROWS)
                 async_copy.mbarrier_arrive(q_full, increment_count=False)
                 gl.thread_barrier()
                 mbarrier.arrive(q_full, count=1)
-            if step == gl.minimum(2, num_tiles - 1):
-                following = gl.minimum(item + gl.num_programs(0), num_items - 1)
-                next_row = (following // head_blocks).to(gl.int64)
-                next_num_tiles = _count_tiles(indices + next_row * num_indices, num_indices)
                 first_head = following % head_blocks * 64
                 LINES: gl.constexpr = gl.BlockedLayout([1, 1], [2, 16], [4, 1], [1, 0])
                 next_head = gl.expand_dims(gl.arange(0, 64, layout=gl.SliceLayout(1, LINES)), 1)
                 next_query = q + (next_row * num_heads + first_head) * 576 + next_head * 576
                 _prefetch_query(next_query, first_head + next_head < num_heads)
             tile += 1
-        num_tiles = next_num_tiles
+        reach = gl.max(last, axis=0)
+        if num_tiles * 64 < num_indices:
+            reach = gl.maximum(reach, _last_valid(next_indices, num_tiles * 64, num_indices))
+        num_tiles = reach // 64 + 1
 
 
 @gluon.jit(do_not_specialize=["num_items", "num_indices", "num_heads", "head_blocks"])
@@ -187,7 +193,7 @@ def _prefill(
     NARROW: gl.constexpr = gl.NVMMASharedLayout.get_default_for([64, 64], gl.bfloat16)
     VECTOR: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
     BARRIER: gl.constexpr = mbarrier.MBarrierLayout()
-    q_latent = gl.allocate_shared_memory(gl.bfloat16, [64, 512], WIDE)
+    q_latent = gl.allocate_shared_memory(gl.bfloat16, [1, 64, 512], WIDE)
     q_rope = gl.allocate_shared_memory(gl.bfloat16, [64, 64], NARROW)
     k_left = gl.allocate_shared_memory(gl.bfloat16, [2, 64, 256], HALF)
     k_right = gl.allocate_shared_memory(gl.bfloat16, [2, 64, 256], HALF)
@@ -335,7 +341,8 @@ def sparse_mla_prefill(
         _unpack[(triton.cdiv(num_tokens, 16),)](plane, context, kv, num_tokens, TOKENS=16, num_warps=4)
     head_blocks = triton.cdiv(heads, 64)
     num_items = num_rows * head_blocks
-    _prefill[(min(num_items, num_sms(q.device)),)](
+    num_sms = torch.cuda.get_device_properties(q.device).multi_processor_count
+    _prefill[(min(num_items, num_sms),)](
         q.to(torch.bfloat16).contiguous(),
         kv.view(torch.bfloat16),
         context,
