@@ -12,7 +12,7 @@ from torch import Tensor
 
 from seamount.kernels.arguments import INTEGERS, check_plane, check_tensor
 from seamount.kernels.layout import PAGE_SIZE, CacheLayout, unpack_index_pages
-from seamount.kernels.topk import topk_indices
+from seamount.kernels.topk import MAX_CUDA_K, topk_indices
 
 # Elements of the [rows, heads, keys] scores, or of the decoded keys, that exist at one time. Few enough to stay in a
 # core's cache: larger tiles are slower (fresh memory for every temporary).
@@ -153,6 +153,30 @@ def paged_mqa_logits(
         logits = _paged_reference(*rows, page_tables.repeat_interleave(q.shape[1], 0), layout)
         return logits.view(*q.shape[:2], logits.shape[1])
     return _paged_reference(q, plane, weights, context_lens, page_tables, layout)
+
+
+def paged_topk_indices(
+    q: Tensor, plane: Tensor, weights: Tensor, context_lens: Tensor, page_tables: Tensor, layout: CacheLayout, k: int
+) -> Tensor:
+    """The k cached tokens that each query scores highest: ``topk_indices`` of the rows of ``paged_mqa_logits``.
+
+    Arguments, and what is raised, as there; k >= 1, ValueError otherwise.
+    Returns [B, k] or [B, N, k] int64: min(k, context_lens) positions in ascending order, then -1.
+    On CUDA two launches for one query a sequence: scores come with the maxima that the selection begins with.
+    """
+    if k < 1:
+        raise ValueError(f"k is {k}; it must be at least 1")
+    if multiplies_e4m3(q, layout) and k <= MAX_CUDA_K:
+        _check_paged(q, plane, weights, context_lens, page_tables, layout)
+        from seamount.kernels.triton import indexer
+
+        if q.dim() == 4:
+            return indexer.paged_topk_indices(q, plane, weights, context_lens, page_tables, layout, k)
+        one = (q.unsqueeze(1), plane, weights.unsqueeze(1), context_lens.unsqueeze(1), page_tables, layout)
+        return indexer.paged_topk_indices(*one, k).squeeze(1)
+    logits = paged_mqa_logits(q, plane, weights, context_lens, page_tables, layout)
+    rows = topk_indices(logits.view(context_lens.numel(), logits.shape[-1]), k, context_lens.flatten())
+    return rows.view(*context_lens.shape, k)
 
 
 def _check_paged(

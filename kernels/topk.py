@@ -7,6 +7,9 @@ from torch import Tensor
 
 from seamount.kernels.arguments import INTEGERS, check_tensor
 
+MAX_CUDA_K = 32768
+"""The most that the CUDA kernel selects: its candidates are in one program's registers."""
+
 
 def topk_indices(logits: Tensor, k: int, lengths: Tensor) -> Tensor:
     """The k largest of each row's first ``lengths[t]`` scores.
@@ -17,9 +20,11 @@ def topk_indices(logits: Tensor, k: int, lengths: Tensor) -> Tensor:
     logits: [T, L] float, whatever beyond ``lengths[t]``; lengths: [T] int64, 0 <= lengths[t] <= L; k >= 1.
     Returns [T, k] int64: min(k, lengths[t]) distinct indices in ascending order, then -1.
     On CUDA: logits float32 with adjacent columns, lengths int32 or int64, 0 <= L < 2^31; ValueError for anything else.
+    A k above ``MAX_CUDA_K`` takes torch's operations there too.
     """
     if logits.is_cuda:
         _check(logits, k, lengths)
+    if logits.is_cuda and k <= MAX_CUDA_K:
         from seamount.kernels.triton import topk
 
         return topk.topk_indices(logits, k, lengths)

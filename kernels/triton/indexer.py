@@ -5,8 +5,10 @@
 Tiles: 128 tokens (two pages) of e4m3 keys against all heads of one query: one product [128, D] x [D, H] on the tensor
 cores, H/4 partial sums a thread, two shuffles. A program walks a few tiles of one sequence, the next tiles' keys
 already on their way to shared memory; several programs share an SM. Two queries of a sequence (next_n) read a tile
-once. Programs beyond a sequence's length only write -inf.
-Bytes: 132 a token (D = 128) read once, 4 written a query; D H a query read by each program (from L2).
+once. Programs beyond a sequence's length only write -inf. Where the k best of one query a sequence are wanted, the
+maxima of groups of scores, which top-k begins with, are taken from registers (``topk.store_group_maxima``).
+Bytes: 132 a token (D = 128) read once, 4 written a query, up to 1.25 more for maxima; D H a query read by each program
+(from L2).
 Work: 2 D H flops a token and query, 124 for each byte: memory-bound up to four queries.
 The tensor cores add e4m3 products over D in their own reduced accumulator, as every kernel on this chip does that does
 not promote it: about 2^-13 of the largest partial sum.
@@ -22,6 +24,14 @@ import triton.language as tl
 from torch import Tensor
 
 from seamount.kernels.layout import PAGE_SIZE, CacheLayout
+from seamount.kernels.triton.topk import (
+    GROUPS,
+    group_levels,
+    maxima_columns,
+    select_rows,
+    store_group_maxima,
+    wants_maxima,
+)
 
 _TOKENS = 128
 
@@ -35,6 +45,8 @@ def _paged_logits(
     lengths,
     page_tables,
     out,
+    maxima,
+    maxima_stride,
     num_pages,
     table_stride,
     tiles_per_program,
@@ -44,6 +56,9 @@ def _paged_logits(
     DIM: tl.constexpr,
     TOKENS: tl.constexpr,
     STAGES: tl.constexpr,
+    MAXIMA: tl.constexpr,
+    GROUPS: tl.constexpr,
+    LEVELS: tl.constexpr,
 ):
     PAGES: tl.constexpr = TOKENS // 64
     # Bytes of a page: 64 keys, then their 64 scales.
@@ -79,7 +94,12 @@ def _paged_logits(
         scale = tl.load(scales + page * (PAGE_BYTES // 4) + 16 * DIM + at % 64)
         scores = tl.maximum(tl.dot(key, query_0.T), 0.0)
         logits = tl.sum(scores * weight_0[None, :], axis=1) * scale
-        tl.store(out + at, tl.where(at < length_0, logits, float("-inf")), mask=at < width)
+        logits = tl.where(at < length_0, logits, float("-inf"))
+        # Selection reads the scores next: the keys that stream by shall not push them out of the L2.
+        tl.store(out + at, logits, mask=at < width, eviction_policy="evict_last" if MAXIMA else "")
+        if MAXIMA:
+            row_maxima = maxima + sequence * maxima_stride
+            store_group_maxima(logits, tile * TOKENS, length_0, row_maxima, TOKENS, GROUPS, LEVELS)
         if NEXT == 2:
             scores = tl.maximum(tl.dot(key, query_1.T), 0.0)
             logits = tl.sum(scores * weight_1[None, :], axis=1) * scale
@@ -99,25 +119,55 @@ def paged_mqa_logits(
     q: Tensor, plane: Tensor, weights: Tensor, context_lens: Tensor, page_tables: Tensor, layout: CacheLayout
 ) -> Tensor:
     """See ``seamount.kernels.indexer.paged_mqa_logits``; arguments are checked there. q: [B, N, H, D]."""
-    batch, queries, heads, dim = q.shape
+    if q.shape[1] > 2:
+        flat = _one_query_each(q, weights, context_lens, page_tables)
+        return paged_mqa_logits(flat[0], plane, *flat[1:], layout).view(*q.shape[:2], -1)
+    return _write_scores(q, plane, weights, context_lens, page_tables, None)
+
+
+def paged_topk_indices(
+    q: Tensor, plane: Tensor, weights: Tensor, context_lens: Tensor, page_tables: Tensor, layout: CacheLayout, k: int
+) -> Tensor:
+    """See ``seamount.kernels.indexer.paged_topk_indices``; arguments are checked there. q: [B, N, H, D]."""
+    batch, queries = q.shape[:2]
     if queries > 2:
-        # More accumulators than fit: each query walks the pages by itself.
-        flat = paged_mqa_logits(
-            q.flatten(0, 1).unsqueeze(1),
-            plane,
-            weights.flatten(0, 1).unsqueeze(1),
-            context_lens.flatten().unsqueeze(1),
-            page_tables.repeat_interleave(queries, 0),
-            layout,
-        )
-        return flat.view(batch, queries, -1)
+        flat = _one_query_each(q, weights, context_lens, page_tables)
+        return paged_topk_indices(flat[0], plane, *flat[1:], layout, k).view(batch, queries, k)
+    context_lens = context_lens.contiguous()
+    width = page_tables.shape[1] * PAGE_SIZE
+    maxima = None
+    # Two queries' maxima would cost a program more registers than a launch of their own costs time; and a group lies in
+    # one tile.
+    if queries == 1 and wants_maxima(width, k) and 4 << (group_levels(width) - 1) <= _TOKENS:
+        maxima = torch.empty((batch, maxima_columns(width)), dtype=torch.float32, device=q.device)
+    scores = _write_scores(q, plane, weights, context_lens, page_tables, maxima)
+    rows = select_rows(scores.view(batch * queries, width), context_lens.view(-1), k, maxima)
+    return rows.view(batch, queries, k)
+
+
+def _one_query_each(
+    q: Tensor, weights: Tensor, context_lens: Tensor, page_tables: Tensor
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Every query as a sequence of its own: more than two at once need more accumulators than fit."""
+    tables = page_tables.repeat_interleave(q.shape[1], 0)
+    return q.flatten(0, 1)[:, None], weights.flatten(0, 1)[:, None], context_lens.flatten()[:, None], tables
+
+
+def _write_scores(
+    q: Tensor, plane: Tensor, weights: Tensor, context_lens: Tensor, page_tables: Tensor, maxima: Tensor | None
+) -> Tensor:
+    """[B, N, P * 64] float32 for N of 1 or 2; maxima: [B, columns], written for N of 1, or None."""
+    batch, queries, heads, dim = q.shape
     num_pages = page_tables.shape[1]
-    out = torch.empty((batch, queries, num_pages * PAGE_SIZE), dtype=torch.float32, device=q.device)
+    width = num_pages * PAGE_SIZE
+    out = torch.empty((batch, queries, width), dtype=torch.float32, device=q.device)
     if out.numel() == 0:
         return out
-    num_tiles = triton.cdiv(num_pages * PAGE_SIZE, _TOKENS)
-    # About eight programs an SM if there is work for them; at most eight tiles each, so that the last wave is short.
+    num_tiles = triton.cdiv(width, _TOKENS)
+    # About eight programs an SM if there is work for them; at most eight tiles each, so that the last wave is short. A
+    # power of two deals most rows evenly.
     tiles_per_program = max(1, min(8, batch * num_tiles // (8 * _num_sms(q.device))))
+    tiles_per_program = 1 << (tiles_per_program.bit_length() - 1)
     _paged_logits[(triton.cdiv(num_tiles, tiles_per_program), batch)](
         q.to(torch.float8_e4m3fn).contiguous(),
         plane.view(torch.float8_e4m3fn),
@@ -126,6 +176,8 @@ def paged_mqa_logits(
         context_lens.contiguous(),
         page_tables,
         out,
+        out if maxima is None else maxima,
+        maxima_columns(width),
         num_pages,
         page_tables.stride(0),
         tiles_per_program,
@@ -134,8 +186,11 @@ def paged_mqa_logits(
         BLOCK_HEADS=max(16, triton.next_power_of_2(heads)),
         DIM=dim,
         TOKENS=_TOKENS,
-        STAGES=3,
+        STAGES=2,
+        MAXIMA=maxima is not None,
+        GROUPS=GROUPS,
+        LEVELS=group_levels(width),
         num_warps=4,
-        num_stages=3,
+        num_stages=2,
     )
     return out

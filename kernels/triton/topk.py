@@ -1,293 +1,174 @@
-"""Exact top-k on the GPU, ties to the lowest index.
+"""Exact top-k on the GPU, ties to the lowest index: maxima of groups of scores, then ``topk_select`` a row.
 
-    T = max { t : #{ i < length : key(x_i) >= t } >= k },   key: float bits in an order-preserving uint32, NaN as -inf
-    out = the i with key > T and the first of those with key = T, ascending
-
-T is found by bisection of the keys; counts are exact, so the result does not depend on
-the tiling.
-
-Rows of up to 8,192 scores: one program a row; all keys stay in registers while T is sought, and the row is read a
-second time (from L2) to write the indices in order. Bytes: 4 L read twice, 8 k written.
-
-Longer rows take four launches:
-1. ``_group_maxima``: the row is dealt to G = 2 k groups (score i into group i mod G); each group's largest key. The
-   k-th largest of these is a lower bound of T, because k groups hold a score at least as large. Reads 4 L.
-2. ``_find_bounds``: one program a row finds that bound. Reads 4 G.
-3. ``_collect``: a program for each 8,192 scores keeps the positions of the scores that reach the bound: about 1.4 k in
-   a row of exchangeable scores. Reads 4 L.
-4. ``_select``: one program a row seeks T among the candidates. If there are more than 4 k (a plateau, or scores whose
-   period is G), it bisects the row itself, read 32 times from L2: slower, never wrong.
+Two launches: ``_group_maxima`` reads all scores once (4 L bytes, L/4 to L written), all SMs busy at one row too; then
+one program a row selects. Who computes the scores can store the maxima with them (``store_group_maxima``) and call
+``select_rows`` alone. One launch for rows of at most 8,192 scores, which a program holds in registers, and for many
+rows of at most 32,768, whose quads' maxima each program finds itself: the second read of a row then comes from L2.
 """
 
 from __future__ import annotations
+
+from functools import cache
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-_ROW_KEYS = 8192
-_CHUNK = 8192
-_TILE = tl.constexpr(4096)
-_MAX_CANDIDATES = 32768
+from seamount.kernels.triton.topk_select import select
+
+GROUPS = 8192
+"""Groups of a row at most, and columns of their maxima."""
+_CAPACITY = 8192
+_TILE = 8192
+_MAXIMA_TILE = 4096
+
+
+def group_levels(width: int) -> int:
+    """How many sizes of groups, from 4 scores on, rows of at most ``width`` scores need."""
+    levels = 1
+    while (GROUPS << (1 + levels)) < width:
+        levels += 1
+    return levels
+
+
+def maxima_columns(width: int) -> int:
+    """Columns of the maxima of rows of at most ``width`` scores: groups, then quads where groups may be of 16."""
+    quads = triton.cdiv(width, _MAXIMA_TILE) * (_MAXIMA_TILE // 4)
+    return GROUPS + (quads if group_levels(width) > 2 else 0)
 
 
 @triton.jit
-def _keys(x):
-    # -0.0 + 0.0 is +0.0: the two zeros are equal scores.
-    bits = (x + 0.0).to(tl.uint32, bitcast=True)
-    keys = tl.where(bits >= 0x80000000, bits ^ 0xFFFFFFFF, bits | 0x80000000)
-    return tl.where(x != x, 0x007FFFFF, keys).to(tl.uint32)
+def store_group_maxima(scores, first, length, maxima, N: tl.constexpr, GROUPS: tl.constexpr, LEVELS: tl.constexpr):
+    """Store the maxima of the quads (if LEVELS > 2) and of the groups of a piece of a row.
 
-
-@triton.jit
-def _row_keys(row, at, length):
-    """Keys of the scores at ``at``; 0, below every score's key, beyond the row's length."""
-    legal = at < length
-    return tl.where(legal, _keys(tl.load(row + at, mask=legal, other=0.0)), 0).to(tl.uint32)
-
-
-@triton.jit
-def _threshold(keys, low, wanted):
-    """The largest t with at least ``wanted`` >= 1 keys >= t, or any t that exactly ``wanted`` keys reach.
-
-    low: a key >= 1 that at least ``wanted`` keys reach. One bit a round: counting for several pivots at once costs more
-    instructions than it saves rounds.
+    scores: [N] at positions from ``first``, both multiples of the largest group; -inf beyond the row's length. maxima:
+    the row's ``maxima_columns``. The L2 keeps what is stored, since it is read next.
     """
-    high = tl.max(keys).to(tl.uint32)
-    while low < high:
-        middle = low + (high - low) // 2 + (high - low) % 2
-        count = tl.sum((keys >= middle).to(tl.int32))
-        high = tl.where(count > wanted, high, tl.where(count == wanted, middle, middle - 1)).to(tl.uint32)
-        low = tl.where(count >= wanted, middle, low).to(tl.uint32)
-    return low
+    shift = 2
+    for level in tl.static_range(1, LEVELS):
+        shift += (length > (GROUPS << (1 + level))).to(tl.int32)
+    best = tl.max(tl.reshape(scores, (N // 4, 4)), 1)
+    # NaN counts as -inf, which is what is left of a quad of nothing else.
+    best = tl.where(best != best, float("-inf"), best)
+    if LEVELS > 2:
+        tl.store(maxima + GROUPS + first // 4 + tl.arange(0, N // 4), best, eviction_policy="evict_last")
+    for level in tl.static_range(LEVELS):
+        if level > 0:
+            best = tl.max(tl.reshape(best, (N >> (2 + level), 2)), 1)
+        group = first // (4 << level) + tl.arange(0, N >> (2 + level))
+        mine = (shift == 2 + level) & (group < GROUPS)
+        tl.store(maxima + group, best, mask=mine, eviction_policy="evict_last")
 
 
 @triton.jit
-def _row_threshold(row, length, wanted):
-    """``_threshold`` of a whole row, which is read again for each bit."""
-    low = tl.full((), 1, tl.uint32)
-    high = tl.full((), 0xFFFFFFFF, tl.uint32)
-    while low < high:
-        middle = low + (high - low) // 2 + (high - low) % 2
-        counts = tl.zeros((_TILE,), tl.int32)
-        for start in range(0, length, _TILE):
-            counts += (_row_keys(row, start + tl.arange(0, _TILE), length) >= middle).to(tl.int32)
-        count = tl.sum(counts)
-        high = tl.where(count > wanted, high, tl.where(count == wanted, middle, middle - 1)).to(tl.uint32)
-        low = tl.where(count >= wanted, middle, low).to(tl.uint32)
-    return low
-
-
-@triton.jit
-def _place(keys, at, threshold, greater, equal, num_equal, wanted, out):
-    """Write the chosen among ``keys`` (in order of ``at``) behind the ``greater`` and ``equal`` already met."""
-    is_greater = keys > threshold
-    is_equal = keys == threshold
-    # Two counts in one scan: tiles hold at most 2^15 keys.
-    packed = is_greater.to(tl.int32) * 65536 + is_equal.to(tl.int32)
-    before = tl.cumsum(packed, 0) - packed
-    greater_before = greater + (before >> 16)
-    equal_before = equal + (before & 0xFFFF)
-    position = greater_before + tl.minimum(equal_before, num_equal)
-    chosen = is_greater | (is_equal & (equal_before < num_equal))
-    tl.store(out + position, at.to(tl.int64), mask=chosen & (position < wanted))
-    total = tl.sum(packed)
-    return greater + (total >> 16), equal + (total & 0xFFFF)
-
-
-@triton.jit
-def _emit_row(row, length, threshold, wanted, num_greater, out):
-    greater = 0
-    equal = 0
-    for start in range(0, length, _TILE):
-        at = start + tl.arange(0, _TILE)
-        keys = _row_keys(row, at, length)
-        greater, equal = _place(keys, at, threshold, greater, equal, wanted - num_greater, wanted, out)
-
-
-@triton.jit
-def _fill(out, wanted, k):
-    for start in range(wanted, k, 1024):
-        at = start + tl.arange(0, 1024)
-        tl.store(out + at, tl.full((1024,), -1, tl.int64), mask=at < k)
-
-
-@triton.jit
-def _whole_row(logits, stride, lengths, out, k, BLOCK: tl.constexpr):
-    row_id = tl.program_id(0).to(tl.int64)
-    row, out = logits + row_id * stride, out + row_id * k
-    length = tl.load(lengths + row_id).to(tl.int32)
-    wanted = tl.minimum(length, k)
-    if length <= k:
-        for start in range(0, length, 1024):
-            at = start + tl.arange(0, 1024)
-            tl.store(out + at, at.to(tl.int64), mask=at < length)
-    else:
-        keys = _row_keys(row, tl.arange(0, BLOCK), length)
-        low = tl.min(tl.where(keys == 0, 0xFFFFFFFF, keys).to(tl.uint32)).to(tl.uint32)
-        threshold = _threshold(keys, low, wanted)
-        num_greater = tl.sum((keys > threshold).to(tl.int32))
-        _emit_row(row, length, threshold, wanted, num_greater, out)
-    _fill(out, wanted, k)
-
-
-@triton.jit
-def _group_maxima(logits, stride, lengths, maxima, NUM_GROUPS: tl.constexpr, COLUMNS: tl.constexpr):
-    row_id = tl.program_id(0).to(tl.int64)
-    row = logits + row_id * stride
-    length = tl.load(lengths + row_id).to(tl.int32)
-    group = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
-    best = tl.zeros((COLUMNS,), tl.uint32)
-    step = tl.arange(0, 16)
-    for start in range(0, length, 16 * NUM_GROUPS):
-        at = start + step[:, None] * NUM_GROUPS + group[None, :]
-        best = tl.maximum(best, tl.max(_row_keys(row, at, length), axis=0))
-    # Stored as int32: torch knows few operations on uint32.
-    tl.store(maxima + row_id * NUM_GROUPS + group, best.to(tl.int32, bitcast=True))
-
-
-@triton.jit
-def _find_bounds(maxima, k, bounds, NUM_GROUPS: tl.constexpr):
-    row_id = tl.program_id(0).to(tl.int64)
-    group_keys = tl.load(maxima + row_id * NUM_GROUPS + tl.arange(0, NUM_GROUPS)).to(tl.uint32, bitcast=True)
-    # With fewer than k groups in use the bound is 1: every score is a candidate.
-    bound = _threshold(group_keys, tl.maximum(tl.min(group_keys), 1).to(tl.uint32), k)
-    tl.store(bounds + row_id, bound.to(tl.int32, bitcast=True))
-
-
-@triton.jit
-def _collect(logits, stride, lengths, candidates, counts, bounds, num_chunks, CHUNK: tl.constexpr):
-    row_id = tl.program_id(0).to(tl.int64)
-    chunk = tl.program_id(1)
-    length = tl.load(lengths + row_id).to(tl.int32)
-    slot = row_id * num_chunks + chunk
-    if chunk * CHUNK < length:
-        bound = tl.load(bounds + row_id).to(tl.uint32, bitcast=True)
-        offset = tl.arange(0, CHUNK)
-        kept = (_row_keys(logits + row_id * stride, chunk * CHUNK + offset, length) >= bound).to(tl.int32)
-        position = tl.cumsum(kept, 0) - kept
-        tl.store(candidates + slot * CHUNK + position, offset.to(tl.int16), mask=kept != 0)
-        tl.store(counts + slot, tl.sum(kept))
-    else:
-        tl.store(counts + slot, 0)
-
-
-@triton.jit
-def _select_candidates(
-    row,
-    candidates,
-    counts,
-    num_chunks,
-    bound,
-    wanted,
-    out,
-    CHUNK: tl.constexpr,
-    NUM_CHUNKS: tl.constexpr,
-    CAPACITY: tl.constexpr,
-):
-    slot = tl.arange(0, CAPACITY)
-    slot_chunk = tl.zeros((CAPACITY,), tl.int32)
-    first = tl.zeros((CAPACITY,), tl.int32)
-    total = 0
-    for chunk in tl.static_range(NUM_CHUNKS):
-        total += tl.load(counts + chunk, mask=chunk < num_chunks, other=0)
-        slot_chunk += (slot >= total).to(tl.int32)
-        first = tl.where(slot >= total, total, first)
-    filled = slot < total
-    offset = tl.load(candidates + slot_chunk * CHUNK + slot - first, mask=filled, other=0).to(tl.int32)
-    at = slot_chunk * CHUNK + offset
-    keys = tl.where(filled, _keys(tl.load(row + at, mask=filled, other=0.0)), 0).to(tl.uint32)
-    threshold = _threshold(keys, bound, wanted)
-    num_greater = tl.sum((keys > threshold).to(tl.int32))
-    _place(keys, at, threshold, 0, 0, wanted - num_greater, wanted, out)
-
-
-@triton.jit
-def _select(
+def _group_maxima(
     logits,
     stride,
     lengths,
-    candidates,
-    counts,
-    bounds,
-    num_chunks,
-    out,
-    k,
-    CHUNK: tl.constexpr,
-    NUM_CHUNKS: tl.constexpr,
-    CAPACITY: tl.constexpr,
+    maxima,
+    maxima_stride,
+    GROUPS: tl.constexpr,
+    LEVELS: tl.constexpr,
+    TILE: tl.constexpr,
+    VECTOR: tl.constexpr,
 ):
     row_id = tl.program_id(0).to(tl.int64)
-    row, out = logits + row_id * stride, out + row_id * k
+    start = tl.program_id(1) * TILE
     length = tl.load(lengths + row_id).to(tl.int32)
-    wanted = tl.minimum(length, k)
-    counts += row_id * num_chunks
-    candidates += row_id * num_chunks * CHUNK
-    bound = tl.load(bounds + row_id).to(tl.uint32, bitcast=True)
-    chunk = tl.arange(0, NUM_CHUNKS)
-    total = tl.sum(tl.load(counts + chunk, mask=chunk < num_chunks, other=0))
-    if wanted > 0:
-        if total <= CAPACITY // 2:
-            _select_candidates(
-                row, candidates, counts, num_chunks, bound, wanted, out, CHUNK, NUM_CHUNKS, CAPACITY // 2
-            )
-        elif total <= CAPACITY:
-            _select_candidates(row, candidates, counts, num_chunks, bound, wanted, out, CHUNK, NUM_CHUNKS, CAPACITY)
+    if start < length:
+        at = start + tl.arange(0, TILE)
+        # With VECTOR rows are whole quads: a quad is read if its first score is the row's.
+        read = start + tl.arange(0, TILE) // 4 * 4 < length if VECTOR else at < length
+        x = tl.load(logits + row_id * stride + at, mask=read, other=0.0)
+        x = tl.where(at < length, x, float("-inf"))
+        store_group_maxima(x, start, length, maxima + row_id * maxima_stride, TILE, GROUPS, LEVELS)
+
+
+@cache
+def _num_sms(device: torch.device) -> int:
+    return torch.cuda.get_device_properties(device).multi_processor_count
+
+
+def _in_quads(logits: Tensor) -> bool:
+    return logits.shape[1] % 4 == 0 and logits.stride(0) % 4 == 0 and logits.data_ptr() % 16 == 0
+
+
+def _capacity(k: int) -> int:
+    capacity: int = max(_CAPACITY, triton.next_power_of_2(k))
+    return capacity
+
+
+def wants_maxima(width: int, k: int) -> bool:
+    """Whether rows of ``width`` scores are selected from by their groups."""
+    return width > _capacity(k)
+
+
+def group_maxima(logits: Tensor, lengths: Tensor) -> Tensor:
+    """[T, maxima_columns] of logits [T, L] float32 with adjacent columns; lengths: [T]."""
+    num_rows, width = logits.shape
+    maxima = torch.empty((num_rows, maxima_columns(width)), dtype=torch.float32, device=logits.device)
+    _group_maxima[(num_rows, triton.cdiv(width, _MAXIMA_TILE))](
+        logits,
+        logits.stride(0),
+        lengths,
+        maxima,
+        maxima.stride(0),
+        GROUPS=GROUPS,
+        LEVELS=group_levels(width),
+        TILE=_MAXIMA_TILE,
+        VECTOR=_in_quads(logits),
+        num_warps=8,
+    )
+    return maxima
+
+
+def select_rows(logits: Tensor, lengths: Tensor, k: int, maxima: Tensor | None = None) -> Tensor:
+    """[T, k] int64 from logits [T, L] float32 with adjacent columns, and contiguous lengths [T].
+
+    maxima: [T, maxima_columns(L)] as ``store_group_maxima`` leaves them; None: found here, if they are wanted.
+    """
+    num_rows, width = logits.shape
+    device = logits.device
+    out = torch.empty((num_rows, k), dtype=torch.int64, device=device)
+    if num_rows == 0:
+        return out
+    # A program fills an SM.
+    num_programs = min(num_rows, _num_sms(device))
+    short = not wants_maxima(width, k)
+    # With two rows an SM or more a launch for the maxima keeps no more SMs busy.
+    own_maxima = maxima is None and not short and num_rows >= 2 * num_programs and group_levels(width) == 1
+    if maxima is None:
+        if short or own_maxima:
+            maxima = torch.empty((num_programs, maxima_columns(width)), dtype=torch.float32, device=device)
         else:
-            threshold = _row_threshold(row, length, wanted)
-            counted = tl.zeros((_TILE,), tl.int32)
-            for start in range(0, length, _TILE):
-                counted += (_row_keys(row, start + tl.arange(0, _TILE), length) > threshold).to(tl.int32)
-            _emit_row(row, length, threshold, wanted, tl.sum(counted), out)
-    _fill(out, wanted, k)
+            maxima = group_maxima(logits, lengths)
+    columns = maxima_columns(width)
+    capacity = _capacity(k)
+    select[(num_programs,)](
+        logits,
+        logits.stride(0),
+        lengths,
+        maxima,
+        columns,
+        torch.empty((num_programs, columns), dtype=torch.int32, device=device),
+        torch.empty((num_programs, capacity + _TILE), dtype=torch.int64, device=device),
+        out,
+        num_rows,
+        k,
+        GROUPS=GROUPS,
+        LEVELS=group_levels(width),
+        CAPACITY=capacity,
+        TILE=_TILE,
+        VECTOR=_in_quads(logits),
+        SHORT=short,
+        OWN_MAXIMA=own_maxima,
+        # Eight candidates a thread; where k makes the lists longer, more threads.
+        num_warps=16 if capacity == _CAPACITY else 32,
+    )
+    return out
 
 
 def topk_indices(logits: Tensor, k: int, lengths: Tensor) -> Tensor:
     """See ``seamount.kernels.topk.topk_indices``; arguments are checked there."""
-    num_rows, num_keys = logits.shape
-    lengths = lengths.contiguous()
-    out = torch.empty((num_rows, k), dtype=torch.int64, device=logits.device)
-    if num_rows == 0:
-        return out
-    if num_keys <= _ROW_KEYS:
-        block = max(1024, triton.next_power_of_2(num_keys))
-        _whole_row[(num_rows,)](
-            logits, logits.stride(0), lengths, out, k, BLOCK=block, num_warps=min(32, max(4, block // 512))
-        )
-        return out
-    num_groups = triton.next_power_of_2(max(2 * k, 1024))
-    num_chunks = triton.cdiv(num_keys, _CHUNK)
-    counts = torch.empty((num_rows, num_chunks), dtype=torch.int32, device=logits.device)
-    bounds = torch.empty((num_rows,), dtype=torch.int32, device=logits.device)
-    candidates = torch.empty((num_rows, num_chunks, _CHUNK), dtype=torch.int16, device=logits.device)
-    if 2 * num_groups > _MAX_CANDIDATES:
-        # k is too large for a short list; a count beyond every capacity sends the rows through the whole-row branch.
-        counts.fill_(_CHUNK * 8)
-        num_groups = 1024
-    else:
-        maxima = torch.empty((num_rows, num_groups), dtype=torch.int32, device=logits.device)
-        _group_maxima[(num_rows, num_groups // 128)](
-            logits, logits.stride(0), lengths, maxima, NUM_GROUPS=num_groups, COLUMNS=128, num_warps=2
-        )
-        _find_bounds[(num_rows,)](maxima, k, bounds, NUM_GROUPS=num_groups, num_warps=8)
-        _collect[(num_rows, num_chunks)](
-            logits, logits.stride(0), lengths, candidates, counts, bounds, num_chunks, CHUNK=_CHUNK, num_warps=16
-        )
-    capacity = 2 * num_groups
-    _select[(num_rows,)](
-        logits,
-        logits.stride(0),
-        lengths,
-        candidates,
-        counts,
-        bounds,
-        num_chunks,
-        out,
-        k,
-        CHUNK=_CHUNK,
-        NUM_CHUNKS=triton.next_power_of_2(num_chunks),
-        CAPACITY=capacity,
-        num_warps=8,
-    )
-    return out
+    return select_rows(logits, lengths.contiguous(), k)

@@ -5,7 +5,7 @@ import torch
 from torch import Tensor
 
 from seamount.kernels import indexer
-from seamount.kernels.indexer import mqa_logits, mqa_topk_indices, paged_mqa_logits
+from seamount.kernels.indexer import mqa_logits, mqa_topk_indices, paged_mqa_logits, paged_topk_indices
 from seamount.kernels.layout import CacheLayout, pack_index_key, scatter_slots
 from seamount.kernels.quant import dequantize, quantize
 
@@ -99,6 +99,14 @@ def test_paged_keys(name: str, tile: int | None, generator: torch.Generator, mon
         assert torch.allclose(actual[b, :length], expected, atol=1e-4)
     again = paged_mqa_logits(q, plane, w, torch.tensor(lengths), tables, layout)
     assert torch.equal(actual, again)
+    chosen = paged_topk_indices(q, plane, w, torch.tensor(lengths), tables, layout, 20)
+    for b, length in enumerate(lengths):
+        best = sorted((-score, at) for at, score in enumerate(actual[b, :length].tolist()))[:20]
+        assert chosen[b].tolist() == sorted(at for _, at in best) + [-1] * (20 - len(best))
+    pairs = (torch.stack((q, q.flip(0)), 1), plane, torch.stack((w, w.flip(0)), 1))
+    two = paged_topk_indices(*pairs, torch.tensor(lengths)[:, None].expand(-1, 2), tables, layout, 20)
+    assert two.shape == (len(lengths), 2, 20)
+    assert torch.equal(two[:, 0], chosen)
 
 
 def test_no_sequences() -> None:
@@ -106,4 +114,8 @@ def test_no_sequences() -> None:
     nothing = torch.zeros(0, dtype=torch.int64)
     plane = layout.allocate(1, 1).index[0]
     tables = torch.zeros((0, 0), dtype=torch.int64)
-    assert paged_mqa_logits(torch.zeros(0, 4, 32), plane, torch.zeros(0, 4), nothing, tables, layout).shape == (0, 0)
+    none = (torch.zeros(0, 4, 32), plane, torch.zeros(0, 4), nothing, tables, layout)
+    assert paged_mqa_logits(*none).shape == (0, 0)
+    assert paged_topk_indices(*none, 3).shape == (0, 3)
+    with pytest.raises(ValueError, match="k is 0"):
+        paged_topk_indices(*none, 0)

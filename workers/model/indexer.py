@@ -8,10 +8,9 @@ import torch
 from torch import Tensor
 
 from seamount.kernels.cache_write import rotate_index_vectors, rotate_quantize_index_vectors, write_index_key
-from seamount.kernels.indexer import mqa_topk_indices, multiplies_e4m3, paged_mqa_logits
+from seamount.kernels.indexer import mqa_topk_indices, multiplies_e4m3, paged_topk_indices
 from seamount.kernels.layout import CacheLayout
 from seamount.kernels.quant import decode_e4m3, wide_dtype
-from seamount.kernels.topk import topk_indices
 from seamount.workers.model.batch import DecodeRows, PrefillChunk
 from seamount.workers.model.config import ModelConfig
 from seamount.workers.model.linear import exact_bfloat16, project, project_wide, weight_of
@@ -58,9 +57,7 @@ class Indexer:
         """Positions [S, topk] int64 (-1 after the last) for the scored decode rows; q, weights: theirs."""
         lengths = decode.lengths[decode.scored]
         page_tables = decode.page_tables[decode.scored]
-        return topk_indices(
-            paged_mqa_logits(q, plane, weights, lengths, page_tables, self._layout), self._topk, lengths
-        )
+        return paged_topk_indices(q, plane, weights, lengths, page_tables, self._layout, self._topk)
 
     def select_chunk(self, chunk: PrefillChunk, q: Tensor, weights: Tensor, plane: Tensor) -> Tensor:
         """Positions [n, topk] int64 (-1 after the last) for the rows of a chunk; q, weights: theirs."""

@@ -66,6 +66,7 @@ def scores() -> list[Call]:
             indexer.paged_mqa_logits,
             (q[:, None], plane, weights[:, None], lengths[:, None].contiguous(), tables, layout()),
         ),
+        (indexer.paged_topk_indices, (q, plane, weights, lengths, tables, layout(), 66)),
         (indexer.mqa_logits, (q, plane, weights, lengths, tables[1], layout())),
     ]
 

@@ -6,8 +6,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from seamount.kernels.indexer import paged_mqa_logits
+from seamount.kernels.indexer import paged_mqa_logits, paged_topk_indices
 from seamount.kernels.layout import CacheLayout
+from seamount.kernels.topk import topk_indices
 
 pytestmark = pytest.mark.gpu
 
@@ -71,6 +72,42 @@ def test_agrees_with_the_formula(
         assert torch.equal(flat, out[:, 0])
 
 
+@pytest.mark.parametrize("queries", [1, 2, 3])
+@pytest.mark.parametrize(
+    ("lengths", "extra_pages", "k"),
+    [
+        ([0, 1, 63, 64, 65, 2047, 2048, 2049, 4097, 8193, 12000], 1, 2048),
+        ([32768], 0, 2048),
+        ([9000, 40000, 65537, 3, 131072, 20000], 0, 2048),
+        ([70000, 200000], 2, 512),
+        ([300, 500], 0, 64),
+    ],
+)
+def test_selects_what_top_k_of_the_scores_selects(
+    lengths: list[int], extra_pages: int, k: int, queries: int, formulas: ModuleType, device: torch.device
+) -> None:
+    batch = len(lengths)
+    width = max(-(-length // 64) for length in lengths) + extra_pages
+    pages = _pool(formulas, 300, 128, device)
+    tables = torch.randint(300, (batch, width), device=device)
+    q = torch.randn((batch, queries, 64, 128), device=device).to(torch.float8_e4m3fn)
+    weights = torch.randn((batch, queries, 64), device=device)
+    # Tokens that score exactly zero, more than k of them in the long rows: positive and negative zeros.
+    pages.view(300, -1)[:200, :8192] = 0
+    seen = torch.tensor(lengths, device=device)[:, None] - torch.arange(queries - 1, -1, -1, device=device)
+    arguments = (q, pages, weights, seen.clamp_min(0), tables)
+    torch.full((batch, queries, k), -7, device=device)  # What an unwritten result would hold.
+    chosen = paged_topk_indices(*arguments, _layout(), k)
+    assert torch.equal(chosen, paged_topk_indices(*arguments, _layout(), k))
+    logits = paged_mqa_logits(*arguments, _layout())
+    assert torch.equal(chosen, topk_indices(logits.flatten(0, 1), k, arguments[3].flatten()).view(chosen.shape))
+    for b in range(batch):
+        assert torch.equal(chosen[b, 0].cpu(), formulas.best(logits[b, 0], k, int(arguments[3][b, 0])))
+    if queries == 1:
+        flat = (q[:, 0], pages, weights[:, 0], arguments[3][:, 0].int(), tables.int())
+        assert torch.equal(paged_topk_indices(*flat, _layout(), k), chosen[:, 0])
+
+
 def test_unused_slots_may_hold_anything(formulas: ModuleType, device: torch.device) -> None:
     pages = _pool(formulas, 6, 128, device)
     clean = pages.clone()
@@ -92,6 +129,10 @@ def test_empty(device: torch.device) -> None:
     none = torch.zeros((0,), dtype=torch.int64, device=device)
     q, weights = torch.zeros((0, 64, 128), device=device), torch.zeros((0, 64), device=device)
     assert paged_mqa_logits(q, plane, weights, none, none.view(0, 0), _layout()).shape == (0, 0)
+    assert paged_topk_indices(q, plane, weights, none, none.view(0, 0), _layout(), 3).shape == (0, 3)
+    one, row = torch.zeros((1, 64, 128), device=device), torch.zeros((1, 64), device=device)
+    no_pages = paged_topk_indices(one, plane, row, none.new_zeros(1), none.view(1, 0), _layout(), 3)
+    assert no_pages.tolist() == [[-1] * 3]
 
 
 def test_refuses_before_the_launch(device: torch.device) -> None:
@@ -113,3 +154,7 @@ def test_refuses_before_the_launch(device: torch.device) -> None:
     ):
         with pytest.raises(ValueError, match=word):
             paged_mqa_logits(*arguments, _layout())
+        with pytest.raises(ValueError, match=word):
+            paged_topk_indices(*arguments, _layout(), 5)
+    with pytest.raises(ValueError, match="k is 0"):
+        paged_topk_indices(q, plane, weights, lengths, tables, _layout(), 0)

@@ -25,10 +25,36 @@ def _scores(kind: str, rows: int, width: int, device: torch.device) -> Tensor:
     if kind == "end":
         # All of the best in the last places, as a recency-minded indexer has it.
         return x + torch.arange(width, device=device) / width * 100
+    if kind == "ascending":
+        return x.sort(dim=1).values
+    if kind == "descending":
+        return x.sort(dim=1, descending=True).values
+    if kind == "equal":
+        return x[:, :1].expand_as(x).contiguous()
+    if kind == "wide plateau":
+        # More scores equal the k-th best than any list of candidates holds; a few are better.
+        return torch.where(torch.rand_like(x) > 0.999, x.abs() + 1, 1.0)
+    if kind == "one stretch":
+        # Whole groups above everything else: as many candidates as groups can hold.
+        return x + 100 * (torch.arange(width, device=device) % 16384 < 1024)
     return x
 
 
-@pytest.mark.parametrize("kind", ["normal", "few values", "zero plateau", "minus infinity", "end"])
+_KINDS = [
+    "normal",
+    "few values",
+    "zero plateau",
+    "minus infinity",
+    "end",
+    "ascending",
+    "descending",
+    "equal",
+    "wide plateau",
+    "one stretch",
+]
+
+
+@pytest.mark.parametrize("kind", _KINDS)
 @pytest.mark.parametrize(
     ("rows", "width", "k"),
     [
@@ -43,6 +69,8 @@ def _scores(kind: str, rows: int, width: int, device: torch.device) -> Tensor:
         (3, 163840, 1000),
         (2, 70001, 20000),
         (2, 40000, 8),
+        (300, 9000, 2048),
+        (2, 600000, 2048),
     ],
 )
 def test_exact_with_lowest_index_among_equals(
@@ -54,13 +82,26 @@ def test_exact_with_lowest_index_among_equals(
     lengths[1] = min(k, width)
     unused = torch.arange(width, device=device) >= lengths[:, None]
     logits = logits.masked_fill(unused, float("inf"))
+    torch.full((rows, k), -7, device=device)  # What an unwritten result would hold.
     actual = topk_indices(logits, k, lengths)
+    assert torch.equal(actual, topk_indices(logits, k, lengths))
     assert actual.shape == (rows, k)
     for row in range(0, rows, max(1, rows // 8)):
         assert torch.equal(actual[row].cpu(), formulas.best(logits[row], k, int(lengths[row])))
     strided = torch.empty((rows, width + 3), device=device).fill_(float("nan"))
     strided[:, :width] = logits
     assert torch.equal(topk_indices(strided[:, :width], k, lengths.int()), actual)
+
+
+def test_every_kind_of_length_in_one_batch(formulas: ModuleType, device: torch.device) -> None:
+    """Whole rows, rows in registers, rows with groups of 4, 8, 16 and 32 scores, and the edges between them."""
+    k = 2048
+    edges = [k, 4096, 8192, 32768, 65536, 131072]
+    lengths = torch.tensor([0, 1, 63, 64, 65, 9000, 163840, *(e + d for e in edges for d in (-1, 0, 1))], device=device)
+    logits = torch.randn((len(lengths), 163840), device=device)
+    actual = topk_indices(logits, k, lengths)
+    for row, length in enumerate(lengths.tolist()):
+        assert torch.equal(actual[row].cpu(), formulas.best(logits[row], k, length)), length
 
 
 def test_no_rows_and_no_keys(device: torch.device) -> None:

@@ -15,7 +15,6 @@ import torch
 from torch import Tensor
 
 from seamount.kernels import indexer as index_kernels
-from seamount.workers.model import indexer as indexer_module
 from seamount.workers.model.config import ModelConfig
 
 transformers = pytest.importorskip("transformers", minversion="5.23.0")
@@ -137,7 +136,6 @@ def selections(monkeypatch: pytest.MonkeyPatch) -> Selections:
         return indices
 
     monkeypatch.setattr(index_kernels, "topk_indices", watched)
-    monkeypatch.setattr(indexer_module, "topk_indices", watched)
     return seen
 
 

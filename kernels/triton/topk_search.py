@@ -1,0 +1,182 @@
+"""Parts of top-k over one program's scores: order-preserving keys, search of a threshold, compaction in order.
+
+Gluon, because what costs here is how often threads wait for one another: the layout says which sums stay within a
+thread, a warp, and which cross the warps.
+
+    [ROWS, 32, 4]:  a thread holds four adjacent items (a quad), a warp's lanes 128 adjacent ones (a row),
+                    a warp ROWS / num_warps adjacent rows
+"""
+
+from __future__ import annotations
+
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+
+MINUS_INFINITY = gl.constexpr(0x007FFFFF)
+"""The key of -inf, the least of all scores."""
+
+
+@gluon.constexpr_function
+def layout(rows, num_warps):
+    return gl.BlockedLayout([rows // num_warps, 1, 4], [1, 32, 1], [num_warps, 1, 1], [2, 1, 0])
+
+
+@gluon.constexpr_function
+def _lanes(rows, num_warps):
+    """[ROWS, 32] as ``layout`` deals it."""
+    return gl.BlockedLayout([rows // num_warps, 1], [1, 32], [num_warps, 1], [1, 0])
+
+
+@gluon.constexpr_function
+def _flat(num_warps):
+    """One number of each warp, in the lanes of every warp: what each warp needs to add up for itself."""
+    return gl.BlockedLayout([1], [32], [num_warps], [0])
+
+
+@gluon.constexpr_function
+def _pairs(rows, num_warps):
+    """[ROWS, ROWS]: a warp's own rows by all rows, which its lanes share out."""
+    return gl.BlockedLayout([rows // num_warps, max(1, rows // 32)], [1, 32], [num_warps, 1], [1, 0])
+
+
+@gluon.jit
+def _add(a, b):
+    return a + b
+
+
+@gluon.jit
+def keys_of(x):
+    """uint32 in the order of the scores, which are not NaN. 0 is below every key."""
+    # -0.0 + 0.0 is +0.0: the two zeros are equal scores.
+    bits = (x + 0.0).to(gl.uint32, bitcast=True)
+    return gl.where(bits >= 0x80000000, bits ^ 0xFFFFFFFF, bits | 0x80000000).to(gl.uint32)
+
+
+@gluon.jit
+def score_of(key):
+    return gl.where(key >= 0x80000000, key ^ 0x80000000, key ^ 0xFFFFFFFF).to(gl.uint32).to(gl.float32, bitcast=True)
+
+
+@gluon.jit
+def quads(ROWS: gl.constexpr):
+    """[ROWS, 32]: the numbers of the quads."""
+    LAYOUT: gl.constexpr = layout(ROWS, gl.num_warps())
+    ROW: gl.constexpr = gl.SliceLayout(1, gl.SliceLayout(2, LAYOUT))
+    LANE: gl.constexpr = gl.SliceLayout(0, gl.SliceLayout(2, LAYOUT))
+    return gl.arange(0, ROWS, layout=ROW)[:, None] * 32 + gl.arange(0, 32, layout=LANE)[None, :]
+
+
+@gluon.jit
+def items(quad, ROWS: gl.constexpr):
+    """[ROWS, 32, 4]: the numbers of the items of quads."""
+    LAYOUT: gl.constexpr = layout(ROWS, gl.num_warps())
+    ITEM: gl.constexpr = gl.SliceLayout(0, gl.SliceLayout(1, LAYOUT))
+    return quad[:, :, None] * 4 + gl.arange(0, 4, layout=ITEM)[None, None, :]
+
+
+@gluon.jit
+def places(keep, ROWS: gl.constexpr):
+    """The number of each kept item among the kept ones, from 0, and how many they are.
+
+    keep: [ROWS, 32, 4] int32, 1 for kept and 0 for others, whose places mean nothing. One exchange between the warps.
+    """
+    LAYOUT: gl.constexpr = layout(ROWS, gl.num_warps())
+    LANES: gl.constexpr = _lanes(ROWS, gl.num_warps())
+    ROW: gl.constexpr = gl.SliceLayout(1, gl.SliceLayout(2, LAYOUT))
+    PAIRS: gl.constexpr = _pairs(ROWS, gl.num_warps())
+    BEFORE: gl.constexpr = gl.SliceLayout(0, PAIRS)
+    OWN: gl.constexpr = gl.SliceLayout(1, PAIRS)
+    lane = gl.sum(keep, 2)
+    # A change of layout by name only: scans know no slices.
+    through = gl.convert_layout(gl.associative_scan(gl.convert_layout(lane, LANES), 1, _add), gl.SliceLayout(2, LAYOUT))
+    # Each warp adds up for its own rows what lies before them: a scan's result would have to be exchanged again.
+    row = gl.convert_layout(gl.sum(lane, 1), BEFORE)
+    is_before = gl.arange(0, ROWS, layout=BEFORE)[None, :] < gl.arange(0, ROWS, layout=OWN)[:, None]
+    row_before = gl.convert_layout(gl.sum(gl.where(is_before, row[None, :], 0), 1), ROW)
+    before = through - lane + row_before[:, None] - 1
+    return gl.associative_scan(keep, 2, _add) + before[:, :, None], gl.sum(row, 0)
+
+
+@gluon.jit
+def total(x, ROWS: gl.constexpr):
+    """The sum of x: [ROWS, 32, 4] int32."""
+    return gl.sum(_warp_totals(x, ROWS), 0)
+
+
+@gluon.jit
+def _warp_totals(x, ROWS: gl.constexpr):
+    """The sums of the warps' parts, one in each lane of every warp: one exchange, then each warp adds for itself."""
+    NUM_WARPS: gl.constexpr = gl.num_warps()
+    FLAT: gl.constexpr = _flat(NUM_WARPS)
+    x = gl.sum(gl.reshape(gl.sum(x, 2), [NUM_WARPS, ROWS // NUM_WARPS, 32]), 1)
+    return gl.convert_layout(gl.sum(x, 1), FLAT)
+
+
+@gluon.jit
+def _count(keys, p1, p2, p3, ROWS: gl.constexpr):
+    """How many keys reach each of three pivots; at most 65,535 keys."""
+    if ROWS // gl.num_warps() < 8:
+        # At most 1,023 keys a warp: three counts in one word, then two in words of 16 bits.
+        x = (keys >= p1).to(gl.int32) + (keys >= p2).to(gl.int32) * 1024 + (keys >= p3).to(gl.int32) * 1048576
+        x = _warp_totals(x, ROWS)
+        c = gl.sum((x & 1023) | ((x << 6) & 0x3FF0000), 0)
+        return c & 0xFFFF, (c >> 16) & 0xFFFF, gl.sum(x >> 20, 0)
+    else:  # noqa: RET505 (what follows a return is compiled too)
+        c = total((keys >= p1).to(gl.int32) + ((keys >= p2).to(gl.int32) << 16), ROWS)
+        return c & 0xFFFF, (c >> 16) & 0xFFFF, total((keys >= p3).to(gl.int32), ROWS)
+
+
+@gluon.jit
+def bounds(keys, ROWS: gl.constexpr):
+    """The least key that is not 0, and one more than the greatest. One exchange between the warps for both."""
+    NUM_WARPS: gl.constexpr = gl.num_warps()
+    FLAT: gl.constexpr = gl.BlockedLayout([1, 2], [32, 1], [NUM_WARPS, 1], [1, 0])
+    keys = gl.reshape(keys, [NUM_WARPS, ROWS // NUM_WARPS * 128])
+    # The complement turns the least into a greatest, and 0, which stands for no key, into what never is one.
+    least = gl.max(gl.where(keys == 0, 0, keys ^ 0xFFFFFFFF).to(gl.uint32), 1)
+    greatest = gl.max(keys, 1)
+    least, greatest = gl.split(gl.convert_layout(gl.join(least, greatest), FLAT))
+    return gl.max(least, 0) ^ 0xFFFFFFFF, (gl.max(greatest, 0) + 1).to(gl.uint32)
+
+
+@gluon.jit
+def quarters(low, high):
+    """Pivots that part the scores between two keys evenly: from key to key the scores' sizes grow geometrically."""
+    least = score_of(low)
+    quarter = (score_of(high - 1) - least) / 4
+    return keys_of(least + quarter), keys_of(least + 2 * quarter), keys_of(least + 3 * quarter)
+
+
+@gluon.jit
+def search(keys, low, high, count, p1, p2, p3, wanted, most, ROWS: gl.constexpr):
+    """A key that ``wanted`` to ``most`` of the keys reach or, if there is none, the greatest that ``wanted`` reach.
+
+    low, count: a key and the number >= wanted that reach it; high: a key that fewer reach. p1 <= p2 <= p3: where to
+    look first, any values. Returns both ends of the interval (neighbours if the count exceeds ``most``) and how many
+    reach them. A round counts for three pivots. They quarter the interval or, after a round that left no more than a
+    quarter of it, surround the place where the wanted count lies if keys are spread evenly.
+    """
+    count_high = 0
+    while (count > most) & (high - low > 1):
+        p1 = gl.minimum(gl.maximum(p1, low + 1), high - 1)
+        p2 = gl.minimum(gl.maximum(p2, low + 1), high - 1)
+        p3 = gl.minimum(gl.maximum(p3, low + 1), high - 1)
+        c1, c2, c3 = _count(keys, p1, p2, p3, ROWS)
+        before = high - low
+        high = gl.where(c1 < wanted, p1, gl.where(c2 < wanted, p2, gl.where(c3 < wanted, p3, high))).to(gl.uint32)
+        count_high = gl.where(c1 < wanted, c1, gl.where(c2 < wanted, c2, gl.where(c3 < wanted, c3, count_high)))
+        low = gl.where(c3 >= wanted, p3, gl.where(c2 >= wanted, p2, gl.where(c1 >= wanted, p1, low))).to(gl.uint32)
+        count = gl.where(c3 >= wanted, c3, gl.where(c2 >= wanted, c2, gl.where(c1 >= wanted, c1, count)))
+        width = high - low
+        p1 = low + width // 4
+        p2 = low + width // 2
+        p3 = p2 + width // 4
+        if width <= before // 4:
+            number = (count - count_high).to(gl.float32)
+            span = width.to(gl.float32)
+            middle = span * (count - (wanted + most) // 2).to(gl.float32) / number
+            deviation = span * gl.rsqrt(number)
+            p1 = low + gl.maximum(middle - deviation, 0.0).to(gl.uint32)
+            p2 = low + gl.maximum(middle, 0.0).to(gl.uint32)
+            p3 = low + gl.maximum(middle + deviation, 0.0).to(gl.uint32)
+    return low, high, count, count_high
