@@ -9,6 +9,7 @@ memory by asynchronous copies, several blocks ahead. Where the tiles leave multi
 tiles go to memory and the last program to arrive sums them in the order of the splits, so the result does not depend on
 who was last.
 Bytes: N K + M K + 2 M N, scales 1 / 32 of that; splits add 8 M N each (they stay in the L2).
+For 33 to 128 rows of a weight whose tiles are one long wave, fp8_gemm_hopper.py does the work.
 For many rows ``torch._scaled_mm`` (cuBLASLt's 1x128 by 128x128 product, the same bits) does the work: it overlaps the
 scaling of one block with the product of the next, which a Triton loop cannot.
 """
@@ -20,6 +21,8 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+
+from seamount.kernels.triton import fp8_gemm_hopper
 
 _BLOCK_K = tl.constexpr(128)
 _MAX_TILES = 1 << 16
@@ -148,11 +151,25 @@ def fp8_gemm(x: Tensor, x_scale: Tensor, weight: Tensor, weight_scale: Tensor) -
     small = columns <= _SMALL_SIDE and x.shape[1] <= _SMALL_SIDE
     if rows > (128 if small else 64) and library_takes(x, weight):
         return library_gemm(x, x_scale, weight, weight_scale)
-    tiles = choose_tiles(rows, columns, blocks, multiprocessors(x.device))
+    processors = multiprocessors(x.device)
+    if (width := choose_pairs(rows, columns, blocks, processors)) and fp8_gemm_hopper.is_supported(x):
+        stages = 8 if width == 32 else 10
+        return fp8_gemm_hopper.launch_pairs(x, x_scale, weight, weight_scale, block_n=width, stages=stages)
+    tiles = choose_tiles(rows, columns, blocks, processors)
     return launch_gemm(
         x, x_scale, weight, weight_scale,
         block_m=tiles.block_m, block_n=tiles.block_n, splits=tiles.splits, stages=tiles.stages,
     )  # fmt: skip
+
+
+def choose_pairs(rows: int, columns: int, blocks: int, processors: int) -> int:
+    """The width of the tiles for fp8_gemm_hopper.py, 0 where the kernel here is faster: one wave of long tiles."""
+    if rows <= 32 or rows > 128 or blocks < 32:
+        return 0
+    width = 32 if rows <= 64 else 64
+    tiles = triton.cdiv(rows, fp8_gemm_hopper.BLOCK_M) * triton.cdiv(columns, width)
+    fewest = processors // 2 if rows <= 64 else processors * 3 // 4
+    return width if fewest < tiles <= processors else 0
 
 
 class Tiles(NamedTuple):

@@ -10,7 +10,7 @@ pytest.importorskip("triton", reason="Triton is not installed: no GPU kernels he
 
 from seamount.kernels import gemm
 from seamount.kernels.quant import dequantize, dequantize_blocks, quantize
-from seamount.kernels.triton import fp8_gemm, grouped_gemm, grouped_wide, moe
+from seamount.kernels.triton import fp8_gemm, fp8_gemm_hopper, grouped_gemm, grouped_wide, moe
 
 pytestmark = pytest.mark.gpu
 
@@ -89,6 +89,35 @@ def test_chosen_tiles_are_legal_and_fill_the_gpu(rows: int) -> None:
             programs = -(-rows // tiles.block_m) * -(-columns // tiles.block_n) * tiles.splits
             assert tiles.splits == 1 or programs <= 1.5 * 132 or (programs <= 2 * 132 and rows <= 16)
             assert (tiles.block_m + tiles.block_n) * 128 * tiles.stages <= 160 << 10
+
+
+@pytest.mark.parametrize(("block_n", "stages"), [(32, 8), (64, 10)])
+@pytest.mark.parametrize(
+    ("rows", "columns", "channels"),
+    [(33, 4096, 7168), (64, 2240, 4096), (1, 130, 128), (128, 4096, 384), (65, 576, 2048)],
+)
+def test_alternate_blocks(
+    rows: int, columns: int, channels: int, block_n: int, stages: int, device: torch.device, generator: torch.Generator
+) -> None:
+    arguments = operands(rows, columns, channels, generator)
+    moved = [argument.to(device) for argument in arguments]
+    if not fp8_gemm_hopper.is_supported(moved[0]):
+        pytest.skip("no Hopper GPU here")
+    actual = fp8_gemm_hopper.launch_pairs(*moved, block_n=block_n, stages=stages)
+    expected = dequantize(moved[0], moved[1]).double() @ dequantize_blocks(moved[2], moved[3], torch.float32).double().T
+    assert error(actual, expected.cpu()) < LIMIT
+    for _ in range(5):
+        assert torch.equal(actual, fp8_gemm_hopper.launch_pairs(*moved, block_n=block_n, stages=stages))
+
+
+def test_one_wave_of_long_tiles_goes_in_pairs() -> None:
+    def chosen(columns: int, channels: int) -> list[int]:
+        return [fp8_gemm.choose_pairs(rows, columns, channels // 128, 132) for rows in (32, 33, 64, 65, 128, 129)]
+
+    assert chosen(4096, 7168) == [0, 32, 32, 64, 64, 0]
+    assert chosen(2240, 7168) == [0, 32, 32, 0, 0, 0]
+    for columns, channels in ((2112, 7168), (8192, 1536), (7168, 16384), (36864, 7168), (576, 7168)):
+        assert chosen(columns, channels) == [0] * 6
 
 
 def test_empty_products(target: torch.device, generator: torch.Generator) -> None:
