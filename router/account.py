@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import time
 from dataclasses import dataclass
 
 from seamount.router.parsing import ParsedOutput
-from seamount.router.receipts import Found, SessionBefore, miss_cause
+from seamount.router.receipts import Found, SessionBefore, lease_state, miss_cause
 from seamount.v1 import events_pb2, worker_pb2
 from seamount.wire.durations import duration
 
@@ -24,6 +25,7 @@ class Account:
     common_len: int = 0
     miss_cause: events_pb2.MissCause = events_pb2.MISS_CAUSE_UNSPECIFIED
     idle_kv_byte_seconds: float = 0.0
+    lease: events_pb2.Lease | None = None
     decode_rank: str = ""
     prefill_rank: str = ""
     queue_s: float = 0.0
@@ -56,6 +58,7 @@ class Account:
             miss_cause=self.miss_cause,
             transfer_time=duration(self.transfer_s),
             idle_kv_byte_seconds=self.idle_kv_byte_seconds,
+            lease=self.lease,
         )
         receipt.finished_at.GetCurrentTime()
         return receipt
@@ -93,7 +96,20 @@ class Account:
                     had_left=reserved.left_len,
                 )
                 self.miss_cause = miss_cause(self.before, found, last_rank_is_alive=last_rank_is_alive)
+                self._add_lease(rank_id, reserved, last_rank_is_alive=last_rank_is_alive)
         self.decode_rank = rank_id
+
+    def _add_lease(self, rank_id: str, reserved: worker_pb2.ReserveResponse, *, last_rank_is_alive: bool) -> None:
+        """What became of the session's lease: a rank that should hold it and does not is another process."""
+        if self.before is None or self.before.lease is None:
+            return
+        lease = self.lease = events_pb2.Lease()
+        lease.CopyFrom(self.before.lease)
+        is_here = self.before.lease.decode_rank == rank_id
+        is_lost = not (reserved.is_leased if is_here else last_rank_is_alive)
+        lease.state = lease_state(lease, is_lost=is_lost, now_s=time.time())
+        if lease.state == events_pb2.LEASE_STATE_RANK_LOST:
+            self.miss_cause = events_pb2.MISS_CAUSE_RANK_LOST
 
     def add_prefill(self, rank_id: str, finished: worker_pb2.PrefillFinished) -> None:
         """A prefill rank did its part."""

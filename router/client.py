@@ -177,6 +177,7 @@ class Client:
     run_turn = _streaming(AsyncClient.run_turn)
     resume_turn = _streaming(AsyncClient.resume_turn)
     cancel_turn = _waiting(AsyncClient.cancel_turn)
+    report_tool_wait = _waiting(AsyncClient.report_tool_wait)
     generate = _streaming(AsyncClient.generate)
     tokenize = _waiting(AsyncClient.tokenize)
     list_models = _waiting(AsyncClient.list_models)

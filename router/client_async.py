@@ -274,6 +274,19 @@ class AsyncClient:
         answer = await self._call(lambda to: to.sessions.CancelTurn, request, repeatable=bool(turn_id))
         return answer.cancelled
 
+    async def report_tool_wait(
+        self,
+        session_id: str,
+        expected_s: float,
+        *,
+        importance: common_pb2.LeaseImportance = common_pb2.LEASE_IMPORTANCE_NORMAL,
+    ) -> events_pb2.Lease:
+        """Ask that the caches are kept until the tools' results come, ``expected_s`` from now; at most an hour."""
+        request = session_pb2.ReportToolWaitRequest(
+            session_id=session_id, expected=duration(expected_s), importance=importance
+        )
+        return (await self._call(lambda to: to.sessions.ReportToolWait, request)).lease
+
     # --- stateless
 
     def generate(

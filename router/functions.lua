@@ -50,6 +50,7 @@ local function load(keys, tenant, session)
     return nil, {'NOT_FOUND'}
   end
   if present < #names then return nil, {'DATA_LOSS', 'meta'} end
+  meta.lease = redis.call('HGET', keys[1], 'lease') or '' -- there since one was asked for
   if meta.tenant ~= tenant or meta.session ~= session then return nil, {'DATA_LOSS', 'identity'} end
   for _, name in ipairs({'head', 'epoch', 'num_keys', 'deadline', 'prompt_tokens', 'output_tokens'}) do
     local number = tonumber(meta[name])
@@ -68,6 +69,7 @@ local function view(meta)
     if type(value) == 'number' then value = decimal(value) end
     values[i] = value
   end
+  values[#VIEW + 1] = meta.lease
   return values
 end
 
@@ -251,10 +253,21 @@ local function commit_turn(keys, argv)
   close_log(keys[4], 'committed', decimal(meta.head), argv[13])
   redis.call('HSET', keys[3], meta.key, outcome)
   write_meta(keys, {'head', decimal(meta.head + 1), 'num_keys', decimal(meta.num_keys + 1), 'rest', rest,
-                    'chain', string.sub(entry, 1, 32), 'summary', argv[9], 'rank', argv[10],
+                    'chain', string.sub(entry, 1, 32), 'summary', argv[9], 'rank', argv[10], 'lease', '',
                     'prompt_tokens', decimal(meta.prompt_tokens + prompt_tokens),
                     'output_tokens', decimal(meta.output_tokens + output_tokens)})
   return {'COMMITTED', view(load(keys, argv[1], argv[2]))}
+end
+
+-- Notes what a rank answered about the session's caches as they were at a head; a commit forgets it.
+-- ARGV tenant, session, head, lease
+--   {NOTED} · {HEAD_MOVED, head} · {NOT_FOUND} · {DATA_LOSS, part}
+local function note_lease(keys, argv)
+  local meta, refusal = load(keys, argv[1], argv[2])
+  if not meta then return refusal end
+  if meta.head ~= tonumber(argv[3]) then return {'HEAD_MOVED', decimal(meta.head)} end
+  redis.call('HSET', keys[1], 'lease', argv[4])
+  return {'NOTED'}
 end
 
 -- Ends a turn and leaves the head as it was. An event that ends it for good answers every retry under the key; else the
@@ -348,6 +361,7 @@ redis.register_function('seamount_1_begin_turn', begin_turn)
 redis.register_function('seamount_1_take_over_turn', take_over_turn)
 redis.register_function{function_name = 'seamount_1_append_tokens', callback = append_tokens, flags = {'allow-oom'}}
 redis.register_function{function_name = 'seamount_1_commit_turn', callback = commit_turn, flags = {'allow-oom'}}
+redis.register_function('seamount_1_note_lease', note_lease)
 redis.register_function{function_name = 'seamount_1_fail_turn', callback = fail_turn, flags = {'allow-oom'}}
 redis.register_function{function_name = 'seamount_1_delete_session', callback = delete_session, flags = {'allow-oom'}}
 redis.register_function{function_name = 'seamount_1_register_peer', callback = register_peer, flags = {'allow-oom'}}

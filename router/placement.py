@@ -20,8 +20,9 @@ PathPolicy = Literal["auto", "local", "remote"]
 class RankLoad:
     """What placement needs to know of one live rank. Rates are 0 where nothing was measured.
 
-    num_answers: answers in the making there, those that this router placed a moment ago included: the rank's own counts
-    are older, and turns that start together must not all see the same idle rank.
+    num_cached_pages: that nobody uses and no lease holds; num_answers: answers in the making there, those that this
+    router placed a moment ago included: the rank's own counts are older, and turns that start together must not all see
+    the same idle rank.
     """
 
     rank_id: RankId

@@ -11,8 +11,9 @@ from typing import TypeVar
 import grpc
 from google.protobuf import duration_pb2
 
-from seamount.v1 import worker_pb2, worker_pb2_grpc
+from seamount.v1 import common_pb2, worker_pb2, worker_pb2_grpc
 from seamount.wire import limits
+from seamount.wire.durations import duration
 from seamount.wire.errors import NotFound, SeamountError, Unavailable, from_rpc_error
 from seamount.wire.ids import Epoch, RankId, ReservationId, SessionId, TurnId
 
@@ -100,6 +101,14 @@ class RankClient:
         request = worker_pb2.ReleaseRequest(reservation_id=reservation_id, keep_len=keep_len)
         with self._typed():
             await self._stub.Release(request, timeout=self._call_timeout_s, metadata=self._metadata)
+
+    async def retain(
+        self, session_id: SessionId, *, duration_s: float, importance: common_pb2.LeaseImportance
+    ) -> worker_pb2.RetainResponse:
+        """Ask for a lease on what the session left there. Raises as ``reserve`` does."""
+        request = worker_pb2.RetainRequest(session_id=session_id, duration=duration(duration_s), importance=importance)
+        with self._typed():
+            return await self._stub.Retain(request, timeout=self._call_timeout_s, metadata=self._metadata)
 
     def prefill(
         self, request: worker_pb2.PrefillRequest, *, timeout_s: float

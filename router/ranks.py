@@ -96,6 +96,11 @@ class Ranks:
         """One rank's load; None where ``loads`` would leave it out."""
         return next((load for pool in _RANK_ROLES for load in self.loads(pool) if load.rank_id == rank_id), None)
 
+    def instance(self, rank_id: RankId) -> str | None:
+        """The name of the rank's process in the directory, draining ones too; None where it is not alive."""
+        alive = {peer.record.peer_id: peer.record.instance for peer in self.watcher.peers(*_RANK_ROLES)}
+        return alive.get(rank_id)
+
     def client(self, rank_id: RankId) -> RankClient:
         """Raises ``RankLost`` for a rank that left meanwhile."""
         link = self._links.get(rank_id)
@@ -150,7 +155,7 @@ class Ranks:
             rank_id=rank_id,
             address=peer.record.address,
             num_free_pages=state.num_free_pages,
-            num_cached_pages=state.num_cached_pages,
+            num_cached_pages=state.num_cached_pages - state.num_leased_pages,
             num_running=state.num_running,
             # The least of a few looks: an answer of ours that just ended may still stand in the rank's state.
             num_answers=min(self._links[rank_id].foreign) + self._num_assigned[rank_id],

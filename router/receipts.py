@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from google.protobuf import duration_pb2
 
-from seamount.v1 import events_pb2, session_pb2
+from seamount.v1 import common_pb2, events_pb2, session_pb2
 from seamount.wire.durations import duration
 from seamount.wire.hashes import PAGE_SIZE
 
@@ -27,13 +27,14 @@ _TIMES = ("queue_time", "prefill_time", "transfer_time", "decode_time")
 class SessionBefore:
     """A session as a turn found it. is_fork: it begins with another one's turns, and no turn of its own has come yet;
     last_rank: decode rank of its last turn, '' for none; is_reencoded: ids of an earlier turn were made under another
-    fingerprint; cuts_reasoning: the turn's messages end earlier reasoning."""
+    fingerprint; cuts_reasoning: the turn's messages end earlier reasoning; lease: the last one asked for."""
 
     is_new: bool
     is_fork: bool
     last_rank: str
     is_reencoded: bool
     cuts_reasoning: bool
+    lease: events_pb2.Lease | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -71,6 +72,15 @@ def miss_cause(before: SessionBefore, found: Found, *, last_rank_is_alive: bool)
     if before.is_reencoded:
         return events_pb2.MISS_CAUSE_FINGERPRINT_CHANGED
     return events_pb2.MISS_CAUSE_REASONING_CUT if before.cuts_reasoning else events_pb2.MISS_CAUSE_OTHER
+
+
+def lease_state(lease: events_pb2.Lease, *, is_lost: bool, now_s: float) -> events_pb2.LeaseState:
+    """What has become of a lease; is_lost: the process that gave it is dead, or does not know of it."""
+    if lease.outcome == common_pb2.LEASE_OUTCOME_DENIED:
+        return events_pb2.LEASE_STATE_UNSPECIFIED
+    if now_s >= lease.expires_at.ToNanoseconds() / 1e9:
+        return events_pb2.LEASE_STATE_EXPIRED
+    return events_pb2.LEASE_STATE_RANK_LOST if is_lost else events_pb2.LEASE_STATE_HELD
 
 
 def added(totals: session_pb2.SessionTotals, receipt: events_pb2.Receipt) -> session_pb2.SessionTotals:

@@ -20,6 +20,7 @@ from seamount.router.inference_service import InferenceService
 from seamount.router.model import ServedModel
 from seamount.router.ranks import Ranks
 from seamount.router.rendering import Rendering
+from seamount.router.retention import Retention
 from seamount.router.router_links import RouterLinks
 from seamount.router.session_names import load_or_create_secret
 from seamount.router.session_service import SessionService
@@ -144,7 +145,10 @@ class RouterServer:
 
         server = grpc.aio.server(interceptors=router_interceptors(keys), options=_server_options())
         session_pb2_grpc.add_SessionServiceServicer_to_server(
-            SessionService(model=model, sessions=sessions, turns=turns), server
+            SessionService(
+                model=model, sessions=sessions, turns=turns, retention=Retention(sessions=sessions, ranks=ranks)
+            ),
+            server,
         )
         inference_pb2_grpc.add_InferenceServiceServicer_to_server(inference, server)
         admin_pb2_grpc.add_AdminServiceServicer_to_server(AdminService(ranks=ranks), server)

@@ -11,6 +11,8 @@ import grpc
 from seamount.router.messages import message_from_proto, message_to_proto, thinking_mode_from_proto
 from seamount.router.model import ServedModel
 from seamount.router.parameters import check_sampling
+from seamount.router.retention import Retention
+from seamount.router.session_view import SessionView
 from seamount.router.sessions import Sessions
 from seamount.router.tenants import caller
 from seamount.router.turns import Turns
@@ -31,6 +33,7 @@ class SessionService(session_pb2_grpc.SessionServiceServicer):
     model: ServedModel
     sessions: Sessions
     turns: Turns
+    retention: Retention
 
     async def CreateSession(
         self, request: session_pb2.CreateSessionRequest, context: Context
@@ -49,7 +52,7 @@ class SessionService(session_pb2_grpc.SessionServiceServicer):
         tenant, session_id = caller().tenant, SessionId(request.session_id)
         if not request.include_messages:
             view = await self.sessions.get(tenant, session_id)
-            return session_pb2.GetSessionResponse(session=view.session)
+            return session_pb2.GetSessionResponse(session=self._leased(view))
         view, history = await self.sessions.read(tenant, session_id)
         messages: list[common_pb2.Message] = []
         for record in history.records:
@@ -57,7 +60,7 @@ class SessionService(session_pb2_grpc.SessionServiceServicer):
             if record.HasField("output"):
                 messages.append(message_to_proto(message_from_proto(record.output.message)))
         receipts = [record.receipt for record in history.records if record.HasField("receipt")]
-        return session_pb2.GetSessionResponse(session=view.session, messages=messages, receipts=receipts)
+        return session_pb2.GetSessionResponse(session=self._leased(view), messages=messages, receipts=receipts)
 
     async def ListSessions(
         self, request: session_pb2.ListSessionsRequest, context: Context
@@ -100,6 +103,18 @@ class SessionService(session_pb2_grpc.SessionServiceServicer):
     ) -> session_pb2.CancelTurnResponse:
         cancelled = await self.turns.cancel(caller().tenant, SessionId(request.session_id), request.turn_id)
         return session_pb2.CancelTurnResponse(cancelled=cancelled)
+
+    async def ReportToolWait(
+        self, request: session_pb2.ReportToolWaitRequest, context: Context
+    ) -> session_pb2.ReportToolWaitResponse:
+        lease = await self.retention.report_tool_wait(caller().tenant, request)
+        return session_pb2.ReportToolWaitResponse(lease=lease)
+
+    def _leased(self, view: SessionView) -> session_pb2.Session:
+        lease = self.retention.lease_of(view)
+        if lease is not None:
+            view.session.lease.CopyFrom(lease)
+        return view.session
 
 
 def forced_token_ids(context: Context) -> list[int]:

@@ -189,6 +189,13 @@ class SessionStore:
             raise _refusal(reply)
         return _session(reply[1])
 
+    async def note_lease(self, tenant: TenantId, session_id: SessionId, *, head: int, lease: bytes) -> None:
+        """Store what was answered about a lease. ``Aborted`` (HEAD_MOVED) where the session has gone on meanwhile."""
+        arguments = (*_scope(tenant, session_id), head, lease)
+        reply: Reply = await self.store.function("note_lease", self._keys(tenant, session_id), arguments)
+        if reply[0] != b"NOTED":
+            raise _refusal(reply)
+
     async def fail(
         self,
         tenant: TenantId,
@@ -276,8 +283,8 @@ def _read(reply: Reply) -> Read:
 
 
 def _session(view: Sequence[Any]) -> StoredSession:
-    """In the order of VIEW in functions.lua."""
-    record, rest, head, epoch, chain, summary, rank, prompt, output, updated, turn, key, owner, deadline = view
+    """In the order of VIEW in functions.lua, the lease last."""
+    record, rest, head, epoch, chain, summary, rank, prompt, output, updated, turn, key, owner, deadline, lease = view
     running = None
     if turn:
         running = RunningTurn(
@@ -298,6 +305,7 @@ def _session(view: Sequence[Any]) -> StoredSession:
         num_prompt_tokens=int(prompt),
         num_output_tokens=int(output),
         updated_ms=int(updated),
+        lease=lease,
         running=running,
     )
 

@@ -268,6 +268,12 @@ class SessionTurns:
             self._cache.put(turn.tenant, turn.session_id, turn.history.appended(record, entry))
         return view_of(turn.tenant, turn.session_id, session)
 
+    async def note_lease(
+        self, tenant: TenantId, session_id: SessionId, *, head: int, lease: record_pb2.StoredLease
+    ) -> None:
+        """``SessionStore.note_lease``."""
+        await self._store.note_lease(tenant, session_id, head=head, lease=lease.SerializeToString())
+
     async def fail_turn(
         self,
         tenant: TenantId,

@@ -23,13 +23,14 @@ _RESTING = {
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SessionView:
-    """A session and what clients don't see of it. last_rank: decode rank of its last turn, '' for none; totals over
-    all committed turns."""
+    """A session and what clients don't see of it. last_rank: decode rank of its last turn, '' for none; lease: what
+    was answered to the last request for one since that turn; totals over all committed turns."""
 
     session: session_pb2.Session
     epoch: Epoch
     running: RunningTurn | None
     last_rank: str
+    lease: record_pb2.StoredLease | None
     num_prompt_tokens: int
     num_output_tokens: int
 
@@ -50,6 +51,7 @@ def view_of(tenant: TenantId, session_id: SessionId, stored: StoredSession) -> S
     try:
         record = record_pb2.SessionRecord.FromString(stored.record)
         summary = session_pb2.Session.FromString(stored.summary)
+        lease = record_pb2.StoredLease.FromString(stored.lease) if stored.lease else None
     except DecodeError as error:
         raise _damaged("record") from error
     if (record.session_id, record.tenant_id) != (session_id, tenant) or stored.rest not in _RESTING:
@@ -74,6 +76,7 @@ def view_of(tenant: TenantId, session_id: SessionId, stored: StoredSession) -> S
         epoch=stored.epoch,
         running=stored.running,
         last_rank=stored.last_rank,
+        lease=lease,
         num_prompt_tokens=stored.num_prompt_tokens,
         num_output_tokens=stored.num_output_tokens,
     )

@@ -21,7 +21,8 @@ class RunningTurn:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StoredSession:
-    """A session's meta. rest: the state it is in when no turn runs; chain: of its last turn; last_rank: '' for none."""
+    """A session's meta. rest: the state it is in when no turn runs; chain: of its last turn; last_rank: '' for none;
+    lease: a StoredLease, empty for none."""
 
     record: bytes
     rest: str
@@ -33,6 +34,7 @@ class StoredSession:
     num_prompt_tokens: int
     num_output_tokens: int
     updated_ms: int
+    lease: bytes
     running: RunningTurn | None
 
 

@@ -109,4 +109,5 @@ class TurnMaker:
             last_rank=begun.view.last_rank,
             is_reencoded=any(record.fingerprint != self.model.fingerprint for record in outputs),
             cuts_reasoning=asks and any(record.output.num_reasoning_tokens for record in outputs),
+            lease=begun.view.lease.lease if begun.view.lease is not None else None,
         )

@@ -170,6 +170,7 @@ class RankServer:
             fingerprint=core.fingerprint,
             process_id=os.getpid(),
             kv_bytes_per_token=transfer.kv_bytes_per_token,
+            num_leased_pages=cache.num_leased,
         )
 
     def _build(self, rendezvous: Rendezvous) -> _Core:

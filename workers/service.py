@@ -14,6 +14,7 @@ from seamount.wire.durations import duration
 from seamount.wire.errors import Aborted, FailedPrecondition, InvalidArgument, NotFound
 from seamount.workers.cache.reservation import Reservation
 from seamount.workers.cache.reservations import Reservations
+from seamount.workers.cache.retention import Importance, LeaseOutcome, Tier
 from seamount.workers.engine import Engine
 from seamount.workers.engine_stream import run_request
 from seamount.workers.events import EngineEvent, Failed, Finished, FinishReason, Progress, TokenLogprobs, Tokens
@@ -31,6 +32,19 @@ _REASONS: dict[FinishReason, common_pb2.FinishReason] = {
     "length": common_pb2.FINISH_REASON_LENGTH,
     "cancelled": common_pb2.FINISH_REASON_CANCELLED,
 }
+
+_IMPORTANCE = {
+    common_pb2.LEASE_IMPORTANCE_UNSPECIFIED: Importance.NORMAL,
+    common_pb2.LEASE_IMPORTANCE_LOW: Importance.LOW,
+    common_pb2.LEASE_IMPORTANCE_NORMAL: Importance.NORMAL,
+    common_pb2.LEASE_IMPORTANCE_HIGH: Importance.HIGH,
+}
+_OUTCOMES = {
+    LeaseOutcome.ACCEPTED: common_pb2.LEASE_OUTCOME_ACCEPTED,
+    LeaseOutcome.CLIPPED: common_pb2.LEASE_OUTCOME_CLIPPED,
+    LeaseOutcome.DENIED: common_pb2.LEASE_OUTCOME_DENIED,
+}
+_TIERS = {Tier.DEVICE: common_pb2.CACHE_TIER_DEVICE, None: common_pb2.CACHE_TIER_UNSPECIFIED}
 
 Context = grpc.aio.ServicerContext[object, object]
 
@@ -71,6 +85,7 @@ class WorkerService(worker_pb2_grpc.WorkerServiceServicer):
             common_len=reservation.common_len,
             left_len=reservation.left_len,
             idle_time=duration(reservation.idle_s),
+            is_leased=reservation.is_leased,
         )
 
     async def Prefill(
@@ -109,6 +124,23 @@ class WorkerService(worker_pb2_grpc.WorkerServiceServicer):
         self.engine.abort(request.reservation_id)
         self.reservations.release(request.reservation_id, request.keep_len if request.HasField("keep_len") else None)
         return worker_pb2.ReleaseResponse()
+
+    async def Retain(self, request: worker_pb2.RetainRequest, context: Context) -> worker_pb2.RetainResponse:
+        if request.importance not in _IMPORTANCE:
+            raise InvalidArgument("importance is not known; use low, normal or high", field="importance")
+        decision = self.reservations.retain(
+            request.session_id,
+            duration_s=request.duration.ToNanoseconds() / 1e9,
+            importance=_IMPORTANCE[request.importance],
+            prefill_tokens_per_s=self.engine.state().prefill_tokens_per_s,
+        )
+        return worker_pb2.RetainResponse(
+            outcome=_OUTCOMES[decision.outcome],
+            tier=_TIERS[decision.tier],
+            duration=duration(decision.duration_s),
+            num_rebuild_tokens=decision.rebuild_tokens,
+            rebuild_time=duration(decision.rebuild_s),
+        )
 
     async def WatchState(
         self, request: worker_pb2.WatchStateRequest, context: Context

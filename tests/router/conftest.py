@@ -208,6 +208,11 @@ class ScriptedRank(worker_pb2_grpc.WorkerServiceServicer):
         self.cached_len = 0
         self.reserved: list[worker_pb2.ReserveRequest] = []
         self.released: list[worker_pb2.ReleaseRequest] = []
+        self.retained: list[worker_pb2.RetainRequest] = []
+        self.lease = worker_pb2.RetainResponse(
+            outcome=common_pb2.LEASE_OUTCOME_ACCEPTED, tier=common_pb2.CACHE_TIER_DEVICE, num_rebuild_tokens=5
+        )
+        self.lease.duration.FromSeconds(30)
         self.generated: list[worker_pb2.WorkerServiceGenerateRequest] = []
         self.prefilled: list[worker_pb2.PrefillRequest] = []
         self.on_reserve: Callable[[worker_pb2.ReserveRequest], Awaitable[worker_pb2.ReserveResponse | None]] | None = (
@@ -294,6 +299,10 @@ class ScriptedRank(worker_pb2_grpc.WorkerServiceServicer):
     async def Release(self, request: worker_pb2.ReleaseRequest, context: Any) -> worker_pb2.ReleaseResponse:
         self.released.append(request)
         return worker_pb2.ReleaseResponse()
+
+    async def Retain(self, request: worker_pb2.RetainRequest, context: Any) -> worker_pb2.RetainResponse:
+        self.retained.append(request)
+        return self.lease
 
     async def WatchState(self, request: worker_pb2.WatchStateRequest, context: Any) -> Frames:
         while True:

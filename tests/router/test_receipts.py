@@ -6,8 +6,8 @@ from dataclasses import replace
 
 import pytest
 
-from seamount.router.receipts import Found, SessionBefore, added, miss_cause
-from seamount.v1 import events_pb2, session_pb2
+from seamount.router.receipts import Found, SessionBefore, added, lease_state, miss_cause
+from seamount.v1 import common_pb2, events_pb2, session_pb2
 
 GROWN = SessionBefore(is_new=False, is_fork=False, last_rank="d0", is_reencoded=False, cuts_reasoning=False)
 ALL = Found(rank="d0", num_prompt=120, num_cached=100, common_len=100, had_left=100)
@@ -45,6 +45,23 @@ def test_each_miss_has_its_cause(name: str) -> None:
     before, found = CASES[name]
     cause = miss_cause(before, found, last_rank_is_alive=name.startswith("MOVED"))
     assert events_pb2.MissCause.Name(cause) == f"MISS_CAUSE_{name.partition(',')[0]}"
+
+
+@pytest.mark.parametrize(
+    ("outcome", "is_lost", "now_s", "state"),
+    [
+        ("ACCEPTED", False, 99.0, "HELD"),
+        ("CLIPPED", False, 99.0, "HELD"),
+        ("ACCEPTED", False, 100.0, "EXPIRED"),
+        ("ACCEPTED", True, 99.0, "RANK_LOST"),
+        ("ACCEPTED", True, 100.0, "EXPIRED"),  # the death took nothing away that was promised
+        ("DENIED", True, 99.0, "UNSPECIFIED"),
+    ],
+)
+def test_what_became_of_a_lease(outcome: str, is_lost: bool, now_s: float, state: str) -> None:
+    lease = events_pb2.Lease(outcome=common_pb2.LeaseOutcome.Value(f"LEASE_OUTCOME_{outcome}"))
+    lease.expires_at.FromSeconds(100)
+    assert events_pb2.LeaseState.Name(lease_state(lease, is_lost=is_lost, now_s=now_s)) == f"LEASE_STATE_{state}"
 
 
 def test_totals_are_sums() -> None:

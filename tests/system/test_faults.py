@@ -10,8 +10,8 @@ import pytest
 import pytest_asyncio
 
 from seamount.cluster.local import LocalCluster
-from seamount.router.client import AsyncClient, Sampling, user
-from seamount.v1 import events_pb2
+from seamount.router.client import AsyncClient, Message, Role, Sampling, Tool, ToolCall, system, tool_result, user
+from seamount.v1 import common_pb2, events_pb2
 
 pytestmark = [pytest.mark.asyncio(loop_scope="module"), pytest.mark.cluster]
 
@@ -118,6 +118,27 @@ async def test_receipts_say_why_the_past_was_computed_again(cluster: LocalCluste
         "MISS_CAUSE_REASONING_CUT",
         "MISS_CAUSE_RANK_LOST",
     ]
+    await cluster.start_gang("decode", last.split(".")[0])
+
+
+async def test_a_rank_that_dies_takes_its_leases_with_it(cluster: LocalCluster, client: AsyncClient) -> None:
+    session = await client.create_session()
+    tool = Tool(function_json='{"name": "f", "parameters": {"type": "object"}}')
+    call = ToolCall(id="c1", name="f", arguments_json="{}")
+    first = await client.run_turn(session.id, [system("x", tools=[tool]), user("hello")], sampling=SHORT).result()
+    await client.run_turn(session.id, [user("go"), Message(role=Role.ASSISTANT, tool_calls=(call,))]).result()
+    lease = await client.report_tool_wait(session.id, 60.0)
+    assert (lease.state, lease.decode_rank) == (events_pb2.LEASE_STATE_HELD, first.receipt.decode_rank)
+    last = await process_of(cluster, client, lease.decode_rank)
+    await cluster.kill(last)
+    async with asyncio.timeout(10):
+        while (await client.get_session(session.id)).lease.state != events_pb2.LEASE_STATE_RANK_LOST:  # noqa: ASYNC110
+            await asyncio.sleep(0.1)
+    assert (await client.report_tool_wait(session.id, 60.0)).outcome == common_pb2.LEASE_OUTCOME_DENIED
+    receipt = (await client.run_turn(session.id, [tool_result(call, "done")], sampling=SHORT).result()).receipt
+    assert receipt.miss_cause == events_pb2.MISS_CAUSE_RANK_LOST
+    assert receipt.lease.state == events_pb2.LEASE_STATE_RANK_LOST
+    assert receipt.lease.outcome == common_pb2.LEASE_OUTCOME_ACCEPTED
     await cluster.start_gang("decode", last.split(".")[0])
 
 

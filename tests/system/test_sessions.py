@@ -151,8 +151,17 @@ async def test_a_conversation_with_a_tool_call(alice: AsyncClient) -> None:
     waiting = await alice.get_session(session.id)
     assert waiting.state == session_pb2.SESSION_STATE_WAITING_FOR_TOOLS
     assert [pending.id for pending in waiting.pending_tool_calls] == ["c1"]
+    lease = await alice.report_tool_wait(session.id, 20.0)
+    assert lease.outcome == common_pb2.LEASE_OUTCOME_ACCEPTED
+    assert lease.tier == common_pb2.CACHE_TIER_DEVICE
+    assert 0 < lease.num_rebuild_tokens <= waiting.num_context_tokens
+    assert (await alice.get_session(session.id)).lease == lease
     answered = await alice.run_turn(session.id, [tool_result(CALL, "rain")], sampling=SHORT).result()
     assert answered.usage.num_output_tokens == 8
+    assert answered.receipt.lease == lease, "in force when the turn came"
+    assert not (await alice.get_session(session.id)).HasField("lease"), "it has done its work"
+    with pytest.raises(FailedPrecondition):
+        await alice.report_tool_wait(session.id, 20.0)
     history = await alice.get_history(session.id)
     roles = [message.role for message in history.messages]
     assert roles == [Role.SYSTEM, Role.USER, Role.ASSISTANT, Role.USER, Role.ASSISTANT, Role.TOOL, Role.ASSISTANT]
@@ -291,6 +300,7 @@ async def test_another_tenants_session_is_not_found(cluster: LocalCluster, alice
                 bob.cancel_turn(session_id),
                 bob.fork_session(session_id),
                 bob.resume_turn(session_id, "turn_x").result(),
+                bob.report_tool_wait(session_id, 5.0),
             ):
                 with pytest.raises(NotFound) as caught:
                     await attempt
@@ -310,7 +320,7 @@ async def test_without_a_key_every_method_is_unauthenticated(cluster: LocalClust
     ]
     names += ["/grpc.health.v1.Health/Check", "/grpc.health.v1.Health/Watch"]
     names += ["/grpc.reflection.v1alpha.ServerReflection/ServerReflectionInfo"]
-    assert len(names) == 17
+    assert len(names) == 18
     async with grpc.aio.insecure_channel(cluster.address) as channel:
         for name in names:
             for metadata in ((), bearer("wrong-key-0123456789abcdef")):

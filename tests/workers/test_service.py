@@ -11,7 +11,7 @@ import grpc
 import pytest
 from google.protobuf import duration_pb2
 
-from seamount.v1 import worker_pb2, worker_pb2_grpc
+from seamount.v1 import common_pb2, worker_pb2, worker_pb2_grpc
 from seamount.wire import limits
 from seamount.wire.errors import InvalidArgument, SeamountError, from_rpc_error
 from seamount.wire.ids import GangId, RankId
@@ -130,6 +130,37 @@ async def test_the_longest_of_everything_is_taken(served: Served) -> None:
     asked = reserve(session_id=name, turn_id=name, token_ids=[5] * MAX_CONTEXT)
     reserved = await served.stub.Reserve(asked, timeout=5)
     await served.stub.Release(worker_pb2.ReleaseRequest(reservation_id=reserved.reservation_id), timeout=5)
+
+
+async def test_retain_leases_what_a_session_left(served: Served) -> None:
+    asked = worker_pb2.RetainRequest(session_id="s", duration=duration_pb2.Duration(seconds=20))
+    assert (await served.stub.Retain(asked, timeout=5)).outcome == common_pb2.LEASE_OUTCOME_DENIED
+    reserved = await served.stub.Reserve(reserve(), timeout=5)
+    assert not reserved.is_leased
+    served.rank.reservations.advance(reserved.reservation_id, 19)
+    await served.stub.Release(worker_pb2.ReleaseRequest(reservation_id=reserved.reservation_id, keep_len=19), timeout=5)
+    lease = await served.stub.Retain(asked, timeout=5)
+    assert (lease.outcome, lease.tier) == (common_pb2.LEASE_OUTCOME_ACCEPTED, common_pb2.CACHE_TIER_DEVICE)
+    assert (lease.duration.seconds, lease.num_rebuild_tokens) == (20, 19)
+    again = await served.stub.Reserve(reserve(epoch=2), timeout=5)
+    assert again.is_leased
+    await served.stub.Release(worker_pb2.ReleaseRequest(reservation_id=again.reservation_id), timeout=5)
+
+
+@pytest.mark.parametrize(
+    ("changes", "field"),
+    [
+        ({"duration": duration_pb2.Duration()}, "duration"),
+        ({"duration": duration_pb2.Duration(seconds=int(limits.MAX_TOOL_WAIT_S) + 1)}, "duration"),
+        ({"duration": duration_pb2.Duration(seconds=1 << 62)}, "duration"),
+        ({"importance": 9}, "importance"),
+    ],
+)
+async def test_a_bad_retain_names_the_field(served: Served, changes: Any, field: str) -> None:
+    fields = {"session_id": "s", "duration": duration_pb2.Duration(seconds=20)}
+    error = await refused(served.stub.Retain(worker_pb2.RetainRequest(**(fields | changes)), timeout=5))
+    assert isinstance(error, InvalidArgument)
+    assert error.field == field
 
 
 @pytest.mark.parametrize("served", ["prefill"], indirect=True)

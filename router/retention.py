@@ -1,0 +1,88 @@
+"""Leases as routers see them: asked of the rank that holds a session's caches, stored with the session."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+
+from seamount.router.rank_client import RankLost
+from seamount.router.ranks import Ranks
+from seamount.router.receipts import lease_state
+from seamount.router.session_view import SessionView
+from seamount.router.sessions import Sessions
+from seamount.v1 import common_pb2, events_pb2, record_pb2, session_pb2, worker_pb2
+from seamount.wire import limits
+from seamount.wire.errors import FailedPrecondition, InvalidArgument
+from seamount.wire.ids import RankId, SessionId, TenantId
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Retention:
+    """Of one router."""
+
+    sessions: Sessions
+    ranks: Ranks
+
+    async def report_tool_wait(self, tenant: TenantId, request: session_pb2.ReportToolWaitRequest) -> events_pb2.Lease:
+        """Ask for a lease until the tools' results are expected.
+
+        Denied where the rank is lost. Raises ``InvalidArgument`` that names the field, ``NotFound``,
+        ``FailedPrecondition`` (NO_PENDING_TOOL_CALLS), ``Aborted`` (HEAD_MOVED) where the session has gone on
+        meanwhile, ``Unavailable`` where the store is away.
+        """
+        if request.importance not in common_pb2.LeaseImportance.values():
+            raise InvalidArgument("importance is not known; use low, normal or high", field="importance")
+        expected_s = request.expected.ToNanoseconds() / 1e9
+        limits.check_range(expected_s, field="expected", low=0, low_open=True, high=limits.MAX_TOOL_WAIT_S)
+        view = await self.sessions.get(tenant, SessionId(request.session_id))
+        if view.session.state != session_pb2.SESSION_STATE_WAITING_FOR_TOOLS:
+            raise FailedPrecondition(
+                "the session waits for no tool results; report a wait after a turn that ends in tool calls",
+                reason="NO_PENDING_TOOL_CALLS",
+            )
+        return await self.ask(tenant, view, duration_s=expected_s, importance=request.importance)
+
+    async def ask(
+        self, tenant: TenantId, view: SessionView, *, duration_s: float, importance: common_pb2.LeaseImportance
+    ) -> events_pb2.Lease:
+        """Ask the rank that served the session's last turn, and store its answer. Raises as above."""
+        rank_id, session_id = RankId(view.last_rank), SessionId(view.session.id)
+        instance, asked_at = self.ranks.instance(rank_id), time.time()
+        try:
+            client = self.ranks.client(rank_id)
+            answer = await client.retain(session_id, duration_s=duration_s, importance=importance)
+        except RankLost:  # what it may have answered before stays noted: the next receipt says that it is lost
+            return events_pb2.Lease(
+                outcome=common_pb2.LEASE_OUTCOME_DENIED,
+                num_rebuild_tokens=view.session.num_context_tokens,
+                decode_rank=rank_id,
+            )
+        lease = _lease(answer, rank_id, asked_at)
+        stored = record_pb2.StoredLease(lease=lease, rank_instance=instance or "")
+        await self.sessions.note_lease(tenant, session_id, head=view.session.head, lease=stored)
+        return lease
+
+    def lease_of(self, view: SessionView) -> events_pb2.Lease | None:
+        """The session's lease with its state as of now; None where none was asked for since its last turn."""
+        if view.lease is None:
+            return None
+        lease = events_pb2.Lease()
+        lease.CopyFrom(view.lease.lease)
+        is_lost = self.ranks.instance(RankId(lease.decode_rank)) != view.lease.rank_instance
+        lease.state = lease_state(lease, is_lost=is_lost, now_s=time.time())
+        return lease
+
+
+def _lease(answer: worker_pb2.RetainResponse, rank_id: RankId, asked_at: float) -> events_pb2.Lease:
+    lease = events_pb2.Lease(
+        outcome=answer.outcome,
+        tier=answer.tier,
+        num_rebuild_tokens=answer.num_rebuild_tokens,
+        decode_rank=rank_id,
+    )
+    if answer.rebuild_time.ToNanoseconds():
+        lease.rebuild_time.CopyFrom(answer.rebuild_time)
+    if answer.outcome != common_pb2.LEASE_OUTCOME_DENIED:
+        lease.state = events_pb2.LEASE_STATE_HELD
+        lease.expires_at.FromNanoseconds(int(asked_at * 1e9) + answer.duration.ToNanoseconds())
+    return lease
