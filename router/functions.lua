@@ -231,7 +231,7 @@ local function append_tokens(keys, argv)
 end
 
 -- ARGV tenant, session, key, turn, epoch, chain before, entry, rest, summary, rank, prompt tokens, output tokens,
---      how long the log is kept (ms)
+--      how long the log is kept (ms), lease
 --   {COMMITTED, view} · {STALE, epoch} · {NOT_FOUND} · {DATA_LOSS, part}
 local function commit_turn(keys, argv)
   local key, turn, epoch, before, entry, rest = argv[3], argv[4], tonumber(argv[5]), argv[6], argv[7], argv[8]
@@ -253,13 +253,13 @@ local function commit_turn(keys, argv)
   close_log(keys[4], 'committed', decimal(meta.head), argv[13])
   redis.call('HSET', keys[3], meta.key, outcome)
   write_meta(keys, {'head', decimal(meta.head + 1), 'num_keys', decimal(meta.num_keys + 1), 'rest', rest,
-                    'chain', string.sub(entry, 1, 32), 'summary', argv[9], 'rank', argv[10], 'lease', '',
+                    'chain', string.sub(entry, 1, 32), 'summary', argv[9], 'rank', argv[10], 'lease', argv[14],
                     'prompt_tokens', decimal(meta.prompt_tokens + prompt_tokens),
                     'output_tokens', decimal(meta.output_tokens + output_tokens)})
   return {'COMMITTED', view(load(keys, argv[1], argv[2]))}
 end
 
--- Notes what a rank answered about the session's caches as they were at a head; a commit forgets it.
+-- Notes what a rank answered about the session's caches as they were at a head; the next commit brings its own.
 -- ARGV tenant, session, head, lease
 --   {NOTED} · {HEAD_MOVED, head} · {NOT_FOUND} · {DATA_LOSS, part}
 local function note_lease(keys, argv)
@@ -355,6 +355,45 @@ local function beat_peer(keys, argv)
   return 1
 end
 
+local function counts_of(stored, num_buckets)
+  local counts, total = {}, 0
+  for number in string.gmatch(stored or '', '%d+') do counts[#counts + 1] = tonumber(number) end
+  for i = 1, num_buckets do
+    counts[i] = counts[i] or 0
+    total = total + counts[i]
+  end
+  return counts, total
+end
+
+-- Counts a wait for the results of tools. Old waits fade: at 64 all counts of the tool are halved.
+-- KEYS hash by tool name: numbers of waits by bucket, in decimal, with commas between
+-- ARGV bucket (from 0), number of buckets, most tools, time to live (ms), tool names
+--   number of tools
+local function note_wait(keys, argv)
+  local bucket, num_buckets, most, noted = tonumber(argv[1]) + 1, tonumber(argv[2]), tonumber(argv[3]), {}
+  for i = 5, #argv do
+    local counts, total = counts_of(redis.call('HGET', keys[1], argv[i]), num_buckets)
+    for j = 1, num_buckets do
+      if total >= 64 then counts[j] = math.floor(counts[j] / 2) end
+    end
+    counts[bucket] = counts[bucket] + 1
+    redis.call('HSET', keys[1], argv[i], table.concat(counts, ','))
+    noted[argv[i]] = true
+  end
+  while redis.call('HLEN', keys[1]) > most do
+    local least, fewest = nil, math.huge
+    local stored = redis.call('HGETALL', keys[1])
+    for i = 1, #stored, 2 do
+      local _, total = counts_of(stored[i + 1], num_buckets)
+      if noted[stored[i]] then total = total + 1000 end
+      if total < fewest then least, fewest = stored[i], total end
+    end
+    redis.call('HDEL', keys[1], least)
+  end
+  redis.call('PEXPIRE', keys[1], argv[4])
+  return redis.call('HLEN', keys[1])
+end
+
 redis.register_function('seamount_1_create_session', create_session)
 redis.register_function{function_name = 'seamount_1_get_session', callback = get_session, flags = {'no-writes'}}
 redis.register_function('seamount_1_begin_turn', begin_turn)
@@ -363,6 +402,7 @@ redis.register_function{function_name = 'seamount_1_append_tokens', callback = a
 redis.register_function{function_name = 'seamount_1_commit_turn', callback = commit_turn, flags = {'allow-oom'}}
 redis.register_function('seamount_1_note_lease', note_lease)
 redis.register_function{function_name = 'seamount_1_fail_turn', callback = fail_turn, flags = {'allow-oom'}}
+redis.register_function('seamount_1_note_wait', note_wait)
 redis.register_function{function_name = 'seamount_1_delete_session', callback = delete_session, flags = {'allow-oom'}}
 redis.register_function{function_name = 'seamount_1_register_peer', callback = register_peer, flags = {'allow-oom'}}
 redis.register_function{function_name = 'seamount_1_beat_peer', callback = beat_peer, flags = {'allow-oom'}}

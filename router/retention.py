@@ -1,27 +1,42 @@
-"""Leases as routers see them: asked of the rank that holds a session's caches, stored with the session."""
+"""Leases as routers see them: asked of the rank that holds a session's caches, stored with the session.
+
+A turn that ends in tool calls asks for one by itself, for as long as these tools usually take; ``ReportToolWait`` asks
+for another in its place.
+"""
 
 from __future__ import annotations
 
+import asyncio
+import logging
 import time
-from dataclasses import dataclass
+from collections.abc import Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field
 
 from seamount.router.rank_client import RankLost
 from seamount.router.ranks import Ranks
 from seamount.router.receipts import lease_state
 from seamount.router.session_view import SessionView
 from seamount.router.sessions import Sessions
+from seamount.router.tool_waits import ToolWaits
 from seamount.v1 import common_pb2, events_pb2, record_pb2, session_pb2, worker_pb2
 from seamount.wire import limits
-from seamount.wire.errors import FailedPrecondition, InvalidArgument
+from seamount.wire.errors import FailedPrecondition, InvalidArgument, SeamountError
 from seamount.wire.ids import RankId, SessionId, TenantId
 
+_LOG = logging.getLogger(__name__)
+AUTOMATIC_BUDGET_S = 0.5
+"""How long a commit waits for its lease at the most: with none, it is committed all the same."""
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+
+@dataclass(slots=True, kw_only=True)
 class Retention:
-    """Of one router."""
+    """Of one router. ``close`` at the end."""
 
     sessions: Sessions
     ranks: Ranks
+    waits: ToolWaits
+    _noting: set[asyncio.Task[None]] = field(default_factory=set)
 
     async def report_tool_wait(self, tenant: TenantId, request: session_pb2.ReportToolWaitRequest) -> events_pb2.Lease:
         """Ask for a lease until the tools' results are expected.
@@ -47,20 +62,59 @@ class Retention:
     ) -> events_pb2.Lease:
         """Ask the rank that served the session's last turn, and store its answer. Raises as above."""
         rank_id, session_id = RankId(view.last_rank), SessionId(view.session.id)
-        instance, asked_at = self.ranks.instance(rank_id), time.time()
         try:
-            client = self.ranks.client(rank_id)
-            answer = await client.retain(session_id, duration_s=duration_s, importance=importance)
+            stored = await self._retain(rank_id, session_id, duration_s, importance)
         except RankLost:  # what it may have answered before stays noted: the next receipt says that it is lost
             return events_pb2.Lease(
                 outcome=common_pb2.LEASE_OUTCOME_DENIED,
                 num_rebuild_tokens=view.session.num_context_tokens,
                 decode_rank=rank_id,
             )
-        lease = _lease(answer, rank_id, asked_at)
-        stored = record_pb2.StoredLease(lease=lease, rank_instance=instance or "")
         await self.sessions.note_lease(tenant, session_id, head=view.session.head, lease=stored)
-        return lease
+        return stored.lease
+
+    async def while_tools_run(
+        self, tenant: TenantId, session_id: SessionId, rank_id: RankId, tools: Sequence[str]
+    ) -> record_pb2.StoredLease | None:
+        """Ask for a lease for as long as the results of these calls usually take; None where nobody answers in time.
+
+        To be asked before the commit, which stores it: a report by the client, who hears of the commit, comes after it.
+        It asks for little importance: what clients ask for themselves gets more room.
+        """
+        with suppress(SeamountError, TimeoutError):
+            async with asyncio.timeout(AUTOMATIC_BUDGET_S):
+                expected_s = await self.waits.expected_s(tenant, tools)
+                return await self._retain(rank_id, session_id, expected_s, common_pb2.LEASE_IMPORTANCE_LOW)
+        return None
+
+    def note_wait(self, tenant: TenantId, before: record_pb2.TurnRecord, came_at: float) -> None:
+        """The turn after ``before`` is committed; it came at ``came_at`` (``time.monotonic()``), perhaps with the
+        results of tools. Counted with nobody waiting."""
+        if not before.pending_tool_calls or not before.HasField("receipt"):
+            return
+        names = [call.name for call in before.pending_tool_calls]
+        wait_s = time.time() - (time.monotonic() - came_at) - before.receipt.finished_at.ToNanoseconds() / 1e9
+
+        async def note() -> None:
+            try:
+                await self.waits.note(tenant, names, wait_s)
+            except SeamountError as error:
+                _LOG.info("tool_wait_not_noted", extra={"reason": error.reason})
+
+        task = asyncio.create_task(note())
+        self._noting.add(task)
+        task.add_done_callback(self._noting.discard)
+
+    async def close(self) -> None:
+        """Wait for what is being noted; bounded by the store's budget."""
+        await asyncio.gather(*self._noting)
+
+    async def _retain(
+        self, rank_id: RankId, session_id: SessionId, duration_s: float, importance: common_pb2.LeaseImportance
+    ) -> record_pb2.StoredLease:
+        instance, asked_at = self.ranks.instance(rank_id), time.time()
+        answer = await self.ranks.client(rank_id).retain(session_id, duration_s=duration_s, importance=importance)
+        return record_pb2.StoredLease(lease=_lease(answer, rank_id, asked_at), rank_instance=instance or "")
 
     def lease_of(self, view: SessionView) -> events_pb2.Lease | None:
         """The session's lease with its state as of now; None where none was asked for since its last turn."""

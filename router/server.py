@@ -30,6 +30,7 @@ from seamount.router.store import Store
 from seamount.router.take_over import OwnerJudge, TakeOver
 from seamount.router.tenants import read_api_keys, router_interceptors
 from seamount.router.token_log import TokenLog
+from seamount.router.tool_waits import ToolWaits
 from seamount.router.turn_maker import TurnMaker
 from seamount.router.turns import Turns
 from seamount.router.watcher import Directory, DirectoryWatcher, Registration
@@ -139,15 +140,14 @@ class RouterServer:
                 spec=spec, model=model, ranks=ranks, rendering=rendering, token_log=token_log, secret=secret
             ),
             followed=FollowedTurns(model=model, sessions=sessions, rendering=rendering),
+            retention=Retention(sessions=sessions, ranks=ranks, waits=ToolWaits(store)),
         )
         inference = InferenceService(spec=spec, model=model, ranks=ranks, rendering=rendering, secret=secret)
         self._turns, self._inference = turns, inference
 
         server = grpc.aio.server(interceptors=router_interceptors(keys), options=_server_options())
         session_pb2_grpc.add_SessionServiceServicer_to_server(
-            SessionService(
-                model=model, sessions=sessions, turns=turns, retention=Retention(sessions=sessions, ranks=ranks)
-            ),
+            SessionService(model=model, sessions=sessions, turns=turns, retention=turns.retention),
             server,
         )
         inference_pb2_grpc.add_InferenceServiceServicer_to_server(inference, server)

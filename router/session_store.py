@@ -180,6 +180,7 @@ class SessionStore:
             turn.num_prompt_tokens,
             turn.num_output_tokens,
             self._log_kept_ms,
+            turn.lease,
         )
         keys = self._keys(tenant, session_id, turn.turn_id)
         left = self.index.removal(turn.owner, tenant, session_id, turn.turn_id)

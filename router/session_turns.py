@@ -224,13 +224,14 @@ class SessionTurns:
         *,
         rank: str,
         num_context_tokens: int,
+        lease: record_pb2.StoredLease | None = None,
         budget_s: float | None = None,
     ) -> SessionView:
         """Append the turn to the history, durably. Repeat it with the same record until it answers: ``Unavailable``
         leaves the outcome open. The session then waits for tools if the record has pending calls.
 
-        rank: the decode rank that holds the session's caches now. Raises ``Aborted`` (STALE_EPOCH) where another
-        attempt holds the session, ``NotFound`` where it was deleted meanwhile.
+        rank: the decode rank that holds the session's caches now; lease: what it answered about keeping them. Raises
+        ``Aborted`` (STALE_EPOCH) where another attempt holds the session, ``NotFound`` where it was deleted meanwhile.
         """
         stored = record.SerializeToString()
         if len(stored) > MAX_RECORD_BYTES:
@@ -261,6 +262,7 @@ class SessionTurns:
                 rank=rank,
                 num_prompt_tokens=record.num_prompt_tokens,
                 num_output_tokens=len(record.output.token_ids),
+                lease=lease.SerializeToString() if lease is not None else b"",
             ),
             budget_s=budget_s,
         )

@@ -123,6 +123,7 @@ class CommitArguments:
     rank: str
     num_prompt_tokens: int
     num_output_tokens: int
+    lease: bytes
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

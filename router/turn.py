@@ -15,6 +15,7 @@ from seamount.router.generation import Generation, deadline_passed
 from seamount.router.history import pending_after, sampled_message
 from seamount.router.messages import ThinkingMode, TurnPlan, tool_calls_to_proto
 from seamount.router.rendering import Rendering
+from seamount.router.retention import Retention
 from seamount.router.session_turns import BegunTurn
 from seamount.router.sessions import Sessions
 from seamount.router.token_log import TurnLog
@@ -34,6 +35,7 @@ class TurnParts:
     """What every turn of a router shares."""
 
     sessions: Sessions
+    retention: Retention
     rendering: Rendering
     tokenizer: Tokenizer
 
@@ -147,14 +149,21 @@ def finished_turn(turn: Turn, ended_by: common_pb2.FinishReason | None, parts: T
 
 async def commit(turn: Turn, record: record_pb2.TurnRecord, parts: TurnParts) -> None:
     """One durable, atomic step; refused if another epoch holds the session."""
-    generation = turn.generation
+    begun, rank = turn.begun, turn.generation.decode_rank if turn.generation is not None else None
+    calls = [call.name for call in record.pending_tool_calls]
+    lease = None
+    if rank is not None and calls:
+        lease = await parts.retention.while_tools_run(begun.tenant, begun.session_id, rank, calls)
     await parts.sessions.commit_turn(
-        turn.begun,
+        begun,
         record,
-        rank=(generation.decode_rank if generation is not None else None) or turn.begun.view.last_rank,
-        num_context_tokens=await parts.rendering.num_context_tokens((*turn.begun.records, record), turn.mode),
+        rank=rank or begun.view.last_rank,
+        num_context_tokens=await parts.rendering.num_context_tokens((*begun.records, record), turn.mode),
+        lease=lease,
         budget_s=COMMIT_BUDGET_S,
     )
+    if turn.generation is not None and begun.records:
+        parts.retention.note_wait(begun.tenant, begun.records[-1], turn.generation.account.started)
 
 
 async def end_without_commit(turn: Turn, error: SeamountError, parts: TurnParts) -> bool:

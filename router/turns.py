@@ -15,6 +15,7 @@ from seamount.router.logged_turn import LogEvents, LoggedTurn
 from seamount.router.messages import checked_messages
 from seamount.router.model import ServedModel
 from seamount.router.rendering import Rendering
+from seamount.router.retention import Retention
 from seamount.router.running_index import IndexedTurn
 from seamount.router.session_turns import BegunTurn
 from seamount.router.sessions import Sessions
@@ -49,6 +50,7 @@ class Turns:
     admission: Admission
     maker: TurnMaker
     followed: FollowedTurns
+    retention: Retention
     _running: dict[TurnId, _Running] = field(default_factory=dict)
     _locks: WeakValueDictionary[tuple[TenantId, SessionId], asyncio.Lock] = field(default_factory=WeakValueDictionary)
     _is_leaving: bool = False
@@ -148,6 +150,7 @@ class Turns:
             running.task.cancel()
         await asyncio.gather(*(running.task for running in self._running.values()), return_exceptions=True)
         await self.followed.stop()
+        await self.retention.close()
 
     def runs(self, turn_id: TurnId) -> bool:
         """Whether this router works on the turn."""
@@ -234,7 +237,12 @@ class Turns:
     async def _run(self, turn: Turn) -> None:
         begun = turn.begun
         running = self._running[begun.turn_id]
-        parts = TurnParts(sessions=self.sessions, rendering=self.rendering, tokenizer=self.model.tokenizer)
+        parts = TurnParts(
+            sessions=self.sessions,
+            retention=self.retention,
+            rendering=self.rendering,
+            tokenizer=self.model.tokenizer,
+        )
         try:
             is_over = await run_turn(turn, parts)
         finally:

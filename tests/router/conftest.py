@@ -25,11 +25,13 @@ from seamount.router.messages import Message, Role, Tool, ToolCall
 from seamount.router.model import ServedModel
 from seamount.router.ranks import Ranks
 from seamount.router.rendering import Rendering
+from seamount.router.retention import Retention
 from seamount.router.sessions import Sessions
 from seamount.router.spec import RouterSpec
 from seamount.router.store import Store
 from seamount.router.token_log import TokenLog
 from seamount.router.tokenizer import Control, Tokenizer
+from seamount.router.tool_waits import ToolWaits
 from seamount.router.turn_maker import TurnMaker
 from seamount.router.turns import Turns
 from seamount.router.watcher import Directory, DirectoryWatcher, Registration
@@ -218,6 +220,7 @@ class ScriptedRank(worker_pb2_grpc.WorkerServiceServicer):
         self.on_reserve: Callable[[worker_pb2.ReserveRequest], Awaitable[worker_pb2.ReserveResponse | None]] | None = (
             None
         )
+        self.on_retain: Callable[[worker_pb2.RetainRequest], Awaitable[None]] | None = None
         self.on_prefill: Callable[[worker_pb2.PrefillRequest], Frames] | None = None
         self.on_generate: Callable[[worker_pb2.WorkerServiceGenerateRequest], Frames] | None = None
         self.is_silent = False
@@ -302,6 +305,8 @@ class ScriptedRank(worker_pb2_grpc.WorkerServiceServicer):
 
     async def Retain(self, request: worker_pb2.RetainRequest, context: Any) -> worker_pb2.RetainResponse:
         self.retained.append(request)
+        if self.on_retain is not None:
+            await self.on_retain(request)
         return self.lease
 
     async def WatchState(self, request: worker_pb2.WatchStateRequest, context: Any) -> Frames:
@@ -402,6 +407,7 @@ def router_turns(store: Store, system: Any, tokenizer: Tokenizer, name: str, **c
             secret=SECRET,
         ),
         followed=FollowedTurns(model=model, sessions=sessions, rendering=rendering),
+        retention=Retention(sessions=sessions, ranks=system.ranks, waits=ToolWaits(store)),
     )
 
 

@@ -9,6 +9,8 @@ from typing import Any
 import pytest
 from google.protobuf import duration_pb2
 
+from seamount.router import retention as retention_module
+from seamount.router import tool_waits
 from seamount.router.retention import Retention
 from seamount.router.store import Store
 from seamount.router.tokenizer import Tokenizer
@@ -31,8 +33,8 @@ async def turns(store: Store, system: Any, tokenizer: Tokenizer, make_turns: Any
 
 
 @pytest.fixture
-def retention(turns: Turns, system: Any) -> Retention:
-    return Retention(sessions=turns.sessions, ranks=system.ranks)
+def retention(turns: Turns) -> Retention:
+    return turns.retention
 
 
 def message(role: int, text: str, **more: Any) -> common_pb2.Message:
@@ -184,3 +186,86 @@ async def test_an_answer_that_comes_after_the_next_turn_is_not_stored(
         await retention.ask(ALICE, before, duration_s=5.0, importance=common_pb2.LEASE_IMPORTANCE_NORMAL)
     assert refused.value.reason == "HEAD_MOVED"
     assert await lease_of(turns, retention, session_id) is None
+
+
+CALL_TEXT = '\n\n<｜DSML｜function_calls>\n<｜DSML｜invoke name="f">\n</｜DSML｜invoke>\n</｜DSML｜function_calls>'
+
+
+@pytest.fixture
+def calling_ids(official_tokenizer: Any, tokenizer: Tokenizer) -> list[int]:
+    """What a model says that calls ``f`` and waits."""
+    return [*official_tokenizer.encode(CALL_TEXT, add_special_tokens=False).ids, tokenizer.eos_token_id]
+
+
+async def calls_a_tool(turns: Turns, system: Any, rank: Any, calling_ids: list[int]) -> SessionId:
+    """A session whose model has called ``f``."""
+
+    async def call(request: worker_pb2.WorkerServiceGenerateRequest) -> AsyncIterator[Any]:
+        for index, token_id in enumerate(calling_ids):
+            yield system.token_frame(token_id, index)
+        yield system.finished_frame(common_pb2.FINISH_REASON_STOP)
+
+    rank.on_generate = call
+    request = session_pb2.CreateSessionRequest(
+        thinking_mode=common_pb2.THINKING_MODE_CHAT, defaults=common_pb2.SamplingParameters(max_output_tokens=500)
+    )
+    session_id = SessionId((await turns.sessions.create(ALICE, request, model="m")).id)
+    finished = await run(turns, session_id, "1", message(common_pb2.ROLE_USER, "hi"))
+    assert finished.reason == common_pb2.FINISH_REASON_TOOL_CALLS
+    rank.on_generate = None
+    return session_id
+
+
+async def answered(turns: Turns, session_id: SessionId) -> events_pb2.Receipt:
+    (call,) = (await turns.sessions.get(ALICE, session_id)).session.pending_tool_calls
+    done = message(common_pb2.ROLE_TOOL, "done", tool_call_id=call.id)
+    sampling = common_pb2.SamplingParameters(max_output_tokens=2)
+    request = session_pb2.RunTurnRequest(session_id=session_id, idempotency_key="2", messages=[done], sampling=sampling)
+    stream = await turns.open(ALICE, request)
+    async with asyncio.timeout(10):
+        told = [event async for batch in stream.follow() for event in batch]
+    return told[-1].finished.receipt
+
+
+async def test_a_turn_that_calls_tools_leases_its_caches_for_as_long_as_these_took(
+    turns: Turns, system: Any, retention: Retention, calling_ids: list[int]
+) -> None:
+    rank = await system.add("decode-a")
+    for _ in range(tool_waits.MIN_WAITS):
+        session_id = await calls_a_tool(turns, system, rank, calling_ids)
+        lease = await lease_of(turns, retention, session_id)
+        assert lease is not None, "stored with the commit"
+        assert lease.state == events_pb2.LEASE_STATE_HELD
+        receipt = await answered(turns, session_id)
+        assert receipt.lease.decode_rank == "decode-a"
+        await retention.close()
+    await calls_a_tool(turns, system, rank, calling_ids)
+    asked = [request.duration.ToMilliseconds() / 1000 for request in rank.retained]
+    assert asked[:-1] == [tool_waits.DEFAULT_WAIT_S] * tool_waits.MIN_WAITS
+    assert asked[-1] < tool_waits.DEFAULT_WAIT_S, "the results came within a moment"
+    assert {request.importance for request in rank.retained} == {common_pb2.LEASE_IMPORTANCE_LOW}
+
+
+async def test_a_rank_that_does_not_answer_costs_the_lease_and_not_the_turn(
+    turns: Turns, system: Any, retention: Retention, calling_ids: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(retention_module, "AUTOMATIC_BUDGET_S", 0.05)
+    rank = await system.add("decode-a")
+
+    async def never(request: Any) -> None:
+        await asyncio.sleep(5)
+
+    rank.on_retain = never
+    session_id = await calls_a_tool(turns, system, rank, calling_ids)
+    assert await lease_of(turns, retention, session_id) is None
+    assert not (await answered(turns, session_id)).HasField("lease")
+
+
+async def test_an_answer_without_calls_asks_for_no_lease(turns: Turns, system: Any, retention: Retention) -> None:
+    rank = await system.add("decode-a")
+    session_id = await waiting(turns)  # the call came from the client, who computed it elsewhere
+    assert not rank.retained
+    await result(turns, session_id)
+    await retention.close()
+    assert await turns.retention.waits.expected_s(ALICE, ["f"]) == tool_waits.DEFAULT_WAIT_S
+    assert not rank.retained
