@@ -2,7 +2,8 @@
 
 A sequence waits (in order of arrival), then runs: its prompt is computed in chunks, then one token a step. When pages
 run out, the youngest sequence gives its pages back and waits again at its old place; what it computed stays cached as
-long as nobody needs the room. The oldest sequence is never preempted for another, so it always moves on.
+long as nobody needs the room. The oldest sequence is never preempted for another, so it always moves on, where leases
+hold the last pages when they end: none is given meanwhile.
 """
 
 from __future__ import annotations
