@@ -12,6 +12,7 @@
 
 from __future__ import annotations
 
+import math
 from array import array
 from collections.abc import Callable
 from heapq import heapify, heappop, heappush
@@ -23,6 +24,9 @@ from seamount.workers.cache.reservation import Reservation, common_prefix_len
 from seamount.workers.cache.retention import Candidate, eviction_key
 from seamount.workers.cache.sessions import Lease, SessionBook, SessionRecord, Tail
 
+AGE_WEIGHT = 1 / 64
+"""Of one evicted page, in the smoothed age."""
+
 
 class Holdings:
     """Not thread-safe: its owner holds the lock. clock: monotonic seconds."""
@@ -32,6 +36,7 @@ class Holdings:
         self._clock = clock
         self._leaves: dict[int, None] = {}
         """Every idle page with nothing cached behind it, and pages that were such before."""
+        self._evicted_age_s, self._evicted_at = 0.0, -math.inf
         self.pool = PagePool(num_pages)
         self.tree = PrefixTree()
         self.sessions = SessionBook(max_left_tokens=4 * num_pages * page_size)
@@ -133,9 +138,22 @@ class Holdings:
         order = [(*self._eviction_key(page, now), page) for page in self._leaves if not self.pool.num_leases(page)]
         heapify(order)
         while self.pool.num_free < num_free:
-            parent = self._evict(heappop(order)[-1])
+            is_current, _, page = heappop(order)
+            if is_current:  # superseded pages go at any age
+                self._note_age(now - self.pool.idle_since(page), now)
+            parent = self._evict(page)
             if parent is not None and self._is_leaf(parent.page) and not self.pool.num_leases(parent.page):
                 heappush(order, (*self._eviction_key(parent.page, now), parent.page))
+
+    def _note_age(self, age_s: float, now: float) -> None:
+        known_s = max(self._evicted_age_s, now - self._evicted_at)
+        self._evicted_age_s = age_s if math.isinf(known_s) else known_s + AGE_WEIGHT * (age_s - known_s)
+        self._evicted_at = now
+
+    def eviction_age_s(self, now: float) -> float:
+        """How long pages that are evicted have been idle, smoothed; at least the time since the last one was; inf while
+        pages are free or none was evicted yet."""
+        return math.inf if self.pool.num_free else max(self._evicted_age_s, now - self._evicted_at)
 
     def _is_leaf(self, page: int) -> bool:
         node = self.tree.at(page)

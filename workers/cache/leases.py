@@ -53,6 +53,7 @@ class Leases:
                 num_leased_pages=pool.num_leased - num_own_alone,
                 num_leases=len(sessions.leases) - (present is not None),
                 is_short=is_short or pool.num_available == 0,
+                eviction_age_s=self._holdings.eviction_age_s(now),
                 prefill_tokens_per_s=prefill_tokens_per_s,
             ),
         )

@@ -22,8 +22,10 @@ INDEXER_PARITY_TOKENS = 74_000
 
 At V3.2's sizes: 2 x 37e9 operations a token against 61 layers x 64 heads x 128 x 2 for each earlier token.
 """
-TYPICAL_WAIT_S = 60.0
-"""Half of the sessions that waited this long are taken to come back."""
+TYPICAL_WAIT_S = 2.5
+"""Of T / (T + idle): four of five come back within 4 T, and of programs' requests that is 10 s (arXiv 2506.02634)."""
+MAX_EVICTION_AGES = 2.0
+"""A lease much longer than unleased pages live here takes more from others than it saves."""
 
 
 class Importance(Enum):
@@ -65,12 +67,14 @@ class LeaseRequest:
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Pressure:
     """The rank as the request comes. num_leased_pages, num_leases: of other sessions; is_short: a sequence that runs
-    here had to give its pages back and waits for room; prefill_tokens_per_s: measured, 0 = not yet."""
+    here had to give its pages back and waits for room; eviction_age_s: how long pages that are evicted now have been
+    idle, inf while none need be; prefill_tokens_per_s: measured, 0 = not yet."""
 
     num_pages: int
     num_leased_pages: int
     num_leases: int
     is_short: bool
+    eviction_age_s: float
     prefill_tokens_per_s: float
 
 
@@ -90,7 +94,8 @@ def decide(request: LeaseRequest, pressure: Pressure) -> LeaseDecision:
     """Whether a session's pages are kept for it, where, and for how long.
 
     The longest lease falls with the share s of pages that would be leased:  MAX_LEASE_S x (1 - s / most), with the most
-    that the importance allows. A lease in force is never shortened by asking again for at least what is left of it.
+    that the importance allows; nor is it longer than MAX_EVICTION_AGES times what other pages live here. A lease in
+    force is never shortened by asking again for at least what is left of it.
     """
     rate = pressure.prefill_tokens_per_s
     rebuild_s = rebuild_cost(0, request.num_tokens) / rate if rate > 0 else 0.0
@@ -117,7 +122,8 @@ def _longest_s(request: LeaseRequest, pressure: Pressure) -> float:
     if pressure.is_short or pressure.num_leases >= MAX_LEASES:
         return 0.0
     share = (pressure.num_leased_pages + request.num_new_pages) / pressure.num_pages
-    return max(0.0, MAX_LEASE_S * (1 - share / MAX_LEASED_SHARE[request.importance]))
+    by_share_s = max(0.0, MAX_LEASE_S * (1 - share / MAX_LEASED_SHARE[request.importance]))
+    return min(by_share_s, MAX_EVICTION_AGES * pressure.eviction_age_s)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -8,7 +8,7 @@ import pytest
 
 from seamount.wire.errors import InvalidArgument, ResourceExhausted
 from seamount.wire.limits import MAX_TOOL_WAIT_S
-from seamount.workers.cache.retention import Importance, LeaseDecision, LeaseOutcome
+from seamount.workers.cache.retention import MAX_EVICTION_AGES, Importance, LeaseDecision, LeaseOutcome
 
 from .conftest import SmallCache
 
@@ -180,3 +180,15 @@ def test_a_bad_duration_is_named(cache: SmallCache, duration_s: float) -> None:
     with pytest.raises(InvalidArgument) as refused:
         retain(cache, "a", duration_s)
     assert refused.value.field == "duration"
+
+
+def test_where_pages_live_short_leases_are_short(make_cache: MakeCache) -> None:
+    cache = make_cache(6)
+    for turn in range(40):  # 3 pages each: whoever comes takes those of the one before the last
+        cache.leave([turn + 1] * 10, session=f"s{turn}")
+        cache.clock.now += 5.0
+    clipped = retain(cache, "s39", 300.0)
+    assert clipped.outcome is LeaseOutcome.CLIPPED
+    assert clipped.duration_s == pytest.approx(MAX_EVICTION_AGES * 10.0, rel=0.01)
+    cache.clock.now += 60.0  # nothing was evicted since
+    assert retain(cache, "s38", 30.0, Importance.HIGH).outcome is LeaseOutcome.ACCEPTED

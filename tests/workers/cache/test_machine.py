@@ -280,7 +280,11 @@ class CacheMachine(RuleBasedStateMachine):
         else:
             assert lease is not None
             assert lease.expires_at == self.now + decision.duration_s
-            self.leased[session] = lease.expires_at, self.epochs.get(session), list(lease.pages)
+            held = [*self.caches._live.values(), *self.caches._ending.values()]
+            if any(reservation.session_id == session for reservation in held):
+                self.leased.pop(session, None)  # it holds what that one is going to leave
+            else:
+                self.leased[session] = lease.expires_at, self.epochs.get(session), list(lease.pages)
 
     @rule(elapsed_s=st.sampled_from([0.2, 0.5, 6.0]))
     def wait(self, elapsed_s: float) -> None:

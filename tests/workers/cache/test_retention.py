@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 
 import pytest
 
 from seamount.workers.cache.retention import (
     INDEXER_PARITY_TOKENS,
+    MAX_EVICTION_AGES,
     MAX_LEASE_S,
     MAX_LEASES,
     MIN_LEASE_S,
@@ -25,7 +27,14 @@ from seamount.workers.cache.retention import (
 )
 
 ASKED = LeaseRequest(num_tokens=640, num_new_pages=10, duration_s=30.0, importance=Importance.NORMAL)
-CALM = Pressure(num_pages=1000, num_leased_pages=0, num_leases=0, is_short=False, prefill_tokens_per_s=1000.0)
+CALM = Pressure(
+    num_pages=1000,
+    num_leased_pages=0,
+    num_leases=0,
+    is_short=False,
+    eviction_age_s=math.inf,
+    prefill_tokens_per_s=1000.0,
+)
 ACCEPTED, CLIPPED, DENIED = LeaseOutcome.ACCEPTED, LeaseOutcome.CLIPPED, LeaseOutcome.DENIED
 
 DECISIONS = [
@@ -44,6 +53,10 @@ DECISIONS = [
     ({}, {"is_short": True}, DENIED, 0.0),
     ({}, {"num_leases": MAX_LEASES - 1}, ACCEPTED, 30.0),
     ({}, {"num_leases": MAX_LEASES}, DENIED, 0.0),
+    ({}, {"eviction_age_s": 30.0 / MAX_EVICTION_AGES}, ACCEPTED, 30.0),
+    ({}, {"eviction_age_s": 5.0}, CLIPPED, 5.0 * MAX_EVICTION_AGES),
+    ({}, {"eviction_age_s": 0.9 / MAX_EVICTION_AGES}, DENIED, 0.0),
+    ({"num_new_pages": 500}, {"eviction_age_s": 0.0}, DENIED, 0.0),
     # What is in force is not shortened by asking again for as much or more, and is by asking for less.
     ({"held_s": 12.0}, {"is_short": True}, CLIPPED, 12.0),
     ({"held_s": 0.3}, {"is_short": True}, CLIPPED, 0.3),
@@ -66,7 +79,14 @@ def test_decisions(
 def test_a_clipped_lease_is_worth_having_or_denied() -> None:
     few = replace(ASKED, duration_s=MIN_LEASE_S, num_new_pages=0)
     assert decide(few, replace(CALM, num_leased_pages=499)).outcome is ACCEPTED
-    tight = Pressure(num_pages=10_000, num_leased_pages=4_995, num_leases=1, is_short=False, prefill_tokens_per_s=0.0)
+    tight = Pressure(
+        num_pages=10_000,
+        num_leased_pages=4_995,
+        num_leases=1,
+        is_short=False,
+        eviction_age_s=math.inf,
+        prefill_tokens_per_s=0.0,
+    )
     assert decide(few, tight).outcome is DENIED
     assert decide(few, tight).rebuild_s == 0.0, "not known yet"
 
@@ -100,7 +120,7 @@ def page(
         (page(100_000, superseded=True, idle_s=0.0), page(0, idle_s=1e6)),
         (page(0, idle_s=11.0), page(0, idle_s=10.0)),
         (page(0), page(64)),
-        (page(0, num=3, idle_s=0.0), page(0, num=64, idle_s=60.0)),
+        (page(0, num=3, idle_s=0.0), page(0, num=64, idle_s=30.0)),
         (page(0, sessions=1), page(0, sessions=2)),
         (page(0, idle_s=60.0), page(INDEXER_PARITY_TOKENS, idle_s=100.0)),
         (page(0, superseded=True, idle_s=11.0), page(0, superseded=True, idle_s=10.0)),
