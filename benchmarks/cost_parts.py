@@ -24,9 +24,10 @@ from torch import Tensor
 from torch.nn.functional import linear, scaled_dot_product_attention
 
 from benchmarks._gpu import Row, publish_gpu, random_fp8, time_us
+from benchmarks.kernels import tiled_pages
 from seamount.kernels import cache_write, gemm, moe
 from seamount.kernels.indexer import mqa_topk_indices, paged_topk_indices
-from seamount.kernels.layout import CacheLayout
+from seamount.kernels.layout import CacheLayout, pack_latent
 from seamount.kernels.norms import rms_norm
 from seamount.kernels.quant import quantize
 from seamount.kernels.rope import apply_rope_interleaved
@@ -177,8 +178,6 @@ def random_slots(rows: int, context: int, pool: int) -> Tensor:
 
 def random_plane(num_pages: int, kind: str) -> Tensor:
     """Pages of random entries of the FP8 layout, finite scales: [num_pages, bytes] uint8."""
-    from seamount.kernels.layout import pack_latent
-
     template = 256
     if kind == "latent":
         entries = torch.randn((template * 64, RANK + ROPE), device="cuda")
@@ -187,7 +186,7 @@ def random_plane(num_pages: int, kind: str) -> Tensor:
         pages = torch.empty((template, 64 * 132), dtype=torch.uint8, device="cuda")
         pages[:, :8192] = random_fp8(template, 8192).view(torch.uint8)
         pages[:, 8192:] = (torch.rand((template, 64), device="cuda") + 0.5).view(torch.uint8).view(template, 256)
-    return pages.repeat(-(-num_pages // template), 1)[:num_pages].contiguous()
+    return tiled_pages(pages, num_pages)
 
 
 def sparse_decode(tokens: int, context: int) -> list[Callable[[], object]]:

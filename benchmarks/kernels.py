@@ -5,14 +5,13 @@ twice the L2; a figure is the median replay divided by the number of sets. Peers
 importable (sgl-flash-mla, sgl-deep-gemm with apache-tvm-ffi); top-k's peer is SGLang's, as published beside
 torch.topk, times what torch.topk takes here. ``bound`` is the ratio to be reached.
 
-    python benchmarks/kernels.py [--only sparse,prefill,indexer] [--quick] [--json]
+    python -m benchmarks.kernels [--only sparse,prefill,indexer] [--quick] [--json]
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import os
 import statistics
 import sys
 from collections.abc import Callable, Iterator
@@ -23,6 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from benchmarks._gpu import deep_gemm_module
 from seamount.kernels.indexer import paged_mqa_logits, paged_topk_indices
 from seamount.kernels.layout import CacheLayout, pack_latent
 from seamount.kernels.sparse_mla import sparse_mla_decode, sparse_mla_prefill
@@ -214,16 +214,6 @@ def spread_indices(queries: int, context: int) -> Tensor:
     at = torch.arange(TOPK, device="cuda")
     first, end = (parts * at).floor(), (parts * (at + 1)).floor()
     return (first + torch.rand((queries, TOPK), device="cuda") * (end - first)).int().clamp_max(context - 1)
-
-
-def deep_gemm_module() -> Any:
-    os.environ.setdefault("DG_JIT_CACHE_DIR", "/tmp/deep_gemm_cache")
-    os.environ.setdefault("CUDA_HOME", "/usr/local/cuda")
-    try:
-        import deep_gemm
-    except ImportError:
-        return None
-    return deep_gemm
 
 
 def indexer_rows(quick: bool) -> Iterator[Row]:

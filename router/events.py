@@ -12,6 +12,7 @@ from seamount.router.deltas import CallArguments, CallFinished, CallStarted, Con
 from seamount.router.parsing import FinishReason, OutputMode, ParsedOutput, TurnParser
 from seamount.router.tokenizer import Tokenizer
 from seamount.v1 import common_pb2, events_pb2
+from seamount.wire.errors import SeamountError, to_status
 from seamount.wire.ids import SessionId, TurnId
 
 
@@ -145,6 +146,11 @@ class TurnEvents:
             failed=failed,
             logprobs=logprobs,
         )
+
+
+def status_of(error: SeamountError) -> common_pb2.Status:
+    """An error as ``TurnEvents.failed`` takes it."""
+    return common_pb2.Status.FromString(to_status(error).SerializeToString())
 
 
 def turn_events(

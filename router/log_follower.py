@@ -12,8 +12,8 @@ from seamount.router.session_view import ReplayedTurn
 from seamount.router.sessions import Sessions
 from seamount.router.stored import LogEntry
 from seamount.router.tokenizer import Tokenizer
-from seamount.router.turn_stream import TurnStream
-from seamount.wire.errors import DataLoss, Internal, NotFound, SeamountError, Unavailable
+from seamount.router.turn_stream import TurnStream, router_leaving
+from seamount.wire.errors import DataLoss, NotFound, SeamountError, Unavailable, defect
 from seamount.wire.ids import SessionId, TenantId, TurnId
 
 _LOG = logging.getLogger(__name__)
@@ -44,10 +44,10 @@ class LogFollower:
         except SeamountError as error:
             failure = error
         except asyncio.CancelledError:
-            failure = Unavailable("this router is leaving; resume elsewhere", reason="ROUTER_LEAVING", retry_after_s=0)
+            failure = router_leaving()
         except Exception:
             _LOG.exception("log_follower_failed", extra={"turn_id": self.turn_id})
-            failure = Internal("a defect of the server; its log says more", reason="INTERNAL")
+            failure = defect()
         finally:
             self.stream.close(failure)
 

@@ -7,14 +7,14 @@ from dataclasses import dataclass, field
 
 from google.protobuf.message import DecodeError
 
-from seamount.router.events import TurnEvents, turn_events
+from seamount.router.events import TurnEvents, status_of, turn_events
 from seamount.router.messages import thinking_mode_from_proto
 from seamount.router.parsing import OutputMode
 from seamount.router.stored import LogEntry
 from seamount.router.token_log import START_ID
 from seamount.router.tokenizer import Tokenizer
 from seamount.v1 import common_pb2, events_pb2, record_pb2, session_pb2
-from seamount.wire.errors import DataLoss, SeamountError, to_status
+from seamount.wire.errors import DataLoss, SeamountError
 from seamount.wire.ids import TurnId
 
 
@@ -105,7 +105,7 @@ class LogEvents:
 
     def failed(self, error: SeamountError) -> events_pb2.TurnEvent:
         """The last event of the turn, did it fail now."""
-        return self._events.failed(common_pb2.Status.FromString(to_status(error).SerializeToString()))
+        return self._events.failed(status_of(error))
 
 
 def started_event(events: TurnEvents, session: session_pb2.Session, logged: LoggedTurn) -> events_pb2.TurnEvent:

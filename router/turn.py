@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from contextlib import aclosing, suppress
 from dataclasses import dataclass, field
 
-from seamount.router.events import TurnEvents
+from seamount.router.events import TurnEvents, status_of
 from seamount.router.generation import Generation, deadline_passed
 from seamount.router.history import pending_after, sampled_message
 from seamount.router.messages import ThinkingMode, TurnPlan, tool_calls_to_proto
@@ -20,9 +20,9 @@ from seamount.router.session_turns import BegunTurn
 from seamount.router.sessions import Sessions
 from seamount.router.token_log import TurnLog
 from seamount.router.tokenizer import Tokenizer
-from seamount.router.turn_stream import TurnStream
+from seamount.router.turn_stream import TurnStream, router_leaving
 from seamount.v1 import common_pb2, events_pb2, record_pb2, worker_pb2
-from seamount.wire.errors import Aborted, Cancelled, Internal, NotFound, SeamountError, Unavailable, to_status
+from seamount.wire.errors import Aborted, Cancelled, NotFound, SeamountError, Unavailable, defect
 
 _LOG = logging.getLogger(__name__)
 COMMIT_BUDGET_S = 30.0
@@ -89,8 +89,7 @@ async def run_turn(turn: Turn, parts: TurnParts) -> bool:
         return await end_without_commit(turn, _reason(error), parts)
     except Exception:
         _LOG.exception("turn_failed", extra={"turn_id": turn.begun.turn_id})
-        defect = Internal("a defect of the server; its log says more", reason="INTERNAL")
-        return await end_without_commit(turn, defect, parts)
+        return await end_without_commit(turn, defect(), parts)
     finally:
         turn.log.drop()
         if turn.generation is not None:
@@ -211,7 +210,7 @@ async def hand_over(turn: Turn, parts: TurnParts) -> bool:
     turn.is_ending = True
     with suppress(SeamountError):  # else it is found once this router is seen to have left
         await parts.sessions.release_turn(turn.begun, budget_s=FAIL_BUDGET_S)
-    turn.stream.close(Unavailable("this router is leaving; resume elsewhere", reason="ROUTER_LEAVING", retry_after_s=0))
+    turn.stream.close(router_leaving())
     return True
 
 
@@ -219,7 +218,7 @@ def _last_events(turn: Turn, error: SeamountError) -> Sequence[events_pb2.TurnEv
     turn.events.told_until(turn.stream.last_sequence)
     if isinstance(error, Cancelled):
         return turn.events.cancelled(turn.num_prompt_tokens if turn.stream.last_sequence else 0)
-    return [turn.events.failed(common_pb2.Status.FromString(to_status(error).SerializeToString()))]
+    return [turn.events.failed(status_of(error))]
 
 
 def _outcome_unknown(failure: Unavailable) -> Unavailable:

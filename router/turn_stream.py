@@ -6,7 +6,7 @@ import asyncio
 from collections.abc import AsyncGenerator, Callable, Sequence
 
 from seamount.v1 import events_pb2
-from seamount.wire.errors import OutOfRange, SeamountError
+from seamount.wire.errors import OutOfRange, SeamountError, Unavailable
 
 MAX_EVENTS_PER_BATCH = 256
 """A long turn's events, told at once to one who comes late, would not fit into a message."""
@@ -89,3 +89,8 @@ class TurnStream:
         for waiter in self._waiters:
             if not waiter.done():
                 waiter.set_result(None)
+
+
+def router_leaving() -> Unavailable:
+    """What closes the streams of a router that stops: their turns go on elsewhere."""
+    return Unavailable("this router is leaving; resume elsewhere", reason="ROUTER_LEAVING", retry_after_s=0)

@@ -195,6 +195,11 @@ def from_rpc_error(error: grpc.RpcError) -> SeamountError:
     return _make(cls, call.details() or code.name, code.name, None, None, {})
 
 
+def defect() -> Internal:
+    """What a client hears of an exception that nobody expected; the log has the rest."""
+    return Internal("a defect of the server; its log says more", reason="INTERNAL")
+
+
 def trailing_metadata(error: SeamountError) -> tuple[tuple[str, bytes], ...]:
     """The trailers that carry the Status beside gRPC's own code and message."""
     return ((_STATUS_KEY, to_status(error).SerializeToString()),)

@@ -15,7 +15,7 @@ import grpc
 from google.protobuf.message import DecodeError
 
 from seamount.wire.credentials import digest, presented_secret
-from seamount.wire.errors import Internal, InvalidArgument, SeamountError, Unauthenticated, trailing_metadata
+from seamount.wire.errors import InvalidArgument, SeamountError, Unauthenticated, defect, trailing_metadata
 
 _log = logging.getLogger("seamount.rpc")
 
@@ -158,7 +158,7 @@ async def _watched(name: str, context: Context, run: Callable[[], Awaitable[Any]
     except Exception:
         outcome = grpc.StatusCode.INTERNAL
         _log.exception("rpc_failed", extra={"method": name})
-        await abort(context, Internal("a defect of the server; its log says more", reason="INTERNAL"))
+        await abort(context, defect())
     finally:
         extra = {"method": name, "code": getattr(outcome, "name", str(outcome)), "s": time.monotonic() - started}
         _log.info("rpc_finished", extra=extra)
