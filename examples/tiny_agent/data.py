@@ -64,8 +64,9 @@ def batches(
     mixture: Mixture = SHORT,
     num_workers: int = 0,
     first_batch: int = 0,
+    stride: int = 1,
 ) -> Iterator[Batch]:
-    """Endless batches, from index ``first_batch`` on.
+    """Endless batches: ``first_batch`` and every ``stride``-th one after it.
 
     num_workers: processes that work ahead, two batches each; 0 makes batches in this process. Close the iterator (or
     drop it) to end the workers.
@@ -75,14 +76,14 @@ def batches(
         index = first_batch
         while True:
             yield make_batch(shape, index)
-            index += 1
+            index += stride
     with multiprocessing.get_context("spawn").Pool(num_workers, initializer=begin_worker) as pool:
-        ahead = deque(pool.apply_async(packed_batch, (shape, first_batch + i)) for i in range(2 * num_workers))
-        index = first_batch + len(ahead)
+        ahead = deque(pool.apply_async(packed_batch, (shape, first_batch + i * stride)) for i in range(2 * num_workers))
+        index = first_batch + len(ahead) * stride
         while True:
             packed = ahead.popleft().get()
             ahead.append(pool.apply_async(packed_batch, (shape, index)))
-            index += 1
+            index += stride
             yield unpacked(packed)
 
 

@@ -28,15 +28,19 @@ SELECTION_ROWS = 2048
 
 
 class Rows:
-    """Packed documents of one batch. document_ids: [B, T] int, negative in padding, which comes last in a row."""
+    """Packed documents of one batch. document_ids: [B, T] int, negative in padding, which comes last in a row.
 
-    def __init__(self, document_ids: Tensor, positions: Tensor) -> None:
+    num_tokens: of the batch that L is a mean over, where these rows are a part of it; None where they are all of it.
+    """
+
+    def __init__(self, document_ids: Tensor, positions: Tensor, num_tokens: float | None = None) -> None:
         batch, length = document_ids.shape
         self.real = document_ids >= 0
         self.numbers = torch.arange(length, device=document_ids.device).expand(batch, -1)
         """[B, T]: of each row in its sequence."""
         self.starts = torch.where(self.real, self.numbers - positions, self.numbers)
         """[B, T]: the first token that each one sees; padding sees itself."""
+        self.num_tokens = num_tokens
 
     def draw(self, generator: torch.Generator) -> Tensor:
         """One row of every ``ROW_STRIDE``, at random: [B, T / ROW_STRIDE] int64, ascending."""
@@ -157,7 +161,8 @@ def learn(
         drawn_angles = (angles[0][own, drawn], angles[1][own, drawn])
         q, heads = index.queries(projected.x[own, drawn], projected.q_latent[own, drawn], drawn_angles)
         scores = index_scores(q, index.keys(projected.x, angles), heads, starts, drawn)
-        loss = divergence(mass, scores, allowed, weight / weight.sum().clamp_min(1.0))
+        count = weight.sum().clamp_min(1.0) if rows.num_tokens is None else rows.num_tokens / ROW_STRIDE
+        loss = divergence(mass, scores, allowed, weight / count)
         loss.backward()
     return loss.detach()
 

@@ -12,6 +12,7 @@ from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedCo
 
 from examples.tiny_agent.export import save_checkpoint, write_json
 from examples.tiny_agent.model import Model
+from examples.tiny_agent.parallel import Ranks
 
 STATE = "training.json"
 METRICS = "metrics.jsonl"
@@ -21,12 +22,13 @@ OnMetrics = Callable[[dict[str, Any]], None]
 
 
 class Recorder:
-    """Writes into a run's folder. earlier_runs: those that led to this one, oldest first."""
+    """Writes into a run's folder, as the first of its ranks. earlier_runs: those that led to this one, oldest first."""
 
     def __init__(
-        self, model: Model, out: Path, *, seed: int, earlier_runs: list[dict[str, Any]], bar: Progress
+        self, model: Model, out: Path, *, seed: int, earlier_runs: list[dict[str, Any]], bar: Progress, ranks: Ranks
     ) -> None:
         self._model, self._out, self._seed, self._runs, self._bar = model, out, seed, list(earlier_runs), bar
+        self._writes, self._num_ranks = ranks.rank == 0, ranks.size
         self._stage, self._first, self._step, self._total = "", 0, 0, 0
         self._began = self._saved = time.monotonic()
         self._task = TaskID(0)
@@ -41,6 +43,8 @@ class Recorder:
     def metrics(self, values: dict[str, Any]) -> None:
         """A line of metrics, at a step that it names."""
         self._step = values["step"]
+        if not self._writes:
+            return
         with (self._out / METRICS).open("a", encoding="utf-8") as file:
             file.write(json.dumps(values) + "\n")
         self._bar.update(self._task, completed=self._step, figures=_figures(values))
@@ -51,11 +55,16 @@ class Recorder:
         """The run leaves the stage at ``step``. tokenizer: goes into a folder that is to be served."""
         self._step = step
         self._runs.append(self._entry())
+        if not self._writes:
+            return
         self._save(self._runs, tokenizer)
+        self._bar.console.print(f"{self._stage}: {step} of {self._total} steps; saved in {self._out}")
 
     def _entry(self) -> dict[str, Any]:
         seconds = round(time.monotonic() - self._began)
-        return {"stage": self._stage, "steps": [self._first, self._step], "seed": self._seed, "seconds": seconds}
+        steps = [self._first, self._step]
+        ranks = self._num_ranks
+        return {"stage": self._stage, "steps": steps, "seed": self._seed, "ranks": ranks, "seconds": seconds}
 
     def _save(self, runs: list[dict[str, Any]], tokenizer: Path | None = None) -> None:
         save_checkpoint(self._model, self._out, tokenizer)
@@ -64,9 +73,10 @@ class Recorder:
         self._saved = time.monotonic()
 
 
-def progress_bar() -> Progress:
+def progress_bar(*, disable: bool = False) -> Progress:
     columns = (BarColumn(), TextColumn("{task.completed}/{task.total}"), TimeElapsedColumn(), TimeRemainingColumn())
-    return Progress(TextColumn("{task.description}"), *columns, TextColumn("{task.fields[figures]}"))
+    figures = TextColumn("{task.fields[figures]}")
+    return Progress(TextColumn("{task.description}"), *columns, figures, disable=disable)
 
 
 def _figures(values: dict[str, Any]) -> str:

@@ -10,6 +10,7 @@ the sampling returned, every sampled token weighing the same. The indexers stay 
 from __future__ import annotations
 
 import random
+import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol, TypeVar
@@ -27,6 +28,7 @@ from examples.tiny_agent.indexing import Rows, SelectedAttention
 from examples.tiny_agent.model import Model
 from examples.tiny_agent.objectives import policy_loss
 from examples.tiny_agent.optimizer import Optimizer
+from examples.tiny_agent.parallel import Ranks
 from examples.tiny_agent.rollouts import Reply, Rollouts
 from examples.tiny_agent.stages import Kind, trained_parameters
 from examples.tiny_agent.tasks import MAKERS, make_task
@@ -158,11 +160,15 @@ def _packed_block(rows: Sequence[Sequence[tuple[Transcript, float]]], length: in
     return Packed(*(torch.from_numpy(array).to(device) for array in arrays))
 
 
-def draw_attempts(step: int, *, seed: int, tokenizer: Tokenizer) -> list[Episode]:
-    """``GROUP`` episodes of each task of a step, groups together; all kinds of tasks but needles."""
+def draw_attempts(step: int, *, seed: int, tokenizer: Tokenizer, ranks: Ranks) -> list[Episode]:
+    """``GROUP`` episodes of each task of a step that is this rank's, groups together; all kinds but needles."""
     history = History(tokenizer, "reinforcement")
     kinds = random.Random(repr((seed, step))).choices(list(MAKERS), k=TASKS)
-    tasks = [make_task(kind, split=Split.TRAINING, seed=seed, index=step * TASKS + i) for i, kind in enumerate(kinds)]
+    own = ranks.share(TASKS)
+    tasks = [
+        make_task(kinds[i], split=Split.TRAINING, seed=seed, index=step * TASKS + i)
+        for i in range(ranks.rank * own, (ranks.rank + 1) * own)
+    ]
     return [Episode(task, tokenizer, history) for task in tasks for _ in range(GROUP)]
 
 
@@ -176,46 +182,58 @@ def reward(episode: Episode) -> float:
 
 
 class Reinforcement:
-    """model: on the device where it trains, after the sparse stage."""
+    """model: on the device where it trains, after the sparse stage. ranks: each attempts tasks of its own."""
 
-    def __init__(self, model: Model, *, seed: int) -> None:
-        self.model = model
+    def __init__(self, model: Model, *, seed: int, ranks: Ranks | None = None) -> None:
+        self.model, self._ranks = model, ranks or Ranks()
         self._device = model.embed_tokens.device
         trained = trained_parameters(model, Kind.DENSE)
+        self._trained = [*trained.matrices, *trained.others]
         self._optimizer = Optimizer(trained.matrices, trained.others, weight_decay=0.0)
-        self._generator = torch.Generator(device=self._device).manual_seed(seed)
+        # Ranks draw differently.
+        self._generator = torch.Generator(device=self._device).manual_seed(seed * self._ranks.size + self._ranks.rank)
         served = served_model(model)
-        self._rollouts = Rollouts(served, num_conversations=TASKS * GROUP, max_tokens=DENSE_LENGTH)
+        conversations = self._ranks.share(TASKS) * GROUP
+        self._rollouts = Rollouts(served, num_conversations=conversations, max_tokens=DENSE_LENGTH)
 
     def step(self, attempts: Sequence[Tried], judge: Callable[[Tried], float]) -> dict[str, float]:
-        """Sample, judge, update. attempts: the groups one after the other; judge: the reward of one that is over."""
+        """Sample, judge, update; returns figures over all ranks.
+
+        attempts: this rank's groups one after the other; judge: the reward of one that is over.
+        """
+        began = time.monotonic()
         transcripts = attempt(attempts, self._rollouts, max_tokens=DENSE_LENGTH, generator=self._generator)
         rewards = [judge(tried) for tried in attempts]
         weights = advantages(rewards, GROUP)
         samples = [(one, weight) for many, weight in zip(transcripts, weights, strict=True) for one in many]
-        useful = [sample for sample in samples if sample[1] != 0]
-        loss, clipped, num_sampled = self._update(useful)
+        mixed = float(np.asarray(weights).reshape(-1, GROUP).any(1).sum())
+        sampled_s = time.monotonic() - began
+        loss, clipped, num_sampled = self._update([sample for sample in samples if sample[1] != 0])
         self._rollouts.use(served_model(self.model))
+        total, count, mixed, loss, clipped = self._ranks.totals(sum(rewards), len(rewards), mixed, loss, clipped)
         return {
-            "reward": float(np.mean(rewards)),
-            "mixed_groups": float(np.asarray(weights).reshape(-1, GROUP).any(1).mean()),
+            "reward": total / count,
+            "mixed_groups": mixed * GROUP / count,
             "loss": loss,
-            "clipped": clipped / max(1, num_sampled),
-            "sampled_tokens": float(num_sampled),
+            "clipped": clipped / max(1.0, num_sampled),
+            "learnt_tokens": num_sampled,
+            "sampling_s": round(sampled_s, 2),
         }
 
-    def _update(self, samples: Sequence[tuple[Transcript, float]]) -> tuple[float, float, int]:
-        num_sampled = sum(int((~np.isnan(one.drawn)).sum()) for one, _ in samples)
+    def _update(self, samples: Sequence[tuple[Transcript, float]]) -> tuple[float, float, float]:
+        """Returns this rank's part of the loss, its clipped tokens, and the sampled tokens of all ranks."""
+        (num_sampled,) = self._ranks.totals(sum(int((~np.isnan(one.drawn)).sum()) for one, _ in samples))
         loss, clipped = torch.zeros((), device=self._device), torch.zeros((), device=self._device)
         for block in packed(samples, DENSE_LENGTH, self._device):
             part, some = policy_gradient(self.model, block, num_sampled)
             loss, clipped = loss + part, clipped + some
         if num_sampled:
+            self._ranks.sum_gradients(self._trained)
             self._optimizer.step(MATRIX_LR, OTHER_LR)
         return float(loss), float(clipped), num_sampled
 
 
-def policy_gradient(model: Model, block: Packed, num_sampled: int) -> tuple[Tensor, Tensor]:
+def policy_gradient(model: Model, block: Packed, num_sampled: float) -> tuple[Tensor, Tensor]:
     """Add the gradient of the policy loss over ``num_sampled``; returns this block's part of it, and clipped tokens."""
     attend = SelectedAttention(
         Rows(block.document_ids, block.positions), model.config.index_topk, model.config.softmax_scale, None

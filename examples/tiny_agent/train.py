@@ -3,6 +3,8 @@
 The same command again goes on where the folder stands, through the stages dense, long, indexer, sparse and
 reinforce.
 
+Started by torchrun, one process a GPU shares every step's sequences; the steps stay the same.
+
 A run writes a Hugging Face checkpoint of its weights, training.json (where it stands) and metrics.jsonl into its
 folder: under 30 MB, in files under 16 MiB. The optimiser's moments are not saved: a resumed run raises the learning
 rates anew over a few steps. The last stage adds the tokenizer: its folder can be served.
@@ -19,13 +21,13 @@ from typing import Annotated, Any
 
 import torch
 import typer
-from rich.console import Console
 
 from examples.tiny_agent.config import model_config
 from examples.tiny_agent.data import batches
 from examples.tiny_agent.documents import TOKENIZER
 from examples.tiny_agent.export import load_checkpoint
 from examples.tiny_agent.model import Model
+from examples.tiny_agent.parallel import Ranks
 from examples.tiny_agent.progress import STATE, OnMetrics, Recorder, progress_bar
 from examples.tiny_agent.reinforce import STEPS, Reinforcement, draw_attempts, reward
 from examples.tiny_agent.stages import STAGES
@@ -35,6 +37,8 @@ from seamount.router.tokenizer import Tokenizer
 EPILOG = """Examples:
 
   python -m examples.tiny_agent.train --out runs/tiny-agent --minutes 9
+
+  torchrun --standalone --nproc-per-node 2 -m examples.tiny_agent.train --out runs/tiny-agent
 
   python -m examples.tiny_agent.train --out runs/sparse --stage sparse --resume runs/indexer
 """
@@ -46,7 +50,7 @@ app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Limits:
     """seed: of batches, drawn rows, tasks and samples. deadline: on the monotonic clock. steps: of a stage in this run
-    at the most. workers: processes that make batches."""
+    at the most. workers: processes that make batches, for each rank."""
 
     seed: int
     deadline: float
@@ -71,7 +75,7 @@ def main(
     minutes: Annotated[float, typer.Option(help="Stop after so long, start-up included.")] = 9.0,
     steps: Annotated[int, typer.Option(help="Stop after so many steps of a stage.")] = 1_000_000,
     seed: Annotated[int, typer.Option(help="Of the initial weights, the batches and whatever is drawn.")] = 1,
-    workers: Annotated[int, typer.Option(help="Processes that make batches; 0 makes them in this one.")] = 14,
+    workers: Annotated[int, typer.Option(help="Processes that make batches, for each GPU; 0: none but this one.")] = 14,
     device: Annotated[str, typer.Option(help="cuda or cpu.")] = "cuda",
 ) -> None:
     deadline = time.monotonic() + 60 * minutes
@@ -79,6 +83,7 @@ def main(
         raise typer.BadParameter(f"{stage!r} is unknown; choose one of {', '.join(ORDER)}", param_hint="--stage")
     if resume is None and (out / STATE).exists():
         resume = out
+    ranks = Ranks.join(device)
     torch.manual_seed(seed)
     model = Model(model_config())
     standing = Standing(stage=ORDER[0], step=0, runs=[]) if resume is None else _resumed(model, resume)
@@ -87,51 +92,53 @@ def main(
         raise typer.BadParameter(f"{told}; {stage} cannot be run now", param_hint="--stage")
     model.to(device)
     limits = Limits(seed=seed, deadline=deadline, steps=steps, workers=workers)
-    with progress_bar() as bar:
-        recorder = Recorder(model, out, seed=seed, earlier_runs=standing.runs, bar=bar)
+    with progress_bar(disable=ranks.rank > 0) as bar:
+        recorder = Recorder(model, out, seed=seed, earlier_runs=standing.runs, bar=bar, ranks=ranks)
         step = standing.step
         for name in ORDER[ORDER.index(standing.stage) :]:
             total = _total(name)
             recorder.begin(name, step, total)
-            step = _run_stage(model, name, step, limits, recorder.metrics)
+            step = _run_stage(model, name, step, limits, ranks, recorder.metrics)
             complete = name == ORDER[-1] and step == total
             recorder.end(step, tokenizer=TOKENIZER if complete else None)
-            Console().print(f"{name}: {step} of {total} steps; saved in {out}")
-            if stage is not None or step < total or time.monotonic() > deadline:
-                return
+            if stage is not None or step < total:
+                break
             step = 0
+    ranks.leave()
 
 
 def _total(stage: str) -> int:
     return STEPS if stage == REINFORCE else STAGES[stage].steps
 
 
-def _run_stage(model: Model, stage: str, step: int, limits: Limits, on_metrics: OnMetrics) -> int:
+def _run_stage(model: Model, stage: str, step: int, limits: Limits, ranks: Ranks, on_metrics: OnMetrics) -> int:
     """From a step of the stage on; returns the step reached."""
     if stage == REINFORCE:
-        return _reinforce(model, step, limits, on_metrics)
+        return _reinforce(model, step, limits, ranks, on_metrics)
     plan = STAGES[stage]
-    training = Training(model, plan, seed=limits.seed, step=step)
+    training = Training(model, plan, seed=limits.seed, step=step, ranks=ranks)
     feeding = batches(
         seed=limits.seed,
         sequence_length=plan.sequence_length,
-        batch_size=plan.batch_size,
+        batch_size=ranks.share(plan.batch_size),
         mixture=plan.mixture,
         num_workers=limits.workers,
-        first_batch=step,
+        first_batch=step * ranks.size + ranks.rank,
+        stride=ranks.size,
     )
     with closing(feeding):
         training.run(feeding, deadline=limits.deadline, max_steps=limits.steps, on_metrics=on_metrics)
     return training.step
 
 
-def _reinforce(model: Model, step: int, limits: Limits, on_metrics: OnMetrics) -> int:
+def _reinforce(model: Model, step: int, limits: Limits, ranks: Ranks, on_metrics: OnMetrics) -> int:
     tokenizer = Tokenizer.load(TOKENIZER)
-    reinforcement = Reinforcement(model, seed=limits.seed * 1_000_003 + step)
+    reinforcement = Reinforcement(model, seed=limits.seed * 1_000_003 + step, ranks=ranks)
     last = min(STEPS, step + limits.steps)
-    while step < last and time.monotonic() < limits.deadline:
+    while step < last and not ranks.any(time.monotonic() >= limits.deadline):
         began = time.monotonic()
-        metrics = reinforcement.step(draw_attempts(step, seed=limits.seed, tokenizer=tokenizer), reward)
+        attempts = draw_attempts(step, seed=limits.seed, tokenizer=tokenizer, ranks=ranks)
+        metrics = reinforcement.step(attempts, reward)
         step += 1
         on_metrics({"stage": REINFORCE, "step": step, **metrics, "seconds": round(time.monotonic() - began, 2)})
     return step

@@ -18,6 +18,7 @@ from examples.tiny_agent.indexing import IndexerWarmUp, Rows, SelectedAttention
 from examples.tiny_agent.model import Angles, Attend, Model, MoE
 from examples.tiny_agent.objectives import HeadSums, cross_entropy
 from examples.tiny_agent.optimizer import Optimizer
+from examples.tiny_agent.parallel import Ranks
 from examples.tiny_agent.stages import BALANCE_SPEED, Kind, Stage, trained_parameters
 
 LOG_EVERY = 10
@@ -25,7 +26,7 @@ LOG_EVERY = 10
 
 @dataclass(slots=True)
 class Sums:
-    """Over the steps since the last line of metrics; tensors stay on the device until then."""
+    """This rank's, over the steps since the last line of metrics; tensors stay on the device until then."""
 
     totals: dict[str, Tensor | float] = field(default_factory=dict)
 
@@ -34,20 +35,25 @@ class Sums:
             kept = value.detach() if isinstance(value, Tensor) else value
             self.totals[name] = self.totals.get(name, 0.0) + kept
 
-    def take(self) -> dict[str, float]:
-        taken = {name: float(value) for name, value in self.totals.items()}
+    def take(self, ranks: Ranks) -> dict[str, float]:
+        """Those of all ranks."""
+        totals = ranks.totals(*(float(value) for value in self.totals.values()))
+        taken = dict(zip(self.totals, totals, strict=True))
         self.totals.clear()
         return taken
 
 
 class Training:
-    """model: on the device where it trains, in float32. step: of the stage, where an earlier run stopped."""
+    """model: on the device where it trains, in float32. step: of the stage, where an earlier run stopped. ranks: those
+    that train together; each is given its own sequences."""
 
-    def __init__(self, model: Model, stage: Stage, *, seed: int, step: int = 0) -> None:
+    def __init__(self, model: Model, stage: Stage, *, seed: int, step: int = 0, ranks: Ranks | None = None) -> None:
         self.model, self.stage, self.step = model, stage, step
         self._device = model.embed_tokens.device
         self._first_step = step
+        self._ranks = ranks or Ranks()
         trained = trained_parameters(model, stage.kind)
+        self._trained = [*trained.matrices, *trained.others]
         self._optimizer = Optimizer(trained.matrices, trained.others)
         # The rows that the indexer learns from depend on the step alone, not on where runs were cut.
         self._generator = torch.Generator(device=self._device)
@@ -65,12 +71,11 @@ class Training:
         """Train until the stage is done, ``max_steps`` were made, or ``time.monotonic()`` reaches ``deadline``."""
         last = self.stage.steps if max_steps is None else min(self.stage.steps, self.step + max_steps)
         logged = time.monotonic()
-        while self.step < last and time.monotonic() < deadline:
+        while self.step < last and not self._ranks.any(time.monotonic() >= deadline):
             self.train(feed(next(batches), self._device))
             if self.step % LOG_EVERY == 0 or self.step == last:
-                metrics = self._metrics(time.monotonic() - logged)  # waits for the device
+                on_metrics(self._metrics(logged))
                 logged = time.monotonic()
-                on_metrics(metrics)
 
     def train(self, batch: Fed) -> None:
         """One step."""
@@ -80,14 +85,15 @@ class Training:
             self._train_indexer(batch, angles)
         else:
             self._train_model(batch, angles)
+        self._ranks.sum_gradients(self._trained)
         factor = self.stage.lr_factor(self.step, self.step - self._first_step)
         self._optimizer.step(factor * self.stage.matrix_lr, factor * self.stage.other_lr)
         flops = training_flops(self.model.config, self.stage.kind, batch)
-        self._sums.add(steps=1.0, tokens=float(batch.num_tokens), flops=flops)
+        self._sums.add(steps=1.0 / self._ranks.size, tokens=float(batch.num_tokens), flops=flops)
         self.step += 1
 
     def _train_indexer(self, batch: Fed, angles: Angles) -> None:
-        rows = Rows(batch.document_ids, batch.positions)
+        rows = self._rows(batch)
         scale = self.model.config.softmax_scale
         attend = IndexerWarmUp(rows, DenseAttention(batch.document_ids, scale), scale, self._generator)
         with torch.no_grad():
@@ -101,12 +107,14 @@ class Training:
         merged, load = self.model.forward_mtp(hidden, batch.tokens.roll(-1, 1), angles, attend)
         own = self._predict(self.model.head_input(hidden), batch.next_tokens)
         ahead = self._predict(merged, batch.after_next)
-        loss = own.loss / max(1, batch.next_tokens.count)
-        mtp_loss = ahead.loss / max(1, batch.after_next.count)
+        count, count_ahead = self._ranks.totals(batch.next_tokens.count, batch.after_next.count)
+        loss, mtp_loss = own.loss / max(1.0, count), ahead.loss / max(1.0, count_ahead)
         (loss + self.stage.mtp_weight * mtp_loss).backward()
-        imbalance = balance(self.model, [*loads, load])
-        self._sums.add(loss=loss, mtp_loss=mtp_loss, imbalance=imbalance)
-        self._sums.add(accuracy=own.seen / max(1, batch.next_tokens.count))
+        loads.append(load)
+        self._ranks.sum(loads)
+        imbalance = balance(self.model, loads) / self._ranks.size
+        accuracy = own.seen / max(1.0, count)
+        self._sums.add(loss=loss, mtp_loss=mtp_loss, imbalance=imbalance, accuracy=accuracy)
         if isinstance(attend, SelectedAttention):
             self._sums.add(divergence=attend.divergence)
 
@@ -114,15 +122,20 @@ class Training:
         scale = self.model.config.softmax_scale
         if self.stage.kind is Kind.DENSE:
             return DenseAttention(batch.document_ids, scale)
-        rows = Rows(batch.document_ids, batch.positions)
+        rows = self._rows(batch)
         return SelectedAttention(rows, self.model.config.index_topk, scale, self._generator)
+
+    def _rows(self, batch: Fed) -> Rows:
+        return Rows(batch.document_ids, batch.positions, self._ranks.totals(batch.num_tokens)[0])
 
     def _predict(self, hidden: Tensor, targets: Targets) -> HeadSums:
         rows = hidden.flatten(0, 1).index_select(0, targets.rows)
         return cross_entropy(rows, self.model.lm_head, targets.tokens, targets.weights)
 
-    def _metrics(self, seconds: float) -> dict[str, Any]:
-        sums = self._sums.take()
+    def _metrics(self, since: float) -> dict[str, Any]:
+        """Of all ranks' steps since a time; waits for the device."""
+        sums = self._sums.take(self._ranks)
+        seconds = time.monotonic() - since
         steps, tokens, flops = (sums.pop(name) for name in ("steps", "tokens", "flops"))
         means = {name: value / steps for name, value in sums.items()}
         if "divergence" in means:
@@ -132,7 +145,7 @@ class Training:
             "step": self.step,
             **{name: round(value, 5) for name, value in means.items()},
             "tokens_per_s": round(tokens / seconds),
-            "mfu": round(flops / seconds / H100_BF16_FLOPS, 4),
+            "mfu": round(flops / seconds / (self._ranks.size * H100_BF16_FLOPS), 4),
             "seconds": round(seconds, 3),
         }
 
