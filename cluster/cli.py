@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from enum import StrEnum
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -22,6 +23,13 @@ from seamount.wire.errors import InvalidArgument, SeamountError
 
 if TYPE_CHECKING:  # commands import what they need: --help is quick
     from seamount.router.client import Client
+
+
+class ContextChoice(StrEnum):
+    ERROR = "error"
+    DISCARD_TOOL_RESULTS = "discard-tool-results"
+    DISCARD_ALL = "discard-all"
+
 
 EXIT_FAILED, EXIT_USAGE, EXIT_INTERRUPTED = 1, 2, 130
 
@@ -185,6 +193,10 @@ def chat(
     address: Address = None,
     session: Annotated[str | None, typer.Option(help="Go on with this session instead of a new one.")] = None,
     tools: Annotated[Path | None, typer.Option(help="JSON list of functions that the model may call.")] = None,
+    context_policy: Annotated[
+        ContextChoice | None,
+        typer.Option(help="When the prompt fills 80% of the context: error, or discard results or all calls of tools."),
+    ] = None,
     thinking: Annotated[bool, typer.Option(help="Let the model think before it answers.")] = True,
     temperature: Annotated[float | None, typer.Option(help="0 = greedy; absent = the deployment's.")] = None,
     seed: Annotated[int | None, typer.Option(help="The same one gives the same answers.")] = None,
@@ -202,9 +214,10 @@ def chat(
       seamount chat
       seamount chat --tools tools.json --temperature 0
       seamount chat --session SESSION_ID
+      seamount chat --session SESSION_ID --context-policy discard-all
     """
     from seamount.cluster.chat import Chat, read_tools
-    from seamount.router.client import Sampling, ThinkingMode
+    from seamount.router.client import ContextPolicy, Sampling, ThinkingMode
 
     first = [] if tools is None else [read_tools(tools)]
     if first and session is not None:
@@ -213,7 +226,13 @@ def chat(
     console = Console()
     with _connect(config, address, tls_ca, tls_certificate, tls_key) as client:
         mode = ThinkingMode.THINKING if thinking else ThinkingMode.CHAT
-        session_id = session if session is not None else client.create_session(thinking_mode=mode).id
+        policy = ContextPolicy[context_policy.name] if context_policy is not None else ContextPolicy.ERROR
+        if session is None:
+            session_id = client.create_session(thinking_mode=mode, context_policy=policy).id
+        else:
+            session_id = session
+            if context_policy is not None:
+                client.update_session(session_id, context_policy=policy)
         console.print(f"session {session_id}; /quit leaves, and --session comes back", style="dim", highlight=False)
         Chat(client, session_id, console, input, sampling).run(first)
 

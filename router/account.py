@@ -59,6 +59,7 @@ class Account:
             transfer_time=duration(self.transfer_s),
             idle_kv_byte_seconds=self.idle_kv_byte_seconds,
             lease=self.lease,
+            num_discarded_tokens=self.before.num_discarded if self.before is not None else 0,
         )
         receipt.finished_at.GetCurrentTime()
         return receipt

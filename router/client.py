@@ -30,6 +30,7 @@ from seamount.router.client_async import (
 )
 from seamount.router.client_routers import Tls
 from seamount.router.client_turn import Retries, Turn, TurnStream
+from seamount.router.context_policy import ContextPolicy
 from seamount.router.messages import Message, Role, ThinkingMode, Tool, ToolCall
 from seamount.v1 import events_pb2
 
@@ -37,6 +38,7 @@ __all__ = [
     "AsyncClient",
     "BlockingTurnStream",
     "Client",
+    "ContextPolicy",
     "History",
     "Message",
     "Retries",
@@ -169,6 +171,7 @@ class Client:
         self._loop.close()
 
     create_session = _waiting(AsyncClient.create_session)
+    update_session = _waiting(AsyncClient.update_session)
     get_session = _waiting(AsyncClient.get_session)
     get_history = _waiting(AsyncClient.get_history)
     list_sessions = _waiting(AsyncClient.list_sessions)

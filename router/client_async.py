@@ -15,6 +15,7 @@ import grpc
 
 from seamount.router.client_routers import Router, Routers, Tls
 from seamount.router.client_turn import Frame, Retries, Seen, TurnStream
+from seamount.router.context_policy import ContextPolicy
 from seamount.router.messages import (
     Message,
     Role,
@@ -144,16 +145,30 @@ class AsyncClient:
         model: str = "",
         thinking_mode: ThinkingMode = ThinkingMode.THINKING,
         defaults: Sampling | None = None,
+        context_policy: ContextPolicy = ContextPolicy.ERROR,
         idempotency_key: str | None = None,
     ) -> session_pb2.Session:
-        """A new session, or the one that this key made before. model: empty = the deployment's."""
+        """A new session, or the one that this key made before. model: empty = the deployment's. context_policy: what
+        prompts leave out once they fill more than 80% of the context."""
         request = session_pb2.CreateSessionRequest(
             idempotency_key=_key(idempotency_key),
             model=model,
             thinking_mode=common_pb2.ThinkingMode.Name(thinking_mode.value),
             defaults=_proto(defaults),
+            context_policy=context_policy.to_proto(),
         )
         return (await self._call(lambda to: to.sessions.CreateSession, request)).session
+
+    async def update_session(
+        self, session_id: str, *, context_policy: ContextPolicy, idempotency_key: str | None = None
+    ) -> session_pb2.Session:
+        """Change the session from its next turn on. Raises ``Aborted`` while a turn runs."""
+        request = session_pb2.UpdateSessionRequest(
+            session_id=session_id,
+            idempotency_key=_key(idempotency_key),
+            context_policy=context_policy.to_proto(),
+        )
+        return (await self._call(lambda to: to.sessions.UpdateSession, request)).session
 
     async def get_session(self, session_id: str) -> session_pb2.Session:
         """Raises ``NotFound``, also for another tenant's session."""

@@ -5,7 +5,7 @@
 --   KEYS[1] meta   hash: what is said once (record, created), where the session stands (rest, head, epoch, chain,
 --                  summary …) and the running turn (turn, key, hash, owner, nonce, deadline; turn = '' for none)
 --   KEYS[2] turns  list: one entry a committed turn: 32 bytes of chain, then the TurnRecord
---   KEYS[3] keys   hash: idempotency key -> outcome (packed), of turns that ended for good
+--   KEYS[3] keys   hash: idempotency key -> outcome (packed), of turns that ended for good and of updates
 --   KEYS[4] log    stream, one a turn: its start, its tokens, its end. It expires some time after the turn's end.
 --
 -- Entries of a log have one field: 'start' (TurnStart) under the id 0-1, 'tokens' (LoggedTokens: of the prompt their
@@ -51,6 +51,7 @@ local function load(keys, tenant, session)
   end
   if present < #names then return nil, {'DATA_LOSS', 'meta'} end
   meta.lease = redis.call('HGET', keys[1], 'lease') or '' -- there since one was asked for
+  meta.options = redis.call('HGET', keys[1], 'options') or ''
   if meta.tenant ~= tenant or meta.session ~= session then return nil, {'DATA_LOSS', 'identity'} end
   for _, name in ipairs({'head', 'epoch', 'num_keys', 'deadline', 'prompt_tokens', 'output_tokens'}) do
     local number = tonumber(meta[name])
@@ -69,7 +70,7 @@ local function view(meta)
     if type(value) == 'number' then value = decimal(value) end
     values[i] = value
   end
-  values[#VIEW + 1] = meta.lease
+  values[#VIEW + 1], values[#VIEW + 2] = meta.lease, meta.options
   return values
 end
 
@@ -108,8 +109,8 @@ local function close_log(log, field, value, kept_ms)
   redis.call('PEXPIRE', log, kept_ms)
 end
 
--- ARGV tenant, session, record, body hash, summary, chain, created (ms), rest, rank, then the entries it begins with:
---      those of another session, chained to its own record
+-- ARGV tenant, session, record, body hash, summary, chain, created (ms), rest, rank, options, then the entries it begins
+--      with: those of another session, chained to its own record
 --   {CREATED|EXISTS, created, view} · {KEY_REUSED} · {DATA_LOSS, part}
 local function create_session(keys, argv)
   local tenant, session, record, body_hash, rest = argv[1], argv[2], argv[3], argv[4], argv[8]
@@ -120,11 +121,11 @@ local function create_session(keys, argv)
   end
   if refusal[1] ~= 'NOT_FOUND' then return refusal end
   if rest ~= 'idle' and rest ~= 'waiting_for_tools' then return redis.error_reply('ERR rest is ' .. rest) end
-  for i = 10, #argv do redis.call('RPUSH', keys[2], argv[i]) end
+  for i = 11, #argv do redis.call('RPUSH', keys[2], argv[i]) end
   redis.call('HSET', keys[1], 'tenant', tenant, 'session', session, 'record', record, 'create_hash', body_hash,
              'summary', argv[5], 'chain', argv[6], 'created', argv[7], 'updated', decimal(now_ms()), 'rest', rest,
-             'head', decimal(#argv - 9), 'epoch', '0', 'num_keys', '0', 'rank', argv[9], 'prompt_tokens', '0',
-             'output_tokens', '0', 'turn', '', 'key', '', 'hash', '', 'owner', '', 'nonce', '', 'deadline', '0')
+             'head', decimal(#argv - 10), 'epoch', '0', 'num_keys', '0', 'rank', argv[9], 'options', argv[10],
+             'prompt_tokens', '0', 'output_tokens', '0', 'turn', '', 'key', '', 'hash', '', 'owner', '', 'nonce', '', 'deadline', '0')
   meta = load(keys, tenant, session)
   return {'CREATED', meta.created, view(meta)}
 end
@@ -138,6 +139,25 @@ local function get_session(keys, argv)
   if known_head < 0 then return {'OK', meta.created, view(meta), meta.head, {}} end
   local first, entries = entries_after(keys, meta, known_head)
   return {'OK', meta.created, view(meta), first, entries}
+end
+
+-- Changes what may change after creation, between two turns. The key is remembered beside those of turns.
+-- ARGV tenant, session, key, body hash, options
+--   {UPDATED, view}, also for the same call again · {KEY_REUSED} · {IN_PROGRESS, ms until its deadline, turn} · {CLOSED}
+--   {NOT_FOUND} · {DATA_LOSS, part}
+local function update_session(keys, argv)
+  local key, body_hash = argv[3], argv[4]
+  local meta, refusal = load(keys, argv[1], argv[2])
+  if not meta then return refusal end
+  local outcome = outcome_of(keys, key)
+  if outcome and outcome.hash == body_hash then return {'UPDATED', view(meta)} end
+  if outcome or (meta.turn ~= '' and meta.key == key) then return {'KEY_REUSED'} end
+  if meta.turn ~= '' then return {'IN_PROGRESS', decimal(math.max(0, meta.deadline - now_ms())), meta.turn} end
+  if meta.rest ~= 'idle' and meta.rest ~= 'waiting_for_tools' then return {'CLOSED'} end
+
+  redis.call('HSET', keys[3], key, cmsgpack.pack({status = 'updated', hash = body_hash}))
+  redis.call('HSET', keys[1], 'options', argv[5], 'num_keys', decimal(meta.num_keys + 1), 'updated', decimal(now_ms()))
+  return {'UPDATED', view(load(keys, argv[1], argv[2]))}
 end
 
 -- What an idempotency key says about a turn that ended: its record, with the chain before it, or its last event.
@@ -322,7 +342,7 @@ local function delete_session(keys, argv)
   if redis.call('TYPE', keys[3]).ok == 'hash' then
     for _, packed in ipairs(redis.call('HVALS', keys[3])) do
       local is_whole, outcome = pcall(cmsgpack.unpack, packed)
-      if is_whole and type(outcome) == 'table' then doomed[#doomed + 1] = log_of .. tostring(outcome.turn) end
+      if is_whole and type(outcome) == 'table' and outcome.turn then doomed[#doomed + 1] = log_of .. tostring(outcome.turn) end
     end
   end
   local num_deleted = 0
@@ -395,6 +415,7 @@ local function note_wait(keys, argv)
 end
 
 redis.register_function('seamount_1_create_session', create_session)
+redis.register_function('seamount_1_update_session', update_session)
 redis.register_function{function_name = 'seamount_1_get_session', callback = get_session, flags = {'no-writes'}}
 redis.register_function('seamount_1_begin_turn', begin_turn)
 redis.register_function('seamount_1_take_over_turn', take_over_turn)

@@ -5,6 +5,8 @@ are: all of them while only tool results have followed, and from behind ``</thin
 which cuts earlier reasoning. They are replaced by an encoding of the stored text in one case only: the turn was made
 under another fingerprint.
 
+What a context policy discards (``context_policy.py``) is left out, or replaced, turn by turn.
+
 Every turn ends with EOS, sampled or appended, so turns are encoded one by one and remembered: a new turn costs what is
 new in it.
 """
@@ -17,6 +19,7 @@ from collections import OrderedDict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
+from seamount.router.context_policy import Discards, TurnDiscards, discards_of
 from seamount.router.encoding import ENCODER_VERSION, Piece, RunEncoder, render
 from seamount.router.messages import (
     ASKING_ROLES,
@@ -84,11 +87,13 @@ class Prompt:
 
 @dataclass(frozen=True, slots=True)
 class _Place:
-    """A turn of a history, with what its rendering depends on: the calls before it, and whether a user asks later."""
+    """A turn of a history, with what its rendering depends on: the calls before it, whether a user asks later, and what
+    of it is discarded."""
 
     record: record_pb2.TurnRecord
     pending: tuple[ToolCall, ...]
     user_follows: bool
+    discards: TurnDiscards
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -98,6 +103,9 @@ class Ahead:
     token_ids: array[int]
     turns: Sequence[tuple[_Place, array[int]]]
     runs: RunEncoder
+
+
+_Key = tuple[str, bool, TurnDiscards, ThinkingMode]
 
 
 @dataclass(frozen=True, slots=True)
@@ -119,7 +127,7 @@ class History:
         self._encoder = RunEncoder(tokenizer)
         self._max_cached_ids = max_cached_ids
         self._num_cached_ids = 0
-        self._turns: OrderedDict[tuple[str, bool, ThinkingMode], _EncodedTurn] = OrderedDict()
+        self._turns: OrderedDict[_Key, _EncodedTurn] = OrderedDict()
 
     def prompt(
         self,
@@ -127,33 +135,35 @@ class History:
         messages: Sequence[Message],
         mode: ThinkingMode,
         *,
+        discards: Discards | None = None,
         ahead: Ahead | None = None,
     ) -> Prompt:
         """Token ids of committed turns and new messages, ready to be continued.
 
         records: all turns of the session, oldest first, unchanged since they were committed. messages: checked by
-        ``check_messages`` and ``check_turn``.
+        ``check_messages`` and ``check_turn``. discards: None = what the last turn had discarded.
         """
+        discards = discards_of(records) if discards is None else discards
         asks = any(message.role in ASKING_ROLES for message in messages)
         token_ids = [self._tokenizer.control_id(Control.BOS)]
-        for segment in self._segments(records, mode, user_follows=asks):
+        for segment in self._segments(records, mode, user_follows=asks, discards=discards):
             token_ids.extend(segment)
         token_ids.extend(
-            self._encoder.encode(_new_pieces(records, messages, mode)) if ahead is None else ahead.token_ids
+            self._encoder.encode(_new_pieces(records, messages, mode, discards)) if ahead is None else ahead.token_ids
         )
         stale = sum(record.HasField("output") and record.fingerprint != self.fingerprint for record in records)
         return Prompt(token_ids=token_ids, num_reencoded_turns=stale)
 
     def num_context_tokens(self, records: Sequence[record_pb2.TurnRecord], mode: ThinkingMode) -> int:
         """Tokens that the committed turns take in the next prompt: with their last reasoning while calls wait."""
-        user_follows = rests(records)
-        return 1 + sum(map(len, self._segments(records, mode, user_follows=user_follows)))
+        segments = self._segments(records, mode, user_follows=rests(records), discards=discards_of(records))
+        return 1 + sum(map(len, segments))
 
     def unknown(
-        self, records: Sequence[record_pb2.TurnRecord], mode: ThinkingMode, *, user_follows: bool
+        self, records: Sequence[record_pb2.TurnRecord], mode: ThinkingMode, *, user_follows: bool, discards: Discards
     ) -> list[_Place]:
         """The turns that would have to be encoded now."""
-        return [place for place in _places(records, user_follows) if self._known(place, mode) is None]
+        return [place for place in _places(records, user_follows, discards) if self._known(place, mode) is None]
 
     def encoded_ahead(
         self,
@@ -161,11 +171,12 @@ class History:
         records: Sequence[record_pb2.TurnRecord],
         messages: Sequence[Message],
         mode: ThinkingMode,
+        discards: Discards,
     ) -> Ahead:
         """Encode, on any thread, what ``prompt`` or ``num_context_tokens`` lack. Touches nothing that is remembered."""
         runs = RunEncoder(self._tokenizer)
         turns = [(place, self._encode_turn(place, mode, runs)) for place in unknown]
-        return Ahead(token_ids=runs.encode(_new_pieces(records, messages, mode)), turns=turns, runs=runs)
+        return Ahead(token_ids=runs.encode(_new_pieces(records, messages, mode, discards)), turns=turns, runs=runs)
 
     def learn(self, ahead: Ahead, mode: ThinkingMode) -> None:
         """Remember what was encoded ahead; on the thread that this history belongs to."""
@@ -174,9 +185,9 @@ class History:
             self._remember(place, mode, token_ids)
 
     def _segments(
-        self, records: Sequence[record_pb2.TurnRecord], mode: ThinkingMode, *, user_follows: bool
+        self, records: Sequence[record_pb2.TurnRecord], mode: ThinkingMode, *, user_follows: bool, discards: Discards
     ) -> list[array[int]]:
-        return [self._turn(place, mode) for place in _places(records, user_follows)]
+        return [self._turn(place, mode) for place in _places(records, user_follows, discards)]
 
     def _turn(self, place: _Place, mode: ThinkingMode) -> array[int]:
         key, known = _key(place, mode), self._known(place, mode)
@@ -207,12 +218,13 @@ class History:
 
     def _encode_turn(self, place: _Place, mode: ThinkingMode, encoder: RunEncoder) -> array[int]:
         record, user_follows = place.record, place.user_follows
-        messages = messages_from_proto(record.input)
+        messages = place.discards.kept_input(messages_from_proto(record.input))
+        has_output = place.discards.keeps_output(record)
         valid = record.fingerprint == self.fingerprint
-        if record.HasField("output") and not valid:
+        if has_output and not valid:
             messages = (*messages, message_from_proto(record.output.message))
         runs = render(messages, mode=mode, pending_tool_calls=place.pending, user_follows=user_follows, begins=False)
-        if record.HasField("output") and valid:
+        if has_output and valid:
             cut = user_follows and mode is ThinkingMode.THINKING
             runs.sampled(self._without_reasoning(record.output) if cut else _all_ids(record.output))
         return encoder.encode(runs.pieces())
@@ -232,23 +244,24 @@ def rests(records: Sequence[record_pb2.TurnRecord]) -> bool:
 
 
 def _new_pieces(
-    records: Sequence[record_pb2.TurnRecord], messages: Sequence[Message], mode: ThinkingMode
+    records: Sequence[record_pb2.TurnRecord], messages: Sequence[Message], mode: ThinkingMode, discards: Discards
 ) -> list[Piece]:
+    messages = discards.of_turn(len(records)).kept_input(messages)
     pending = tool_calls_from_proto(records[-1].pending_tool_calls) if records else ()
     return render(messages, mode=mode, pending_tool_calls=pending, begins=False).pieces()
 
 
-def _places(records: Sequence[record_pb2.TurnRecord], user_follows: bool) -> list[_Place]:
+def _places(records: Sequence[record_pb2.TurnRecord], user_follows: bool, discards: Discards) -> list[_Place]:
     places: list[_Place] = []
     for i in range(len(records) - 1, -1, -1):
         before = records[i - 1].pending_tool_calls if i else ()
-        places.append(_Place(records[i], tool_calls_from_proto(before), user_follows))
+        places.append(_Place(records[i], tool_calls_from_proto(before), user_follows, discards.of_turn(i)))
         user_follows = user_follows or any(m.role in _ASKING_ROLE_NUMBERS for m in records[i].input)
     return places[::-1]
 
 
-def _key(place: _Place, mode: ThinkingMode) -> tuple[str, bool, ThinkingMode]:
-    return place.record.turn_id, place.user_follows, mode
+def _key(place: _Place, mode: ThinkingMode) -> _Key:
+    return place.record.turn_id, place.user_follows, place.discards, mode
 
 
 def _all_ids(output: record_pb2.SampledMessage) -> array[int]:

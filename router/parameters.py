@@ -78,7 +78,7 @@ def fit_context(
     if room < 1:
         raise InvalidArgument(
             f"the context has {num_prompt_tokens} tokens with these messages; at most {max_context_tokens - 1} leave "
-            "room for an answer: shorten the messages or start a new session",
+            "room for an answer: shorten the messages, give the session a context policy, or start a new session",
             field="messages",
             reason="CONTEXT_LENGTH_EXCEEDED",
             metadata={"num_prompt_tokens": str(num_prompt_tokens), "max_context_tokens": str(max_context_tokens)},

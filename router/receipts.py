@@ -27,7 +27,9 @@ _TIMES = ("queue_time", "prefill_time", "transfer_time", "decode_time")
 class SessionBefore:
     """A session as a turn found it. is_fork: it begins with another one's turns, and no turn of its own has come yet;
     last_rank: decode rank of its last turn, '' for none; is_reencoded: ids of an earlier turn were made under another
-    fingerprint; cuts_reasoning: the turn's messages end earlier reasoning; lease: the last one asked for."""
+    fingerprint; cuts_reasoning: the turn's messages end earlier reasoning; lease: the last one asked for;
+    discarded_from: first position at which what the context policy discards for this turn changes the prompt, None
+    where it discards nothing; num_discarded: tokens."""
 
     is_new: bool
     is_fork: bool
@@ -35,6 +37,8 @@ class SessionBefore:
     is_reencoded: bool
     cuts_reasoning: bool
     lease: events_pb2.Lease | None = None
+    discarded_from: int | None = None
+    num_discarded: int = 0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -69,6 +73,8 @@ def miss_cause(before: SessionBefore, found: Found, *, last_rank_is_alive: bool)
         return events_pb2.MISS_CAUSE_EVICTED
     if is_continued:
         return events_pb2.MISS_CAUSE_NONE
+    if before.discarded_from is not None and before.discarded_from <= found.common_len:
+        return events_pb2.MISS_CAUSE_CONTEXT_DISCARDED
     if before.is_reencoded:
         return events_pb2.MISS_CAUSE_FINGERPRINT_CHANGED
     return events_pb2.MISS_CAUSE_REASONING_CUT if before.cuts_reasoning else events_pb2.MISS_CAUSE_OTHER

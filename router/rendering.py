@@ -11,6 +11,7 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import TypeVar
 
+from seamount.router.context_policy import Discards, discards_of
 from seamount.router.history import Ahead, History, rests
 from seamount.router.messages import ASKING_ROLES, Message, ThinkingMode
 from seamount.v1 import record_pb2
@@ -45,15 +46,17 @@ class Rendering:
         mode: ThinkingMode,
         *,
         num_bytes: int,
+        discards: Discards | None = None,
     ) -> list[int]:
         """``History.prompt``; ``num_bytes``: of the messages."""
         asks = any(message.role in ASKING_ROLES for message in messages)
-        ahead = await self._ahead(records, messages, mode, user_follows=asks, num_bytes=num_bytes)
-        return self.history.prompt(records, messages, mode, ahead=ahead).token_ids
+        discards = discards_of(records) if discards is None else discards
+        ahead = await self._ahead(records, messages, mode, user_follows=asks, discards=discards, num_bytes=num_bytes)
+        return self.history.prompt(records, messages, mode, discards=discards, ahead=ahead).token_ids
 
     async def num_context_tokens(self, records: Sequence[record_pb2.TurnRecord], mode: ThinkingMode) -> int:
         """``History.num_context_tokens``."""
-        await self._ahead(records, (), mode, user_follows=rests(records), num_bytes=0)
+        await self._ahead(records, (), mode, user_follows=rests(records), discards=discards_of(records), num_bytes=0)
         return self.history.num_context_tokens(records, mode)
 
     async def _ahead(
@@ -63,14 +66,15 @@ class Rendering:
         mode: ThinkingMode,
         *,
         user_follows: bool,
+        discards: Discards,
         num_bytes: int,
     ) -> Ahead | None:
         history = self.history
-        unknown = history.unknown(records, mode, user_follows=user_follows)
+        unknown = history.unknown(records, mode, user_follows=user_follows, discards=discards)
         if num_bytes + sum(place.record.ByteSize() for place in unknown) <= OFF_LOOP_BYTES:
             return None
         ahead = await asyncio.get_running_loop().run_in_executor(
-            self._thread, history.encoded_ahead, unknown, records, messages, mode
+            self._thread, history.encoded_ahead, unknown, records, messages, mode, discards
         )
         history.learn(ahead, mode)
         return ahead

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 import grpc
 
+from seamount.router.context_policy import context_policy_from_proto
 from seamount.router.messages import message_from_proto, message_to_proto, thinking_mode_from_proto
 from seamount.router.model import ServedModel
 from seamount.router.parameters import check_sampling
@@ -40,6 +41,7 @@ class SessionService(session_pb2_grpc.SessionServiceServicer):
     ) -> session_pb2.CreateSessionResponse:
         self.model.check_name(request.model)
         thinking_mode_from_proto(request.thinking_mode)
+        context_policy_from_proto(request.context_policy)
         check_sampling(request.defaults, field="defaults", vocab_size=self.model.vocab_size)
         tenant = caller().tenant
         session = await self.sessions.create(tenant, request, model=self.model.name)
@@ -69,6 +71,15 @@ class SessionService(session_pb2_grpc.SessionServiceServicer):
             caller().tenant, page_size=request.page_size, page_token=request.page_token
         )
         return session_pb2.ListSessionsResponse(sessions=sessions, next_page_token=next_page_token)
+
+    async def UpdateSession(
+        self, request: session_pb2.UpdateSessionRequest, context: Context
+    ) -> session_pb2.UpdateSessionResponse:
+        context_policy_from_proto(request.context_policy)
+        if not request.context_policy:
+            raise InvalidArgument("context_policy is not set; there is nothing to change", field="context_policy")
+        session = await self.sessions.update(caller().tenant, request)
+        return session_pb2.UpdateSessionResponse(session=session)
 
     async def DeleteSession(
         self, request: session_pb2.DeleteSessionRequest, context: Context

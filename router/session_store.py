@@ -61,14 +61,15 @@ class SessionStore:
         created: str,
         rest: str,
         rank: str,
+        options: bytes,
         entries: Sequence[bytes],
     ) -> Read:
         """The new session, or the one that an earlier, same call made. Lists it. ``AlreadyExists`` for another body.
 
-        entries: the turns it begins with; chain: after them.
+        options: SessionOptions; entries: the turns it begins with; chain: after them.
         """
         arguments: list[bytes | str | int] = [*_scope(tenant, session_id), record, body_hash, summary, chain]
-        arguments += [created, rest, rank, *entries]
+        arguments += [created, rest, rank, options, *entries]
         reply: Reply = await self.store.function("create_session", self._keys(tenant, session_id), arguments)
         if reply[0] not in (b"CREATED", b"EXISTS"):
             raise _refusal(reply)
@@ -83,6 +84,17 @@ class SessionStore:
         arguments = (*_scope(tenant, session_id), -1 if known_head is None else known_head)
         reply = await self.store.function("get_session", self._keys(tenant, session_id), arguments, read_only=True)
         return _read(reply)
+
+    async def update(
+        self, tenant: TenantId, session_id: SessionId, *, key: str, body_hash: bytes, options: bytes
+    ) -> StoredSession:
+        """Set the session's options, once for each key. ``AlreadyExists`` for another body, ``Aborted``
+        (TURN_IN_PROGRESS) while a turn runs, ``FailedPrecondition`` for a closed session."""
+        arguments = (*_scope(tenant, session_id), key, body_hash, options)
+        reply: Reply = await self.store.function("update_session", self._keys(tenant, session_id), arguments)
+        if reply[0] != b"UPDATED":
+            raise _refusal(reply)
+        return _session(reply[1])
 
     async def begin(
         self, tenant: TenantId, session_id: SessionId, turn: BeginArguments
@@ -284,8 +296,9 @@ def _read(reply: Reply) -> Read:
 
 
 def _session(view: Sequence[Any]) -> StoredSession:
-    """In the order of VIEW in functions.lua, the lease last."""
-    record, rest, head, epoch, chain, summary, rank, prompt, output, updated, turn, key, owner, deadline, lease = view
+    """In the order of VIEW in functions.lua, then lease and options."""
+    record, rest, head, epoch, chain, summary, rank, prompt, output, updated, turn, key, owner, deadline = view[:14]
+    lease, options = view[14:]
     running = None
     if turn:
         running = RunningTurn(
@@ -307,6 +320,7 @@ def _session(view: Sequence[Any]) -> StoredSession:
         num_output_tokens=int(output),
         updated_ms=int(updated),
         lease=lease,
+        options=options,
         running=running,
     )
 

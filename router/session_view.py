@@ -10,7 +10,7 @@ from google.protobuf.message import DecodeError
 from seamount.router import chain
 from seamount.router.chain import History
 from seamount.router.stored import Done, Ended, RunningTurn, StoredSession
-from seamount.v1 import events_pb2, record_pb2, session_pb2
+from seamount.v1 import common_pb2, events_pb2, record_pb2, session_pb2
 from seamount.wire.errors import DataLoss
 from seamount.wire.ids import Epoch, SessionId, TenantId, TurnId
 
@@ -52,6 +52,7 @@ def view_of(tenant: TenantId, session_id: SessionId, stored: StoredSession) -> S
         record = record_pb2.SessionRecord.FromString(stored.record)
         summary = session_pb2.Session.FromString(stored.summary)
         lease = record_pb2.StoredLease.FromString(stored.lease) if stored.lease else None
+        options = record_pb2.SessionOptions.FromString(stored.options)
     except DecodeError as error:
         raise _damaged("record") from error
     if (record.session_id, record.tenant_id) != (session_id, tenant) or stored.rest not in _RESTING:
@@ -69,6 +70,7 @@ def view_of(tenant: TenantId, session_id: SessionId, stored: StoredSession) -> S
         num_context_tokens=summary.num_context_tokens,
         totals=summary.totals,
         forked_from=record.forked_from if record.HasField("forked_from") else None,
+        context_policy=options.context_policy or common_pb2.CONTEXT_POLICY_ERROR,
     )
     session.updated_at.FromMilliseconds(stored.updated_ms)
     return SessionView(

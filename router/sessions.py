@@ -24,7 +24,7 @@ DEFAULT_PAGE_SIZE = 50
 
 
 class Sessions(SessionTurns):
-    """Sessions of one namespace, for one router: made, read, listed, deleted, and their turns.
+    """Sessions of one namespace, for one router: made, updated, read, listed, deleted, and their turns.
 
     Errors as ``Store.function``; an unknown session and another tenant's are the same ``NotFound``; damaged or missing
     state is ``DataLoss``.
@@ -65,7 +65,28 @@ class Sessions(SessionTurns):
             thinking_mode=request.thinking_mode or common_pb2.THINKING_MODE_THINKING,
             defaults=request.defaults,
         )
-        return await self._create(tenant, request, record, summary=session_pb2.Session(), records=(), rank="")
+        options = record_pb2.SessionOptions(context_policy=request.context_policy)
+        return await self._create(
+            tenant, request, record, summary=session_pb2.Session(), options=options, records=(), rank=""
+        )
+
+    async def update(self, tenant: TenantId, request: session_pb2.UpdateSessionRequest) -> session_pb2.Session:
+        """The session with its options changed, from its next turn on. A retry under the same key changes nothing more.
+
+        Raises ``InvalidArgument``, ``AlreadyExists`` where the key came with another body, ``Aborted``
+        (TURN_IN_PROGRESS) while a turn runs.
+        """
+        key = request.idempotency_key
+        limits.check_length(
+            key.encode(), field="idempotency_key", low=1, high=limits.MAX_IDEMPOTENCY_KEY_BYTES, unit="bytes"
+        )
+        session_id = SessionId(request.session_id)
+        check_session_id(session_id)
+        options = record_pb2.SessionOptions(context_policy=request.context_policy)
+        stored = await self._store.update(
+            tenant, session_id, key=key, body_hash=body_hash(request), options=options.SerializeToString()
+        )
+        return view_of(tenant, session_id, stored).session
 
     async def fork(
         self,
@@ -93,7 +114,13 @@ class Sessions(SessionTurns):
         pending = records[-1].pending_tool_calls if records else ()
         summary = session_pb2.Session(pending_tool_calls=pending, num_context_tokens=num_context_tokens)
         return await self._create(
-            tenant, request, record, summary=summary, records=records, rank=origin.last_rank if records else ""
+            tenant,
+            request,
+            record,
+            summary=summary,
+            options=record_pb2.SessionOptions(context_policy=origin.session.context_policy),
+            records=records,
+            rank=origin.last_rank if records else "",
         )
 
     async def _create(
@@ -103,6 +130,7 @@ class Sessions(SessionTurns):
         record: record_pb2.SessionRecord,
         *,
         summary: session_pb2.Session,
+        options: record_pb2.SessionOptions,
         records: Sequence[record_pb2.TurnRecord],
         rank: str,
     ) -> session_pb2.Session:
@@ -126,6 +154,7 @@ class Sessions(SessionTurns):
             created=f"{created_ns // 1000000:015d}",
             rest="waiting_for_tools" if summary.pending_tool_calls else "idle",
             rank=rank,
+            options=options.SerializeToString(),
             entries=entries,
         )
         return view_of(tenant, session_id, read.session).session

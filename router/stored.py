@@ -22,7 +22,7 @@ class RunningTurn:
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StoredSession:
     """A session's meta. rest: the state it is in when no turn runs; chain: of its last turn; last_rank: '' for none;
-    lease: a StoredLease, empty for none."""
+    lease: a StoredLease, options: SessionOptions, empty for none."""
 
     record: bytes
     rest: str
@@ -35,6 +35,7 @@ class StoredSession:
     num_output_tokens: int
     updated_ms: int
     lease: bytes
+    options: bytes
     running: RunningTurn | None
 
 

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from contextlib import aclosing, suppress
 from dataclasses import dataclass, field
 
+from seamount.router.context_policy import NOTHING, Discards
 from seamount.router.events import TurnEvents, status_of
 from seamount.router.generation import Generation, deadline_passed
 from seamount.router.history import pending_after, sampled_message
@@ -42,9 +43,9 @@ class TurnParts:
 
 @dataclass(slots=True, kw_only=True)
 class Turn:
-    """One turn in the making; owned by its task. ``generation``: None where it only records; ``deadline``: by
-    ``time.monotonic()``; ``is_ending``: its outcome is being stored, to cancel it is too late. A turn that was taken
-    over has its logged tokens in ``generation``, ``events`` and ``stream`` already."""
+    """One turn in the making; owned by its task. ``discards``: what its prompt leaves out; ``generation``: None where
+    it only records; ``deadline``: by ``time.monotonic()``; ``is_ending``: its outcome is being stored, to cancel it is
+    too late. A turn that was taken over has its logged tokens in ``generation``, ``events`` and ``stream`` already."""
 
     begun: BegunTurn
     input: Sequence[common_pb2.Message]
@@ -53,6 +54,7 @@ class Turn:
     model: str
     sampling: common_pb2.SamplingParameters
     num_prompt_tokens: int
+    discards: Discards
     generation: Generation | None
     events: TurnEvents
     deadline: float
@@ -129,6 +131,8 @@ def finished_turn(turn: Turn, ended_by: common_pb2.FinishReason | None, parts: T
         num_prompt_tokens=turn.num_prompt_tokens,
         pending_tool_calls=tool_calls_to_proto(pending_after(turn.plan, output)),
     )
+    if turn.discards != NOTHING:
+        record.discards.CopyFrom(turn.discards.to_proto())
     usage = events_pb2.Usage(num_prompt_tokens=turn.num_prompt_tokens)
     reason = common_pb2.FINISH_REASON_RECORDED
     if output is not None and generation is not None:

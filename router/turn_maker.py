@@ -7,10 +7,24 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from seamount.router.account import Account
+from seamount.router.context_policy import (
+    TRIGGER_SHARE,
+    Discards,
+    context_policy_from_proto,
+    discards_of,
+    next_discards,
+)
 from seamount.router.events import TurnEvents, turn_events
 from seamount.router.generation import Generation
 from seamount.router.logged_turn import LoggedTurn, started_event
-from seamount.router.messages import ASKING_ROLES, Message, check_turn, thinking_mode_from_proto, tool_calls_from_proto
+from seamount.router.messages import (
+    ASKING_ROLES,
+    Message,
+    ThinkingMode,
+    check_turn,
+    thinking_mode_from_proto,
+    tool_calls_from_proto,
+)
 from seamount.router.model import ServedModel
 from seamount.router.parameters import fit_context
 from seamount.router.parsing import OutputMode
@@ -25,6 +39,17 @@ from seamount.router.turn_stream import TurnStream
 from seamount.v1 import record_pb2
 from seamount.wire.hashes import tenant_salt
 from seamount.wire.ids import RankId
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Prompt:
+    """discarded_from: first position that differs for what this turn discarded, None where it discarded nothing;
+    num_discarded: tokens by which it is shorter for that."""
+
+    token_ids: list[int]
+    discards: Discards
+    discarded_from: int | None = None
+    num_discarded: int = 0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -53,8 +78,9 @@ class TurnMaker:
         session = begun.view.session
         mode, sampling = thinking_mode_from_proto(session.thinking_mode), start.sampling
         plan = check_turn(tool_calls_from_proto(session.pending_tool_calls), messages)
-        prompt = await self.rendering.prompt(begun.records, messages, mode, num_bytes=start.ByteSize())
-        room = fit_context(sampling, num_prompt_tokens=len(prompt), max_context_tokens=self.spec.max_context_tokens)
+        prompt = await self._prompt(begun, messages, mode, num_bytes=start.ByteSize(), generates=plan.generates)
+        num_prompt = len(prompt.token_ids)
+        room = fit_context(sampling, num_prompt_tokens=num_prompt, max_context_tokens=self.spec.max_context_tokens)
         logged = logged or LoggedTurn(start=start, end=START_ID)
         preferred = logged.decode_rank or begun.view.last_rank
         generation = None
@@ -66,10 +92,10 @@ class TurnMaker:
                 turn_id=begun.turn_id,
                 epoch=begun.epoch,
                 cache_salt=tenant_salt(self.secret, begun.tenant),
-                prompt=prompt,
+                prompt=prompt.token_ids,
                 sampling=room,
                 preferred=RankId(preferred) if preferred else None,
-                account=Account(started=time.monotonic(), before=self._before(begun, messages)),
+                account=Account(started=time.monotonic(), before=self._before(begun, messages, prompt)),
                 max_attempts=self.spec.max_attempts,
                 deadline=deadline,
                 eos_token_id=self.model.tokenizer.eos_token_id,
@@ -90,7 +116,8 @@ class TurnMaker:
             mode=mode,
             model=self.model.name,
             sampling=sampling,
-            num_prompt_tokens=logged.num_prompt_tokens or len(prompt),
+            num_prompt_tokens=logged.num_prompt_tokens or num_prompt,
+            discards=prompt.discards,
             generation=generation,
             events=events,
             deadline=deadline,
@@ -99,7 +126,29 @@ class TurnMaker:
             logprobs=list(logged.logprobs),
         )
 
-    def _before(self, begun: BegunTurn, messages: Sequence[Message]) -> SessionBefore:
+    async def _prompt(
+        self, begun: BegunTurn, messages: Sequence[Message], mode: ThinkingMode, *, num_bytes: int, generates: bool
+    ) -> _Prompt:
+        """The prompt, shortened by the session's context policy where it fills too much of the context."""
+        whole = await self.rendering.prompt(begun.records, messages, mode, num_bytes=num_bytes)
+        kept = _Prompt(token_ids=whole, discards=discards_of(begun.records))
+        if not generates or len(whole) <= TRIGGER_SHARE * self.spec.max_context_tokens:
+            return kept
+        policy = context_policy_from_proto(begun.view.session.context_policy)
+        discards = next_discards(policy, begun.records, messages)
+        if discards is None:
+            return kept
+        shorter = await self.rendering.prompt(begun.records, messages, mode, num_bytes=num_bytes, discards=discards)
+        if len(shorter) >= len(whole):
+            return kept
+        return _Prompt(
+            token_ids=shorter,
+            discards=discards,
+            discarded_from=next((i for i, one in enumerate(shorter) if one != whole[i]), len(shorter)),
+            num_discarded=len(whole) - len(shorter),
+        )
+
+    def _before(self, begun: BegunTurn, messages: Sequence[Message], prompt: _Prompt) -> SessionBefore:
         session = begun.view.session
         outputs = [record for record in begun.records if record.HasField("output")]
         asks = any(message.role in ASKING_ROLES for message in messages)
@@ -109,5 +158,7 @@ class TurnMaker:
             last_rank=begun.view.last_rank,
             is_reencoded=any(record.fingerprint != self.model.fingerprint for record in outputs),
             cuts_reasoning=asks and any(record.output.num_reasoning_tokens for record in outputs),
+            discarded_from=prompt.discarded_from,
+            num_discarded=prompt.num_discarded,
             lease=begun.view.lease.lease if begun.view.lease is not None else None,
         )

@@ -375,14 +375,22 @@ async def system(store: Store) -> AsyncIterator[ScriptedSystem]:
 SECRET = bytes(32)
 
 
-def router_turns(store: Store, system: Any, tokenizer: Tokenizer, name: str, **changes: Any) -> Turns:
+def router_turns(
+    store: Store,
+    system: Any,
+    tokenizer: Tokenizer,
+    name: str,
+    *,
+    max_context_tokens: int = 1 << 20,
+    **changes: Any,
+) -> Turns:
     spec = RouterSpec(
         router_id=RouterId(name),
         cluster_name="scripted",
         redis_url="",
         model_path=Path(),
         model_name="m",
-        max_context_tokens=1 << 20,
+        max_context_tokens=max_context_tokens,
         **changes,
     )
     model = ServedModel(
@@ -390,7 +398,7 @@ def router_turns(store: Store, system: Any, tokenizer: Tokenizer, name: str, **c
         tokenizer=tokenizer,
         history=History(tokenizer, "f"),
         vocab_size=tokenizer.vocab_size,
-        max_context_tokens=1 << 20,
+        max_context_tokens=max_context_tokens,
     )
     sessions, rendering = Sessions(store, secret=SECRET, router_id=spec.router_id), Rendering(model.history)
     return Turns(

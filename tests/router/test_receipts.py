@@ -26,6 +26,14 @@ CASES = {
         replace(GROWN, cuts_reasoning=True, is_reencoded=True),
         replace(ALL, num_cached=40, common_len=40),
     ),
+    "CONTEXT_DISCARDED": (
+        replace(GROWN, cuts_reasoning=True, discarded_from=40),
+        replace(ALL, num_cached=40, common_len=40),
+    ),
+    "REASONING_CUT, before what is discarded": (
+        replace(GROWN, cuts_reasoning=True, discarded_from=80),
+        replace(ALL, num_cached=64, common_len=70),
+    ),
     "OTHER": (GROWN, replace(ALL, num_cached=99, common_len=99)),
     "EVICTED": (GROWN, replace(ALL, num_cached=64)),
     "EVICTED, before the cut": (replace(GROWN, cuts_reasoning=True), replace(ALL, num_cached=0, common_len=70)),

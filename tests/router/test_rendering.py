@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import time
 
+from seamount.router.context_policy import NOTHING
 from seamount.router.history import History
 from seamount.router.messages import Message, Role, ThinkingMode, message_to_proto
 from seamount.router.rendering import OFF_LOOP_BYTES, Rendering
@@ -46,7 +47,7 @@ async def test_large_inputs_are_encoded_beside_the_loop(tokenizer: Tokenizer) ->
     print(f"{2 * len(text):,} characters: {alone_s:.3f} s at once, longest pause {pause_s:.3f} s beside the loop")
     assert token_ids == expected.token_ids
     assert pause_s < alone_s / 4
-    assert not rendering.history.unknown(records, MODE, user_follows=True), "it is remembered"
+    assert not rendering.history.unknown(records, MODE, user_follows=True, discards=NOTHING), "it is remembered"
     rendering.close()
 
 

@@ -195,6 +195,47 @@ async def test_creation_is_idempotent_under_its_key(sessions: Sessions) -> None:
     assert await created(sessions) != await created(sessions)
 
 
+async def test_options_are_updated_once_for_each_key(sessions: Sessions) -> None:
+    session_id = await created(sessions)
+
+    def update(key: str, policy: int) -> session_pb2.UpdateSessionRequest:
+        return session_pb2.UpdateSessionRequest(
+            session_id=session_id,
+            idempotency_key=key,
+            context_policy=policy,  # type: ignore[arg-type]
+        )
+
+    assert (await sessions.get(ALICE, session_id)).session.context_policy == common_pb2.CONTEXT_POLICY_ERROR
+    first = update("u1", common_pb2.CONTEXT_POLICY_DISCARD_ALL)
+    found = await asyncio.gather(*(sessions.update(ALICE, first) for _ in range(10)))
+    assert {one.context_policy for one in found} == {common_pb2.CONTEXT_POLICY_DISCARD_ALL}
+    second = await sessions.update(ALICE, update("u2", common_pb2.CONTEXT_POLICY_ERROR))
+    assert second.context_policy == common_pb2.CONTEXT_POLICY_ERROR
+    late = await sessions.update(ALICE, first)
+    assert late.context_policy == common_pb2.CONTEXT_POLICY_ERROR, "a late retry undoes nothing"
+    with pytest.raises(AlreadyExists):
+        await sessions.update(ALICE, update("u1", common_pb2.CONTEXT_POLICY_ERROR))
+    with pytest.raises(AlreadyExists):
+        await begin(sessions, session_id, "u1")
+    turn = await begun(sessions, session_id, "k")
+    for key, reason in (("k", "KEY_REUSED"), ("u3", "TURN_IN_PROGRESS")):
+        with pytest.raises(SeamountError) as caught:
+            await sessions.update(ALICE, update(key, common_pb2.CONTEXT_POLICY_ERROR))
+        assert caught.value.reason == reason
+    await sessions.abandon_turn(turn)
+    with pytest.raises(InvalidArgument, match="idempotency_key"):
+        await sessions.update(ALICE, update("", common_pb2.CONTEXT_POLICY_ERROR))
+    with pytest.raises(NotFound):
+        await sessions.update(BOB, update("u3", common_pb2.CONTEXT_POLICY_ERROR))
+    await sessions.update(ALICE, update("u4", common_pb2.CONTEXT_POLICY_DISCARD_ALL))
+    view, _ = await sessions.read(ALICE, session_id)
+    fork = session_pb2.ForkSessionRequest(session_id=session_id)
+    forked = await sessions.fork(ALICE, fork, view, (), num_context_tokens=0)
+    assert forked.context_policy == common_pb2.CONTEXT_POLICY_DISCARD_ALL
+    await sessions.delete(ALICE, session_id)
+    assert not await sessions._store.store.command("KEYS", f"*{session_id}*")
+
+
 async def test_fifty_calls_with_one_key_begin_one_turn(sessions: Sessions, store: Store) -> None:
     session_id = await created(sessions)
     routers = [Sessions(store, secret=SECRET, router_id=RouterId(f"r{index}")) for index in range(50)]
