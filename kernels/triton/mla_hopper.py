@@ -27,12 +27,9 @@ from __future__ import annotations
 
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
-from triton.experimental.gluon.language.nvidia.hopper import (
-    fence_async_shared,
-    mbarrier,
-    warpgroup_mma,
-    warpgroup_mma_wait,
-)
+from triton.experimental.gluon.language.nvidia.hopper import mbarrier, warpgroup_mma, warpgroup_mma_wait
+
+from seamount.kernels.triton.mla_softmax import add_product, rescale, share, share_norm, softmax
 
 
 @gluon.jit
@@ -71,25 +68,6 @@ def _other_scores(q_latent, k_left, full_left, tile, scores):
     query = _query(q_latent, tile)
     mbarrier.wait(full_left.index(buffer), tile // 2 & 1)
     return warpgroup_mma(query.slice(0, 256, dim=1), k_left.index(buffer).permute((1, 0)), scores, is_async=True)
-
-
-@gluon.jit
-def _softmax(scores, qk_scale, bias, top):
-    """P of a tile, the factor of what was summed before, and the new maximum; scores times qk_scale are in log2."""
-    s = scores * qk_scale + gl.expand_dims(bias, 0)
-    new_top = gl.maximum(top, gl.max(s, axis=1))
-    safe_top = gl.where(new_top == float("-inf"), 0.0, new_top)
-    return gl.exp2(s - gl.expand_dims(safe_top, 1)), gl.exp2(top - safe_top), new_top
-
-
-@gluon.jit
-def _share(p, keep, p_tile, keeps, p_full, p_empty, turn):
-    mbarrier.wait(p_empty, (turn & 1) ^ 1)
-    p_tile.store(p)
-    keeps.store(keep)
-    fence_async_shared()
-    gl.thread_barrier()
-    mbarrier.arrive(p_full, count=1)
 
 
 @gluon.jit
@@ -158,7 +136,7 @@ def attend_left(
         for _ in range(1, num_tiles):
             buffer = tile % 2
             unseen = bias.index(buffer).load(TOKEN)
-            p, keep, top = _softmax(warpgroup_mma_wait(0, [scores]), qk_scale, unseen, top)
+            p, keep, top = softmax(warpgroup_mma_wait(0, [scores]), qk_scale, unseen, top)
             acc = acc * gl.expand_dims(gl.convert_layout(keep, OUTPUT_HEAD), 1)
             # The first 32 tokens keep the tensor cores busy while P is shared.
             low = p.to(p_tile.dtype)
@@ -166,7 +144,7 @@ def attend_left(
             left = k_left.index(buffer)
             first_low = gl.convert_layout(first_low, PROBABILITIES)
             product = warpgroup_mma(first_low, left.slice(0, 32, dim=0), acc, is_async=True)
-            _share(low, keep, p_tile, keeps, p_full, p_empty, tile + done)
+            share(low, keep, p_tile, keeps, p_full, p_empty, tile + done)
             other_low = gl.convert_layout(other_low, PROBABILITIES)
             product = warpgroup_mma(other_low, left.slice(32, 32, dim=0), product, is_async=True)
             total = total * keep + gl.sum(p, axis=1)
@@ -181,18 +159,13 @@ def attend_left(
         scores = warpgroup_mma_wait(0, [scores])
         gl.thread_barrier()
         mbarrier.arrive(q_empty, count=1)
-        p, keep, top = _softmax(scores, qk_scale, unseen, top)
+        p, keep, top = softmax(scores, qk_scale, unseen, top)
         acc = acc * gl.expand_dims(gl.convert_layout(keep, OUTPUT_HEAD), 1)
         low = p.to(p_tile.dtype)
         product = warpgroup_mma(gl.convert_layout(low, PROBABILITIES), k_left.index(buffer), acc, is_async=True)
-        _share(low, keep, p_tile, keeps, p_full, p_empty, tile + done)
+        share(low, keep, p_tile, keeps, p_full, p_empty, tile + done)
         total = total * keep + gl.sum(p, axis=1)
-        is_empty = total == 0.0
-        norm = gl.where(is_empty, 0.0, 1.0 / gl.where(is_empty, 1.0, total))
-        mbarrier.wait(p_empty, tile + done & 1)
-        keeps.store(norm)
-        gl.thread_barrier()
-        mbarrier.arrive(p_full, count=1)
+        is_empty, norm = share_norm(total, keeps, p_full, p_empty, tile + done)
         row = (item // head_blocks).to(gl.int64)
         first_head = item % head_blocks * 64
         head = first_head + gl.arange(0, 64, layout=HEAD)
@@ -224,7 +197,6 @@ def attend_right(
 ):
     """Four warps: columns 256..511 of the output, for every item of this program."""
     OUTPUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 256, 16])
-    HEAD: gl.constexpr = gl.SliceLayout(1, OUTPUT)
     first = gl.program_id(0)
     tile = 0
     for item in range(first, num_items, gl.num_programs(0)):
@@ -237,16 +209,13 @@ def attend_right(
         for step in range(num_tiles):
             buffer = tile % 2
             mbarrier.wait(p_full, tile + done & 1)
-            acc = acc * gl.expand_dims(keeps.load(HEAD), 1)
-            product = warpgroup_mma(p_tile, k_right.index(buffer), acc, is_async=True)
-            acc = warpgroup_mma_wait(0, [product])
-            gl.thread_barrier()
-            mbarrier.arrive(p_empty, count=1)
+            acc = rescale(acc, keeps)
+            acc = add_product(acc, p_tile, k_right.index(buffer), p_empty)
             # The last tile's half is staging space first.
             mbarrier.arrive(empty_right.index(buffer), count=1, pred=step < num_tiles - 1)
             tile += 1
         mbarrier.wait(p_full, tile + done & 1)
-        acc = acc * gl.expand_dims(keeps.load(HEAD), 1)
+        acc = rescale(acc, keeps)
         gl.thread_barrier()
         mbarrier.arrive(p_empty, count=1)
         buffer = (tile - 1) % 2

@@ -30,6 +30,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
+from seamount.kernels.triton.mla_softmax import add_product, rescale, share, share_norm, softmax
 from seamount.kernels.triton.sparse_mla_fetch import fetch
 
 # Registers of a thread: 168 on average; the left half's warps get what these two leave, 208. A partition that needs
@@ -77,27 +78,6 @@ def _issue_scores(q_left, q_right, q_rope, k_latent, k_rope, full, tile, zeros):
     scores = warpgroup_mma(q_rope, k_rope.index(buffer).permute((1, 0)), zeros, use_acc=False, is_async=True)
     scores = warpgroup_mma(q_left, k_left.permute((1, 0)), scores, is_async=True)
     return warpgroup_mma(q_right, k_right.permute((1, 0)), scores, is_async=True)
-
-
-@gluon.jit
-def _softmax(scores, row_scale, bias, top, total):
-    """P of a tile, the factor of what was summed before, and the new maximum and sum; log2 throughout."""
-    s = scores * gl.expand_dims(row_scale, 1) + gl.expand_dims(bias, 0)
-    new_top = gl.maximum(top, gl.max(s, axis=1))
-    safe_top = gl.where(new_top == float("-inf"), 0.0, new_top)
-    p = gl.exp2(s - gl.expand_dims(safe_top, 1))
-    keep = gl.exp2(top - safe_top)
-    return p, keep, new_top, total * keep + gl.sum(p, axis=1)
-
-
-@gluon.jit
-def _share(p, keep, p_tile, keeps, p_full, p_empty, tile):
-    mbarrier.wait(p_empty, (tile & 1) ^ 1)
-    p_tile.store(p.to(gl.float16))
-    keeps.store(keep)
-    fence_async_shared()
-    gl.thread_barrier()
-    mbarrier.arrive(p_full, count=1)
 
 
 @gluon.jit
@@ -158,7 +138,7 @@ def _attend_left(
     k_rope = k_rope_words._reinterpret(gl.bfloat16, [2, 64, 64], NARROW)
     _stage_query(q, first_head, num_heads, q_left, q_right, q_rope, keeps, 0)
     mbarrier.wait(q_full, 0)
-    row_scale = keeps.load(HEAD) * qk_scale
+    row_scale = gl.expand_dims(keeps.load(HEAD) * qk_scale, 1)
     gl.thread_barrier()
 
     zeros = gl.zeros([64, 64], gl.float32, SCORES)
@@ -167,28 +147,25 @@ def _attend_left(
     acc = gl.zeros([64, 256], gl.float32, OUTPUT)
     scores = _issue_scores(q_left, q_right, q_rope, k_latent, k_rope, full, 0, zeros)
     scores = warpgroup_mma_wait(0, [scores])
-    p, keep, top, total = _softmax(scores, row_scale, bias.index(0).load(TOKEN), top, total)
-    _share(p, keep, p_tile, keeps, p_full, p_empty, 0)
+    p, keep, top = softmax(scores, row_scale, bias.index(0).load(TOKEN), top)
+    total = total * keep + gl.sum(p, axis=1)
+    share(p, keep, p_tile, keeps, p_full, p_empty, 0)
     for tile in range(1, num_tiles):
         before = (tile - 1) % 2
         scores = _issue_scores(q_left, q_right, q_rope, k_latent, k_rope, full, tile, zeros)
         product = warpgroup_mma(p_tile, k_latent.index(before).slice(0, 256, dim=1), acc, is_async=True)
         scores = warpgroup_mma_wait(1, [scores])
-        p, keep, top, total = _softmax(scores, row_scale, bias.index(tile % 2).load(TOKEN), top, total)
+        p, keep, top = softmax(scores, row_scale, bias.index(tile % 2).load(TOKEN), top)
+        total = total * keep + gl.sum(p, axis=1)
         acc = warpgroup_mma_wait(0, [product])
         gl.thread_barrier()
         mbarrier.arrive(empty.index(before), count=1)
-        _share(p, keep, p_tile, keeps, p_full, p_empty, tile)
+        share(p, keep, p_tile, keeps, p_full, p_empty, tile)
         acc = acc * gl.expand_dims(gl.convert_layout(keep, OUTPUT_HEAD), 1)
     k_left = k_latent.index((num_tiles - 1) % 2).slice(0, 256, dim=1)
     product = warpgroup_mma(p_tile, k_left, acc, is_async=True)
 
-    is_empty = total == 0.0
-    norm = gl.where(is_empty, 0.0, 1.0 / gl.where(is_empty, 1.0, total))
-    mbarrier.wait(p_empty, num_tiles - 1 & 1)
-    keeps.store(norm)
-    gl.thread_barrier()
-    mbarrier.arrive(p_full, count=1)
+    is_empty, norm = share_norm(total, keeps, p_full, p_empty, num_tiles - 1)
     # Split results keep lse in log2, -inf for none; a whole row's is natural, +inf for none.
     head = first_head + gl.arange(0, 64, layout=HEAD)
     row_lse = top + gl.log2(gl.where(is_empty, 1.0, total))
@@ -231,14 +208,11 @@ def _attend_right(
         buffer = tile % 2
         mbarrier.wait(p_full, tile & 1)
         fence_async_shared()
-        acc = acc * gl.expand_dims(keeps.load(gl.SliceLayout(1, OUTPUT)), 1)
-        product = warpgroup_mma(p_tile, k_latent.index(buffer).slice(256, 256, dim=1), acc, is_async=True)
-        acc = warpgroup_mma_wait(0, [product])
-        gl.thread_barrier()
-        mbarrier.arrive(p_empty, count=1)
+        acc = rescale(acc, keeps)
+        acc = add_product(acc, p_tile, k_latent.index(buffer).slice(256, 256, dim=1), p_empty)
         mbarrier.arrive(empty.index(buffer), count=1)
     mbarrier.wait(p_full, num_tiles & 1)
-    acc = acc * gl.expand_dims(keeps.load(gl.SliceLayout(1, OUTPUT)), 1)
+    acc = rescale(acc, keeps)
     _store(acc, out, result, first_head, num_heads, 256, OUTPUT, q_right)
 
 
