@@ -2,10 +2,10 @@
 
     m = max(m', rowmax s),   p = 2^(s - m),   acc = acc 2^(m' - m) + p v,   at last acc / sum p
 
-In sparse decode and prefill the left warpgroup has the scores s of 64 heads by 64 tokens, in units of log2, and one half
-of acc; the right one has the other half. They meet in shared memory of the caller: p_tile [64, 64] and keeps [64] float32
-take each tile's P and factors 2^(m' - m), and after the last tile the norms in the factors' place; p_full and p_empty are
-barriers of one arrival. A turn is one such passage, numbered from 0.
+In sparse decode and prefill the left warpgroup has the scores s of 64 heads by 64 tokens, in units of log2, and one
+half of acc; the right one has the other half. They meet in shared memory of the caller: p_tile [64, 64] and keeps
+[64] float32 take each tile's P and factors 2^(m' - m), and after the last tile the norms in the factors' place;
+p_full and p_empty are barriers of one arrival. A turn is one such passage, numbered from 0.
 """
 
 from __future__ import annotations
