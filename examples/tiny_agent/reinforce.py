@@ -187,7 +187,7 @@ class Reinforcement:
     def __init__(self, model: Model, *, seed: int, ranks: Ranks | None = None) -> None:
         self.model, self._ranks = model, ranks or Ranks()
         self._device = model.embed_tokens.device
-        trained = trained_parameters(model, Kind.DENSE)
+        trained = trained_parameters(model, Kind.DENSE, mtp=False)
         self._trained = [*trained.matrices, *trained.others]
         self._optimizer = Optimizer(trained.matrices, trained.others, weight_decay=0.0)
         # Ranks draw differently.

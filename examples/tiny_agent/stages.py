@@ -30,7 +30,8 @@ class Kind(enum.Enum):
 class Stage:
     """steps: of the whole stage, however many runs it takes. decay_share: of the steps, at the end, over which the
     learning rates fall linearly to a tenth; before it they stay. A run starts with ``warm_up`` rising steps, because
-    moments are not saved. mtp_weight: of the prediction of the token after the next."""
+    moments are not saved. mtp_weight: of the prediction of the token after the next; 0 leaves its layer as it is, which
+    takes a fifth less time."""
 
     name: str
     kind: Kind
@@ -125,12 +126,16 @@ class Trained:
     others: list[nn.Parameter]
 
 
-def trained_parameters(model: Model, kind: Kind) -> Trained:
-    """What a stage of a kind trains; all other parameters keep ``requires_grad`` False from here on."""
+def trained_parameters(model: Model, kind: Kind, *, mtp: bool) -> Trained:
+    """What a stage of a kind trains; all other parameters keep ``requires_grad`` False from here on.
+
+    mtp: the multi-token prediction layer, too.
+    """
     trained = Trained([], [])
     for name, parameter in model.named_parameters():
         indexer = ".indexer." in name
-        parameter.requires_grad_(kind is Kind.SPARSE or indexer == (kind is Kind.INDEXER))
+        wanted = kind is Kind.SPARSE or indexer == (kind is Kind.INDEXER)
+        parameter.requires_grad_(wanted and (mtp or not name.startswith("mtp.")))
         if not parameter.requires_grad:
             continue
         # Muon is for matrices between hidden states; an embedding's rows are no directions of one map.

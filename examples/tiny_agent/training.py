@@ -52,7 +52,8 @@ class Training:
         self._device = model.embed_tokens.device
         self._first_step = step
         self._ranks = ranks or Ranks()
-        trained = trained_parameters(model, stage.kind)
+        mtp = stage.kind is Kind.INDEXER or stage.mtp_weight > 0
+        trained = trained_parameters(model, stage.kind, mtp=mtp)
         self._trained = [*trained.matrices, *trained.others]
         self._optimizer = Optimizer(trained.matrices, trained.others)
         # The rows that the indexer learns from depend on the step alone, not on where runs were cut.
@@ -104,17 +105,19 @@ class Training:
     def _train_model(self, batch: Fed, angles: Angles) -> None:
         attend = self._attend(batch)
         hidden, loads = self.model(batch.tokens, angles, attend)
-        merged, load = self.model.forward_mtp(hidden, batch.tokens.roll(-1, 1), angles, attend)
         own = self._predict(self.model.head_input(hidden), batch.next_tokens)
-        ahead = self._predict(merged, batch.after_next)
         count, count_ahead = self._ranks.totals(batch.next_tokens.count, batch.after_next.count)
-        loss, mtp_loss = own.loss / max(1.0, count), ahead.loss / max(1.0, count_ahead)
-        (loss + self.stage.mtp_weight * mtp_loss).backward()
-        loads.append(load)
+        total = loss = own.loss / max(1.0, count)
+        if self.stage.mtp_weight:
+            merged, load = self.model.forward_mtp(hidden, batch.tokens.roll(-1, 1), angles, attend)
+            mtp_loss = self._predict(merged, batch.after_next).loss / max(1.0, count_ahead)
+            total = loss + self.stage.mtp_weight * mtp_loss
+            self._sums.add(mtp_loss=mtp_loss)
+            loads.append(load)
+        total.backward()
         self._ranks.sum(loads)
         imbalance = balance(self.model, loads) / self._ranks.size
-        accuracy = own.seen / max(1.0, count)
-        self._sums.add(loss=loss, mtp_loss=mtp_loss, imbalance=imbalance, accuracy=accuracy)
+        self._sums.add(loss=loss, imbalance=imbalance, accuracy=own.seen / max(1.0, count))
         if isinstance(attend, SelectedAttention):
             self._sums.add(divergence=attend.divergence)
 
@@ -140,6 +143,7 @@ class Training:
         means = {name: value / steps for name, value in sums.items()}
         if "divergence" in means:
             means["divergence"] /= sum(1 for _ in self.model.all_layers())
+        on_gpu = self._device.type == "cuda"
         return {
             "stage": self.stage.name,
             "step": self.step,
@@ -147,18 +151,20 @@ class Training:
             "tokens_per_s": round(tokens / seconds),
             "mfu": round(flops / seconds / (self._ranks.size * H100_BF16_FLOPS), 4),
             "seconds": round(seconds, 3),
+            **({"memory_gb": round(torch.cuda.max_memory_allocated() / 1e9, 1)} if on_gpu else {}),
         }
 
 
 @torch.no_grad()
 def balance(model: Model, loads: list[Tensor]) -> Tensor:
-    """Move each gate's bias by ``BALANCE_SPEED`` towards equal loads; loads: [E] tokens of each MoE layer in order.
+    """Move each gate's bias by ``BALANCE_SPEED`` towards equal loads; loads: [E] tokens of each MoE layer in order, the
+    multi-token prediction layer's last or left out.
 
     Returns the mean over layers of the largest load over the mean load.
     """
     gates = [layer.mlp for layer in model.all_layers() if isinstance(layer.mlp, MoE)]
     worst = loads[0].new_zeros(())
-    for gate, load in zip(gates, loads, strict=True):
+    for gate, load in zip(gates, loads, strict=False):
         gate.gate_bias += BALANCE_SPEED * torch.sign(load.mean() - load)
         worst += load.max() / load.mean()
-    return worst / len(gates)
+    return worst / len(loads)

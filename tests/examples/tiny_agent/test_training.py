@@ -116,6 +116,15 @@ def test_the_dense_stage_learns_and_leaves_the_indexers_alone() -> None:
         assert torch.equal(parameter, before[name]) == (".indexer." in name), name
 
 
+def test_without_its_weight_the_multi_token_layer_stays_as_it_is() -> None:
+    model = _model()
+    before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+    line = _run(Training(model, _stage("dense", mtp_weight=0.0), seed=1), 3)[-1]
+    assert "mtp_loss" not in line
+    for name, parameter in model.named_parameters():
+        assert torch.equal(parameter, before[name]) == (".indexer." in name or name.startswith("mtp.")), name
+
+
 def test_the_indexer_stage_moves_the_indexers_alone() -> None:
     model = _model()
     before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
