@@ -68,7 +68,8 @@ bench-kernels:  ## measure the GPU kernels; needs a CUDA device
 		echo "== benchmarks.$$name"; PYTHONPATH=gen $(GPU_PYTHON) -m benchmarks.$$name; done
 
 eval:  ## score the trained checkpoint on held-out tasks: table, JSON, plot (CHECKPOINT=DIR; hours without a GPU)
-	PYTHONPATH=gen $(GPU_PYTHON) -m examples.tiny_agent.evaluate --checkpoint $(CHECKPOINT)
+	PYTHONPATH=gen $(GPU_PYTHON) -m examples.tiny_agent.evaluate --checkpoint $(CHECKPOINT) --out .run/evaluation
+	PYTHONPATH=gen $(GPU_PYTHON) -m examples.tiny_agent.report .run/evaluation
 
 clean:  ## remove the environment and everything generated; checkpoints stay
 	rm -rf .venv gen build dist .run .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache

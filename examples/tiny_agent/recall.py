@@ -44,10 +44,11 @@ def load_model(checkpoint: Path, *, device: str, dtype: torch.dtype = torch.bflo
 
 
 @torch.no_grad()
-def indexer_recall(model: Model, prompts: Sequence[Sequence[int]]) -> list[LayerRecall]:
+def indexer_recall(model: Model, prompts: Sequence[Sequence[int]], *, length: int = 0) -> list[LayerRecall]:
     """Per layer, over the last ``NUM_QUERIES`` tokens of each prompt; prompts shorter than the selection are left out.
 
-    prompts: token ids, each longer than ``NUM_QUERIES``.
+    prompts: token ids, each longer than ``NUM_QUERIES``. length: prompts are filled up to so many tokens, or to their
+    own; on CUDA every length that occurs is compiled anew.
     """
     device, topk = model.embed_tokens.device, model.config.index_topk
     sums = np.zeros((model.config.num_hidden_layers, 2))
@@ -55,7 +56,7 @@ def indexer_recall(model: Model, prompts: Sequence[Sequence[int]]) -> list[Layer
     for prompt in prompts:
         if len(prompt) <= topk + NUM_QUERIES:
             continue
-        padded = -(-len(prompt) // BLOCK) * BLOCK
+        padded = -(-max(len(prompt), length) // BLOCK) * BLOCK
         tokens = torch.zeros((1, padded), dtype=torch.int64, device=device)
         tokens[0, : len(prompt)] = torch.tensor(prompt, device=device)
         ids = torch.full((1, padded), -1, dtype=torch.int32, device=device)

@@ -1,7 +1,8 @@
 """Many conversations continued side by side by the serving model, in one process.
 
-Each conversation owns the pages of one longest context. What it has in the cache stays there between replies, so that a
-tool's results cost a prefill of their own tokens and no more.
+Batching is continuous: a step takes one token of every conversation that is being answered and the prompts of those
+that were asked since. Each conversation owns the pages of one longest context. What it has in the cache stays there
+between replies, so that a tool's results cost a prefill of their own tokens and no more.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from seamount.workers.model.batch import ForwardBatch
 from seamount.workers.model.transformer import Transformer
 
 PREFILL_TOKENS = 32768
-"""New tokens in one step at the most."""
+"""New tokens of prompts in one step at the most; a longer prompt has a step of its own."""
 
 
 @dataclass(slots=True)
@@ -29,11 +30,22 @@ class Reply:
     logprobs: list[float] = field(default_factory=list)
 
 
+@dataclass(slots=True)
+class Work:
+    """What was computed: steps of the model, prompt tokens that were not cached, tokens sampled."""
+
+    num_steps: int = 0
+    num_prefilled: int = 0
+    num_sampled: int = 0
+
+
 class Rollouts:
     """model: the served one. max_tokens: of a conversation's context. Conversations are numbered from 0."""
 
     def __init__(self, model: Transformer, *, num_conversations: int, max_tokens: int) -> None:
-        self._model, self._max_tokens = model, max_tokens
+        self.num_conversations, self.max_tokens = num_conversations, max_tokens
+        self.work = Work()
+        self._model = model
         pages = -(-max_tokens // PAGE_SIZE)
         self._planes = model.layout.allocate(
             model.config.num_hidden_layers, num_conversations * pages, device=model.device
@@ -41,62 +53,92 @@ class Rollouts:
         self._pages = [list(range(i * pages, (i + 1) * pages)) for i in range(num_conversations)]
         self._cached: list[list[int]] = [[] for _ in range(num_conversations)]
         """The tokens whose cache entries are there."""
+        self._asked: dict[int, Sequence[int]] = {}
+        self._running: dict[int, Reply] = {}
 
     def use(self, model: Transformer) -> None:
-        """Go on with other parameters of the same shapes; nothing cached is valid any more."""
+        """Go on with other parameters of the same shapes; nothing cached is valid any more, nobody may be running."""
+        assert not self.is_busy, "a reply cannot change its model"
         self._model = model
         self._cached = [[] for _ in self._cached]
 
+    @property
+    def is_busy(self) -> bool:
+        return bool(self._asked or self._running)
+
+    def ask(self, number: int, prompt: Sequence[int]) -> None:
+        """Let a conversation go on from here; ``step`` will return its reply.
+
+        prompt: all its tokens, at least one. Raises ValueError where they leave no room for a reply.
+        """
+        if not 0 < len(prompt) < self.max_tokens:
+            raise ValueError(f"a prompt of {len(prompt)} tokens; a context has {self.max_tokens}")
+        assert number not in {**self._asked, **self._running}, "it has not yet replied"
+        self._asked[number] = prompt
+
     @torch.inference_mode()
+    def step(self, *, max_new: int, temperature: float, generator: torch.Generator) -> dict[int, Reply]:
+        """Sample a token for everyone that was asked, if prefill has come to it; returns the replies that are complete.
+
+        They end with EOS, ``max_new`` tokens or a full context. temperature: 0 takes the likeliest token.
+        """
+        new = {number: reply.token_ids[-1:] for number, reply in self._running.items()}
+        new |= self._admitted()
+        if not new:
+            return {}
+        logits = self._model.forward(self._batch(new), self._planes)
+        ids, logprobs = draw(logits, temperature, generator)
+        finished = {}
+        for (number, token_ids), token_id, logprob in zip(new.items(), ids.tolist(), logprobs.tolist(), strict=True):
+            self._cached[number].extend(token_ids)
+            reply = self._running.setdefault(number, Reply())
+            reply.token_ids.append(token_id)
+            reply.logprobs.append(logprob)
+            if self._is_complete(number, reply, max_new):
+                finished[number] = self._running.pop(number)
+        self.work.num_steps += 1
+        self.work.num_sampled += len(new)
+        return finished
+
     def replies(
         self, prompts: dict[int, Sequence[int]], *, max_new: int, temperature: float, generator: torch.Generator
     ) -> dict[int, Reply]:
-        """Continue conversations until EOS, ``max_new`` tokens or a full context.
+        """``ask`` all and ``step`` until all are complete. prompts: by conversation."""
+        for number, prompt in prompts.items():
+            self.ask(number, prompt)
+        finished: dict[int, Reply] = {}
+        while self.is_busy:
+            finished |= self.step(max_new=max_new, temperature=temperature, generator=generator)
+        return {number: finished[number] for number in prompts}
 
-        prompts: by conversation, all tokens of each, at least one. temperature: 0 takes the likeliest token.
-        """
-        replies = {number: Reply() for number in prompts}
-        logits = self._prefill(prompts)
-        running = [number for number in prompts if len(prompts[number]) < self._max_tokens]
-        rows = {number: row for row, number in enumerate(prompts)}
-        logits = logits[[rows[number] for number in running]]
-        while running:
-            ids, logprobs = draw(logits, temperature, generator)
-            for number, token_id, logprob in zip(running, ids.tolist(), logprobs.tolist(), strict=True):
-                replies[number].token_ids.append(token_id)
-                replies[number].logprobs.append(logprob)
-            running = [number for number in running if not self._ended(number, replies[number], max_new)]
-            if running:
-                logits = self._step([(number, replies[number].token_ids[-1:]) for number in running])
-        return replies
-
-    def _ended(self, number: int, reply: Reply, max_new: int) -> bool:
+    def _is_complete(self, number: int, reply: Reply, max_new: int) -> bool:
         if reply.token_ids[-1] == self._model.config.eos_token_id:
             return True
-        return len(reply.token_ids) == max_new or len(self._cached[number]) == self._max_tokens
+        return len(reply.token_ids) == max_new or len(self._cached[number]) == self.max_tokens
 
-    def _prefill(self, prompts: dict[int, Sequence[int]]) -> Tensor:
-        """The logits behind every prompt, in order: [N, vocab]."""
-        parts: list[Tensor] = []
-        step: list[tuple[int, Sequence[int]]] = []
+    def _admitted(self) -> dict[int, Sequence[int]]:
+        """What is new of the prompts that this step computes, in the order of asking."""
+        new: dict[int, Sequence[int]] = {}
         num_tokens = 0
-        for number, prompt in prompts.items():
+        for number, prompt in self._asked.items():
             kept = min(_common_length(self._cached[number], prompt), len(prompt) - 1)
+            if new and num_tokens + len(prompt) - kept > PREFILL_TOKENS:
+                break
             del self._cached[number][kept:]
-            if step and num_tokens + len(prompt) - kept > PREFILL_TOKENS:
-                parts.append(self._step(step))
-                step, num_tokens = [], 0
-            step.append((number, prompt[kept:]))
+            new[number] = prompt[kept:]
             num_tokens += len(prompt) - kept
-        return torch.cat([*parts, self._step(step)])
+        for number in new:
+            del self._asked[number]
+        self.work.num_prefilled += num_tokens
+        return new
 
-    def _step(self, new: list[tuple[int, Sequence[int]]]) -> Tensor:
-        """The logits behind the new tokens of each conversation: [len(new), vocab]."""
-        sequences = [(token_ids, len(self._cached[number]), self._pages[number]) for number, token_ids in new]
-        logits = self._model.forward(ForwardBatch.create(sequences), self._planes)
-        for number, token_ids in new:
-            self._cached[number].extend(token_ids)
-        return logits
+    def _batch(self, new: dict[int, Sequence[int]]) -> ForwardBatch:
+        sequences = []
+        for number, token_ids in new.items():
+            first = len(self._cached[number])
+            num_pages = -(-(first + len(token_ids)) // PAGE_SIZE)
+            sequences.append((token_ids, first, self._pages[number][:num_pages]))
+        return ForwardBatch.create(sequences)
 
 
 def draw(logits: Tensor, temperature: float, generator: torch.Generator) -> tuple[Tensor, Tensor]:

@@ -1,35 +1,42 @@
-"""The evaluation's logic: intervals, paired tests, rows and files, the indexer's recall."""
+"""The evaluation's logic: what is played, intervals, paired tests, rows and files, the indexer's recall."""
 
 from __future__ import annotations
 
 import dataclasses
 import json
+import time
 from collections.abc import Mapping, Sequence
-from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
 import torch
 from rich.console import Console
+from rich.progress import Progress
 
-from examples.tiny_agent.config import model_config
+from examples.tiny_agent.config import CONFIG, model_config
 from examples.tiny_agent.documents import TOKENIZER, DocumentSource
-from examples.tiny_agent.episodes import gold_outputs
-from examples.tiny_agent.evaluate import MODELS, Group, Plan, Players, Results, Served, needle_row, opened, run
+from examples.tiny_agent.episodes import gold_outputs, play
+from examples.tiny_agent.evaluate import Keeper, lanes_of, play_served
+from examples.tiny_agent.export import save_checkpoint
+from examples.tiny_agent.export import write_json as write_config
 from examples.tiny_agent.inference import LocalInference
-from examples.tiny_agent.journal import Journal
+from examples.tiny_agent.journal import Journal, Results, read_journal
 from examples.tiny_agent.model import Angles, Layer, Model, Projected
+from examples.tiny_agent.players import MODELS, Checkpoints, Lane, Pace, Played, play_jobs, run_jobs
+from examples.tiny_agent.plots import plot
 from examples.tiny_agent.recall import NUM_QUERIES, indexer_recall
 from examples.tiny_agent.reinforce import served_model
-from examples.tiny_agent.report import Report, write_report
+from examples.tiny_agent.report import Report, write_json
 from examples.tiny_agent.scores import Share, paired
+from examples.tiny_agent.suite import Suite, needle_row
 from examples.tiny_agent.turns import TaskKind
-from seamount.cluster.checkpoint import init_checkpoint
+from seamount.router.history import History
 from seamount.router.tokenizer import Tokenizer
 from seamount.workers.model.config import ModelConfig
+from seamount.workers.model.quantize_checkpoint import quantize_checkpoint
 
 torch.set_num_threads(1)
-PLAN = Plan(seed=6, num_tasks=5, num_needles=2, lengths=(512,), depths=(0.0, 1.0), batch_size=3)
+SUITE = Suite(seed=6, num_tasks=5, num_needles=2, lengths=(512,), depths=(0.0, 1.0), group_size=3)
 SMALL = {
     "vocab_size": 32,
     "hidden_size": 64,
@@ -49,13 +56,15 @@ def tokenizer() -> Tokenizer:
 
 
 class Oracle:
-    """Says the gold outputs of the plan's tasks, and EOS to every other prompt."""
+    """Says the gold outputs of the suite's tasks, and EOS to every other prompt."""
 
-    def __init__(self, plan: Plan, tokenizer: Tokenizer) -> None:
+    def __init__(self, suite: Suite, tokenizer: Tokenizer) -> None:
         self._eos = tokenizer.eos_token_id
         self._outputs: dict[tuple[int, ...], list[int]] = {}
-        for group in plan.groups(DocumentSource(tokenizer)):
-            for episode in opened(dataclasses.replace(group, given=False, keeps_reasoning=True), tokenizer):
+        source, history = DocumentSource(tokenizer), History(tokenizer, "oracle")
+        for group in suite.groups():
+            plain = dataclasses.replace(group, given=False, keeps_reasoning=True)
+            for episode in plain.episodes(tokenizer, source, history):
                 for output in gold_outputs(episode.task, tokenizer):
                     self._outputs[tuple(episode.prompt())] = output
                     episode.take(output)
@@ -69,54 +78,76 @@ class Silent:
         return {i: [1] for i in prompts}
 
 
+def keeper(journal: Journal) -> Keeper:
+    return Keeper(journal, Progress(console=Console(quiet=True)), 1)
+
+
 @pytest.fixture(scope="module")
 def results(tokenizer: Tokenizer, tmp_path_factory: pytest.TempPathFactory) -> Results:
-    console, folder = Console(quiet=True), tmp_path_factory.mktemp("evaluation")
-    made = run(PLAN, Served(Oracle(PLAN, tokenizer)), tokenizer, console, Journal(folder / "oracle", {}))
-    other = run(PLAN, Served(Silent()), tokenizer, console, Journal(folder / "silent", {}))
-    return Results(outcomes={"oracle": made.outcomes["served"], "silent": other.outcomes["served"]})
+    """Of two models: ``oracle`` and ``silent``."""
+    together = Results()
+    for name, model in (("oracle", Oracle(SUITE, tokenizer)), ("silent", Silent())):
+        journal = Journal(tmp_path_factory.mktemp(name), {})
+        play_served(SUITE, model, tokenizer, journal, keeper(journal), deadline=time.time() + 600)
+        together.outcomes[name] = journal.results.outcomes["served"]
+    return together
 
 
 def test_every_kind_is_played_and_a_perfect_player_does_all_of_it(results: Results) -> None:
-    rows = {name: [one.succeeded for one in outcomes] for name, outcomes in results.outcomes["oracle"].items()}
-    assert set(rows) == {
+    done: dict[str, list[bool]] = {}
+    for (row, _), outcomes in results.outcomes["oracle"].items():
+        done.setdefault(row, []).extend(one.succeeded for one in outcomes)
+    assert set(done) == {
         *(kind.value for kind in TaskKind if kind is not TaskKind.NEEDLE),
         *("plan, given", "plan, cut"),
-        *(needle_row(512, depth) for depth in PLAN.depths),
+        *(needle_row(512, depth) for depth in SUITE.depths),
     }
-    cut = rows.pop("plan, cut")
-    assert not any(cut), "without its reasoning nobody knows what was chosen"
-    assert all(all(done) for done in rows.values())
-    assert sum(map(len, rows.values())) + len(cut) == PLAN.num_episodes
+    assert sum(map(len, done.values())) == SUITE.num_episodes
+    assert not any(done.pop("plan, cut")), "without its reasoning nobody knows what was chosen"
+    assert all(all(row) for row in done.values())
     assert not any(one.succeeded for made in results.outcomes["silent"].values() for one in made)
 
 
 def test_an_evaluation_goes_on_where_it_stopped(results: Results, tokenizer: Tokenizer, tmp_path: Path) -> None:
-    console, subject = Console(quiet=True), {"seed": PLAN.seed}
-    stopped = run(PLAN, Served(Silent()), tokenizer, console, Journal(tmp_path, subject), deadline=0.0)
-    assert not stopped.outcomes
-    first = dataclasses.replace(PLAN, kinds=PLAN.kinds[:2], lengths=())
-    begun = run(first, Served(Silent()), tokenizer, console, Journal(tmp_path, subject)).outcomes["served"]
-    whole = run(PLAN, Served(Oracle(PLAN, tokenizer)), tokenizer, console, Journal(tmp_path, subject))
-    for row, outcomes in whole.outcomes["served"].items():
-        assert outcomes == begun.get(row, results.outcomes["oracle"][row])
+    subject = {"seed": SUITE.seed}
+    stopped = Journal(tmp_path, subject)
+    play_served(SUITE, Silent(), tokenizer, stopped, keeper(stopped), deadline=0.0)
+    assert not stopped.results.outcomes
+    begun = Journal(tmp_path, subject)
+    first = dataclasses.replace(SUITE, kinds=SUITE.kinds[:2], lengths=())
+    play_served(first, Silent(), tokenizer, begun, keeper(begun), deadline=time.time() + 600)
+    with (tmp_path / "outcomes.jsonl").open("a") as file:
+        file.write('{"model": "served", "row": "cut off')
+    whole = Journal(tmp_path, subject)
+    play_served(SUITE, Oracle(SUITE, tokenizer), tokenizer, whole, keeper(whole), deadline=time.time() + 600)
+    expected = results.outcomes["oracle"] | begun.results.outcomes["served"]
+    assert whole.results.outcomes["served"] == expected
+    assert read_journal(tmp_path)[1].outcomes["served"] == expected
     with pytest.raises(ValueError, match="another model"):
         Journal(tmp_path, {"seed": 7})
 
 
 def test_the_report_is_complete(results: Results, tmp_path: Path) -> None:
-    report = Report.of(results.outcomes, {}, source="here", seed=6, seconds=1.0)
+    report = Report.of(results, {"source": "here"})
     report.print(Console(quiet=True))
-    write_report(report, tmp_path)
+    write_json(report, tmp_path)
+    plot(report, tmp_path / "evaluation.png")
     stored = json.loads((tmp_path / "evaluation.json").read_text())
     single = next(row for row in stored["rows"] if row["model"] == "oracle" and row["name"] == "single")
-    assert single["success"]["successes"] == single["success"]["total"] == PLAN.num_tasks
+    assert single["success"]["successes"] == single["success"]["total"] == SUITE.num_tasks
     assert single["valid_calls"]["value"] == 1.0
     together = next(one for one in stored["comparisons"] if one["name"] == "all")
-    assert together["total"] == PLAN.num_episodes
-    assert together["only_first"] == PLAN.num_episodes - PLAN.num_tasks
+    own = SUITE.num_episodes - 2 * SUITE.num_tasks  # without the plans whose first message is given
+    assert together["total"] == own
+    assert together["only_first"] == own
     assert together["only_second"] == 0
     assert (tmp_path / "evaluation.png").stat().st_size > 10_000
+
+
+def test_only_what_both_models_played_is_compared(results: Results) -> None:
+    some = {key: made for key, made in results.outcomes["silent"].items() if key == ("single", 3)}
+    report = Report.of(Results(outcomes={"oracle": results.outcomes["oracle"], "silent": some}), {})
+    assert {one.name: one.paired.only_first for one in report.comparisons} == {"single": 2, "all": 2}
 
 
 @pytest.mark.parametrize(
@@ -196,16 +227,58 @@ def test_a_prompt_that_leaves_no_room_gets_no_output() -> None:
     assert inference.generate({2: [3, 4]}, max_output_tokens=4)[2] == outputs[2]
 
 
-def test_the_models_under_test_differ_in_what_they_attend_to_and_store(tmp_path: Path) -> None:
-    checkpoint = tmp_path / "random"
-    init_checkpoint(checkpoint, seed=3, geometry="demo")
-    topk = ModelConfig.from_json(checkpoint).index_topk
-    group = Group(name="", make=list, num_tasks=2, max_tokens=256, batch_size=2)
+@pytest.fixture(scope="module")
+def forms(tmp_path_factory: pytest.TempPathFactory) -> Checkpoints:
+    """A small random checkpoint with the recipe's tokenizer."""
+    folder = tmp_path_factory.mktemp("forms")
+    sizes = {"hidden_size": 128, "moe_intermediate_size": 128, "kv_lora_rank": 128, "index_n_heads": 4}
+    torch.manual_seed(8)
+    save_checkpoint(Model(model_config(**sizes), torch.float32), folder / "plain", TOKENIZER)
+    write_config(folder / "plain" / "config.json", {**CONFIG, **sizes})
+    quantize_checkpoint(folder / "plain", folder / "fp8")
+    return Checkpoints(plain=folder / "plain", fp8=folder / "fp8")
+
+
+def test_the_models_under_test_differ_in_what_they_attend_to_and_store(forms: Checkpoints) -> None:
+    topk = ModelConfig.from_json(forms.plain).index_topk
     prompts = {0: [5 + i % 200 for i in range(topk - 8)], 1: [5 + i * i % 200 for i in range(topk + 100)]}
-    with ExitStack() as stack:
-        players = Players(checkpoint, stack, models=MODELS, device="cpu")
-        said = {name: players.inference(name, group).generate(prompts, max_output_tokens=6) for name in MODELS}
+    said = {}
+    for name in MODELS:
+        inference = LocalInference(forms.load(name, "cpu"), num_conversations=2, max_tokens=512)
+        said[name] = inference.generate(prompts, max_output_tokens=6)
     assert said["sparse"][0] == said["dense"][0], "all tokens are selected in so short a context"
     assert said["sparse"][1] != said["dense"][1]
     assert set(said["fp8"]) == {0, 1}
     assert all(said["fp8"].values())
+
+
+def test_processes_share_the_tasks_and_play_them_as_one_would(
+    forms: Checkpoints, tokenizer: Tokenizer, tmp_path: Path
+) -> None:
+    suite = Suite(seed=3, num_tasks=2, num_needles=1, kinds=(TaskKind.NO_TOOL,), lengths=(512,), group_size=1)
+    journal = Journal(tmp_path, {})
+    lanes = lanes_of(suite, ("sparse", "fp8"), journal, (2, 2))
+    assert [(lane.model, lane.max_tokens) for lane in lanes] == [
+        ("sparse", 2560),
+        ("sparse", 1024),
+        ("fp8", 2560),
+        ("fp8", 1024),
+    ]
+    short = lanes[:1]
+    told: list[Played | Pace] = []
+    run_jobs(play_jobs(short, forms, ["cpu", "cpu"], time.time() + 600), told.append)
+    outcomes = {(one.group.row, one.group.first): one.outcomes for one in told if isinstance(one, Played)}
+    inference = LocalInference(forms.load("sparse", "cpu"), num_conversations=1, max_tokens=2560)
+    for lane in short:
+        for group in lane.groups:
+            episodes = list(group.episodes(tokenizer, DocumentSource(tokenizer), History(tokenizer, "one")))
+            assert outcomes[group.row, group.first] == play(episodes, inference)
+    sampled = sum(one.work.num_sampled for one in told if isinstance(one, Pace))
+    assert sampled == sum(one.num_output_tokens for made in outcomes.values() for one in made)
+
+
+def test_a_process_that_fails_is_reported() -> None:
+    lane = Lane(model="sparse", groups=Suite(seed=1, num_tasks=1, num_needles=0).groups()[:1], num_conversations=1)
+    nowhere = Checkpoints(plain=Path("/nowhere"), fp8=Path("/nowhere"))
+    with pytest.raises(RuntimeError, match="nowhere"):
+        run_jobs(play_jobs([lane], nowhere, ["cpu"], time.time() + 600), lambda told: None)
