@@ -14,14 +14,15 @@ import json
 import os
 import signal
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
-from typing import IO, Any
+from typing import Any
 from uuid import uuid4
 
+from seamount.cluster.forking import ForkedProcess, Parent
 from seamount.cluster.process import GRACE_S, RankStart, RouterStart
 from seamount.cluster.redis_server import serve_redis
 from seamount.cluster.settings import NODE_ADDRESS, Settings, is_loopback
@@ -38,8 +39,8 @@ class LocalProcess:
 
     name: str
     start: RankStart | RouterStart
-    process: asyncio.subprocess.Process
-    log: IO[bytes]
+    process: asyncio.subprocess.Process | ForkedProcess
+    log: Path
     address: str = ""
 
     @property
@@ -52,13 +53,18 @@ class LocalCluster:
     """Async context manager; ``address`` is that of the first router.
 
     num_routers: each with a port of its own (the first takes ``settings.router.port``). allow_forced_tokens: tests may
-    dictate the sampled ids; refused off loopback. on_ready: called with a process's name when it serves; on_loading:
-    with its name, bytes of weights read and to read, at each percent.
+    dictate the sampled ids; refused off loopback. failpoints: where a test listens for them. parent: what processes are
+    forked from, None = each one imports for itself. redis_urls: by process name, of those that reach Redis another way.
+    on_ready: called with a process's name when it serves; on_loading: with its name, bytes of weights read and to read,
+    at each percent.
     """
 
     settings: Settings
     num_routers: int = 1
     allow_forced_tokens: bool = False
+    failpoints: Path | None = None
+    parent: Parent | None = None
+    redis_urls: Mapping[str, str] = field(default_factory=dict)
     on_ready: Callable[[str], None] | None = None
     on_loading: Callable[[str, int, int], None] | None = None
     processes: dict[str, LocalProcess] = field(default_factory=dict)
@@ -110,7 +116,6 @@ class LocalCluster:
         os.kill(process.pid, number)
         if number == signal.SIGKILL:
             await process.process.wait()
-            process.log.close()
             del self.processes[name]
 
     async def start_gang(self, pool: PoolName, gang_id: str) -> list[LocalProcess]:
@@ -118,13 +123,18 @@ class LocalCluster:
         size = pool_settings(self.settings, pool).expert_parallel
         # Its keys in the directory must not meet those of the gang's earlier life.
         incarnation = f"{gang_id}-{uuid4().hex[:8]}"
-        starts = [RankStart(**self._common(), pool=pool, gang_id=incarnation, gang_rank=rank) for rank in range(size)]
-        return list(await asyncio.gather(*(self._spawn(f"{gang_id}.{s.gang_rank}", s) for s in starts)))
+        names = [f"{gang_id}.{rank}" for rank in range(size)]
+        starts = [
+            RankStart(**self._common(name), pool=pool, gang_id=incarnation, gang_rank=rank)
+            for rank, name in enumerate(names)
+        ]
+        return list(await asyncio.gather(*map(self._spawn, names, starts)))
 
     async def start_router(self, number: int) -> LocalProcess:
         """Start router ``number``; returns when it serves."""
         port = self.settings.router.port if number == 0 else 0
-        return await self._spawn(f"router-{number}", RouterStart(**self._common(), port=port))
+        name = f"router-{number}"
+        return await self._spawn(name, RouterStart(**self._common(name), port=port))
 
     async def _start_all(self) -> None:
         pools: tuple[PoolName, ...] = ("decode", "prefill")
@@ -133,31 +143,26 @@ class LocalCluster:
         # Routers last: each begins with the state of every rank that is there.
         await asyncio.gather(*(self.start_router(number) for number in range(self.num_routers)))
 
-    def _common(self) -> dict[str, Any]:
+    def _common(self, name: str) -> dict[str, Any]:
         return {
             "settings": self.settings.model_dump(mode="json", exclude={"redis_url"}, exclude_none=True),
-            "redis_url": self.redis_url,
+            "redis_url": self.redis_urls.get(name, self.redis_url),
             "parent_pid": os.getpid(),
             "allow_forced_tokens": self.allow_forced_tokens,
+            "failpoints": self.failpoints,
         }
+
+    async def _started(
+        self, start: RankStart | RouterStart, log_path: Path
+    ) -> asyncio.subprocess.Process | ForkedProcess:
+        return await (self.parent.fork(start, log_path) if self.parent is not None else _executed(start, log_path))
 
     async def _spawn(self, name: str, start: RankStart | RouterStart) -> LocalProcess:
         log_path = self.settings.run_dir / f"{name}.log"
-        log = log_path.open("ab")
-        process = await asyncio.create_subprocess_exec(
-            sys.executable,
-            "-m",
-            "seamount.cluster.process",
-            stdin=asyncio.subprocess.PIPE,
-            stdout=asyncio.subprocess.PIPE,
-            stderr=log,
-        )
-        local = LocalProcess(name=name, start=start, process=process, log=log)
+        process = await self._started(start, log_path)
+        local = LocalProcess(name=name, start=start, process=process, log=log_path)
         self.processes[name] = local
-        assert process.stdin is not None
         assert process.stdout is not None
-        process.stdin.write(start.model_dump_json().encode())
-        process.stdin.close()
         while not local.address:
             line = await process.stdout.readline()
             if not line:
@@ -173,6 +178,22 @@ class LocalCluster:
         return local
 
 
+async def _executed(start: RankStart | RouterStart, log_path: Path) -> asyncio.subprocess.Process:
+    with log_path.open("ab") as log:
+        process = await asyncio.create_subprocess_exec(
+            sys.executable,
+            "-m",
+            "seamount.cluster.process",
+            stdin=asyncio.subprocess.PIPE,
+            stdout=asyncio.subprocess.PIPE,
+            stderr=log,
+        )
+    assert process.stdin is not None
+    process.stdin.write(start.model_dump_json().encode())
+    process.stdin.close()
+    return process
+
+
 async def _stop(local: LocalProcess) -> None:
     process = local.process
     with suppress(ProcessLookupError):
@@ -185,7 +206,6 @@ async def _stop(local: LocalProcess) -> None:
         with suppress(ProcessLookupError):
             process.kill()
         await process.wait()
-    local.log.close()
 
 
 def _last_lines(path: Path, count: int = 15) -> str:

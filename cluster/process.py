@@ -14,13 +14,15 @@ import json
 import os
 import signal
 import sys
+from pathlib import Path
 from typing import Annotated, Literal, Protocol
 
 import uvloop
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter
 
-from seamount.cluster.settings import Settings, validate
-from seamount.wire import logs
+from seamount.cluster.settings import Settings, is_loopback, validate
+from seamount.wire import failpoints, logs
+from seamount.wire.errors import InvalidArgument
 from seamount.wire.ids import GangId
 from seamount.workers.spec import PoolName
 
@@ -36,6 +38,8 @@ class _Start(BaseModel):
     redis_url: str
     parent_pid: int
     allow_forced_tokens: bool = False
+    failpoints: Path | None = None
+    """Where a test listens for them; None = off."""
 
     def resolved_settings(self) -> Settings:
         return validate({**self.settings, "redis_url": self.redis_url})
@@ -70,12 +74,30 @@ class _Part(Protocol):
 def main() -> None:
     """Read what to be, be it until told to stop. Exit status 1 where the part could not start."""
     start = _START.validate_json(sys.stdin.buffer.read())
-    _end_with(start.parent_pid)
+    end_with(start.parent_pid)
+    be(start)
+
+
+def be(start: RankStart | RouterStart) -> None:
+    """Be it until told to stop. Raises typed errors where it could not start."""
     logs.configure()
+    if start.failpoints is not None:
+        turn_on_failpoints(start.resolved_settings(), start.failpoints)
     uvloop.run(_serve(start))  # what Ray Serve's replicas run on, too
 
 
-def _end_with(parent_pid: int) -> None:
+def turn_on_failpoints(settings: Settings, listener: Path) -> None:
+    """Report them to a test's socket from now on. Raises ``InvalidArgument`` where anything listens off loopback."""
+    for field, host in (("router.host", settings.router.host), ("pools.host", settings.pools.host)):
+        if not is_loopback(host):
+            raise InvalidArgument(
+                f"failpoints are for tests on loopback: set {field} = {host} to 127.0.0.1, or start without them",
+                field="failpoints",
+            )
+    failpoints.turn_on(failpoints.Listener(path=listener))
+
+
+def end_with(parent_pid: int) -> None:
     """Get SIGTERM when the parent ends, however it ends (Linux)."""
     if sys.platform == "linux":
         ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)

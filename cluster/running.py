@@ -83,7 +83,7 @@ async def _first_end(cluster: LocalCluster) -> None:
         for name, process in processes.items():
             if process.process.returncode is not None:
                 raise Unavailable(
-                    f"{name} ended with code {process.process.returncode}; its log: {process.log.name}",
+                    f"{name} ended with code {process.process.returncode}; its log: {process.log}",
                     reason="PROCESS_ENDED",
                 )
         await asyncio.sleep(_LOOK_S)

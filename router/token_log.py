@@ -14,6 +14,7 @@ from seamount.router.session_turns import BegunTurn
 from seamount.router.sessions import Sessions
 from seamount.router.stored import AppendArguments
 from seamount.v1 import common_pb2, events_pb2, record_pb2
+from seamount.wire import failpoints
 from seamount.wire.errors import SeamountError, Unavailable
 from seamount.wire.ids import RankId
 
@@ -184,7 +185,9 @@ class TokenLog:
     async def _flush(self) -> None:
         logs, self._news = list(self._news), {}
         sending = [(log, entry) for log in logs if (entry := log.to_send()) is not None]
+        ids = ",".join(entry.id for _, entry in sending)
         answers: Sequence[SeamountError | None]
+        failpoints.reached("router.append", ids)
         try:
             answers = await self._sessions.append_tokens([entry for _, entry in sending])
         except Unavailable:
@@ -193,6 +196,7 @@ class TokenLog:
             return
         except SeamountError as error:
             answers = [error] * len(sending)
+        failpoints.reached("router.appended", ids)
         for (log, _), refusal in zip(sending, answers, strict=True):
             log.settle(refusal)
             if log.has_news and refusal is None:

@@ -23,6 +23,7 @@ from seamount.router.token_log import TurnLog
 from seamount.router.tokenizer import Tokenizer
 from seamount.router.turn_stream import TurnStream, router_leaving
 from seamount.v1 import common_pb2, events_pb2, record_pb2, worker_pb2
+from seamount.wire import failpoints
 from seamount.wire.errors import Aborted, Cancelled, NotFound, SeamountError, Unavailable, defect
 
 _LOG = logging.getLogger(__name__)
@@ -157,6 +158,7 @@ async def commit(turn: Turn, record: record_pb2.TurnRecord, parts: TurnParts) ->
     lease = None
     if rank is not None and calls:
         lease = await parts.retention.while_tools_run(begun.tenant, begun.session_id, rank, calls)
+    failpoints.reached("router.commit", len(record.output.token_ids))
     await parts.sessions.commit_turn(
         begun,
         record,
@@ -165,6 +167,7 @@ async def commit(turn: Turn, record: record_pb2.TurnRecord, parts: TurnParts) ->
         lease=lease,
         budget_s=COMMIT_BUDGET_S,
     )
+    failpoints.reached("router.committed", len(record.output.token_ids))
     if turn.generation is not None and begun.records:
         parts.retention.note_wait(begun.tenant, begun.records[-1], turn.generation.account.started)
 

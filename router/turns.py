@@ -24,6 +24,7 @@ from seamount.router.turn import FAIL_BUDGET_S, Turn, TurnParts, run_turn
 from seamount.router.turn_maker import TurnMaker
 from seamount.router.turn_stream import TurnStream
 from seamount.v1 import record_pb2, session_pb2
+from seamount.wire import failpoints
 from seamount.wire.errors import Aborted, DataLoss, SeamountError, Unavailable
 from seamount.wire.ids import SessionId, TenantId, TurnId
 
@@ -119,7 +120,9 @@ class Turns:
                 return False
             if view.session.model != self.model.name:
                 raise Unavailable("the turn is of a model that is served elsewhere", reason="MODEL_NOT_SERVED")
+            failpoints.reached("router.take_over", running.epoch)
             begun, remaining_s = await self.sessions.take_over(tenant, session_id, running)
+            failpoints.reached("router.taken", begun.epoch)
             deadline = time.monotonic() + remaining_s
             logged, entries = LoggedTurn(), list[LogEntry]()
             try:
@@ -179,6 +182,7 @@ class Turns:
             logged.take(await self.sessions.read_log(tenant, session_id, running.turn_id, after=logged.end))
             events = LogEvents(running.turn_id, session, self.model.tokenizer, logged)
             events.news()
+            failpoints.reached("router.end_read", logged.end)
             try:
                 await self.sessions.fail_turn(tenant, session_id, running, events.cancelled()[-1], log_end=logged.end)
                 return True
@@ -217,6 +221,7 @@ class Turns:
             lock.release()
 
     async def _start(self, begun: BegunTurn, start: record_pb2.TurnStart, checked: TurnRequest) -> TurnStream:
+        failpoints.reached("router.begun", begun.epoch)
         try:
             turn = await self.maker.make(begun, start, checked.messages, deadline=checked.deadline)
             self._refuse_if_leaving()

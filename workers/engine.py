@@ -15,6 +15,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 
 from seamount.kernels.layout import CachePlanes
+from seamount.wire import failpoints
 from seamount.wire.errors import Internal, NotFound, SeamountError, Unavailable
 from seamount.workers import scheduler as scheduling
 from seamount.workers.cache.reservations import Reservations
@@ -362,6 +363,7 @@ class Engine:
         now = time.monotonic()
         if sequence.first_token_at is None:
             sequence.first_token_at = now
+        failpoints.reached("rank.token", sequence.output_index)
         logprobs = () if token.logprobs is None else (token.logprobs,)
         yield sequence, Tokens(first_index=sequence.output_index, token_ids=(token.token_id,), logprobs=logprobs)
         sequence.num_sampled += 1

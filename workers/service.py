@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 import grpc
 
 from seamount.v1 import common_pb2, worker_pb2, worker_pb2_grpc
-from seamount.wire import limits
+from seamount.wire import failpoints, limits
 from seamount.wire.durations import duration
 from seamount.wire.errors import Aborted, FailedPrecondition, InvalidArgument, NotFound
 from seamount.workers.cache.reservation import Reservation
@@ -118,6 +118,8 @@ class WorkerService(worker_pb2_grpc.WorkerServiceServicer):
         with self._stream(), self._orphaned(reservation.id):
             async with aclosing(events):
                 async for event in events:
+                    if isinstance(event, Finished):
+                        failpoints.reached("rank.finished")
                     yield _frame(event)
 
     async def Release(self, request: worker_pb2.ReleaseRequest, context: Context) -> worker_pb2.ReleaseResponse:
@@ -147,6 +149,17 @@ class WorkerService(worker_pb2_grpc.WorkerServiceServicer):
     ) -> AsyncIterator[worker_pb2.WatchStateResponse]:
         async for state in self.watch():
             yield worker_pb2.WatchStateResponse(state=state)
+
+    async def CheckCaches(
+        self, request: worker_pb2.CheckCachesRequest, context: Context
+    ) -> worker_pb2.CheckCachesResponse:
+        if not self.spec.allow_forced_tokens:
+            raise FailedPrecondition("this rank was not started for tests", reason="NOT_FOR_TESTS")
+        try:
+            self.reservations.check_invariants()
+        except AssertionError as violation:
+            return worker_pb2.CheckCachesResponse(violation=str(violation))
+        return worker_pb2.CheckCachesResponse()
 
     @contextmanager
     def _orphaned(self, reservation_id: str) -> Iterator[None]:

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from seamount.kernels.layout import CacheLayout, CachePlanes, gather_slots
 from seamount.v1 import transfer_pb2
+from seamount.wire import failpoints
 from seamount.wire.errors import Unavailable, from_rpc_error
 from seamount.workers.cache.reservation import Reservation
 from seamount.workers.cache.reservations import Reservations
@@ -28,7 +29,10 @@ def gather_frame(
     at = torch.tensor(slots, dtype=torch.int64, device=planes.latent[layer].device)
     latent = to_host(gather_slots(planes.latent[layer], at, layout, "latent"))
     index = to_host(gather_slots(planes.index[layer], at, layout, "index"))
-    return data_frame(transfer_id, layer, first, latent, index)
+    frame = data_frame(transfer_id, layer, first, latent, index)
+    if failpoints.reached("rank.frame", f"{layer}:{first}") and frame.payload is not None:
+        frame.payload[0] ^= 1
+    return frame
 
 
 def to_host(rows: Tensor) -> Tensor:
