@@ -10,6 +10,7 @@ from typing import Any
 
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
+from examples.tiny_agent.documents import TOKENIZER
 from examples.tiny_agent.export import save_checkpoint, write_json
 from examples.tiny_agent.model import Model
 from examples.tiny_agent.parallel import Ranks
@@ -51,13 +52,13 @@ class Recorder:
         if time.monotonic() - self._saved > SAVE_EVERY_S:
             self._save([*self._runs, self._entry()])
 
-    def end(self, step: int, *, tokenizer: Path | None = None) -> None:
-        """The run leaves the stage at ``step``. tokenizer: goes into a folder that is to be served."""
+    def end(self, step: int) -> None:
+        """The run leaves the stage at ``step``."""
         self._step = step
         self._runs.append(self._entry())
         if not self._writes:
             return
-        self._save(self._runs, tokenizer)
+        self._save(self._runs)
         self._bar.console.print(f"{self._stage}: {step} of {self._total} steps; saved in {self._out}")
 
     def _entry(self) -> dict[str, Any]:
@@ -66,8 +67,8 @@ class Recorder:
         ranks = self._num_ranks
         return {"stage": self._stage, "steps": steps, "seed": self._seed, "ranks": ranks, "seconds": seconds}
 
-    def _save(self, runs: list[dict[str, Any]], tokenizer: Path | None = None) -> None:
-        save_checkpoint(self._model, self._out, tokenizer)
+    def _save(self, runs: list[dict[str, Any]]) -> None:
+        save_checkpoint(self._model, self._out, TOKENIZER)
         done = self._step == self._total
         write_json(self._out / STATE, {"stage": self._stage, "step": self._step, "done": done, "runs": runs})
         self._saved = time.monotonic()

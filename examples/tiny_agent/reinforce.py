@@ -11,8 +11,9 @@ from __future__ import annotations
 
 import random
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from types import MappingProxyType
 from typing import Any, Protocol, TypeVar
 
 import numpy as np
@@ -31,7 +32,8 @@ from examples.tiny_agent.optimizer import Optimizer
 from examples.tiny_agent.parallel import Ranks
 from examples.tiny_agent.rollouts import Reply, Rollouts
 from examples.tiny_agent.stages import Kind, trained_parameters
-from examples.tiny_agent.tasks import MAKERS, make_task
+from examples.tiny_agent.tasks import make_task
+from examples.tiny_agent.turns import TaskKind
 from examples.tiny_agent.values import Split
 from seamount.kernels.layout import CacheLayout
 from seamount.router.history import History
@@ -40,9 +42,21 @@ from seamount.workers.experts.dispatch import LocalExperts
 from seamount.workers.model.parameters import parameter_shapes
 from seamount.workers.model.transformer import Transformer
 
-TASKS, GROUP = 32, 8
-MAX_NEW = 384
-"""Tokens of one reply."""
+TASKS, GROUP = 128, 8
+KINDS: Mapping[TaskKind, float] = MappingProxyType(
+    {
+        TaskKind.SINGLE: 0.1,
+        TaskKind.MULTI: 0.35,
+        TaskKind.PARALLEL: 0.1,
+        TaskKind.ERRORS: 0.15,
+        TaskKind.FOLLOW_UP: 0.15,
+        TaskKind.NO_TOOL: 0.05,
+        TaskKind.PLAN: 0.1,
+    }
+)
+"""Shares of the tasks; needles are left out."""
+MAX_NEW = 256
+"""Tokens of one reply; gold ones have up to about 220."""
 ROWS = 16
 """Sequences of ``DENSE_LENGTH`` tokens in one backward pass."""
 MATRIX_LR, OTHER_LR = 2e-4, 2e-4
@@ -84,29 +98,34 @@ class Transcript:
 
 
 def attempt(
-    attempts: Sequence[Attempt],
-    rollouts: Rollouts,
-    *,
-    max_tokens: int,
-    generator: torch.Generator,
-    temperature: float = 1.0,
+    attempts: Sequence[Attempt], rollouts: Rollouts, *, generator: torch.Generator, temperature: float = 1.0
 ) -> list[list[Transcript]]:
-    """Run all attempts to their end, side by side; what the contexts of each held.
+    """Run all attempts to their end, side by side, each at its own pace; what the contexts of each held.
 
-    One whose prompt leaves no room in ``max_tokens`` stays undone.
+    One whose prompt leaves no room in a context of ``rollouts`` stays undone.
     """
     transcripts: list[list[Transcript]] = [[] for _ in attempts]
-    while True:
-        asked = {i: tried.prompt() for i, tried in enumerate(attempts) if not tried.done}
-        prompts = {i: prompt for i, prompt in asked.items() if len(prompt) < max_tokens}
-        if not prompts:
-            return transcripts
-        replies = rollouts.replies(prompts, max_new=MAX_NEW, temperature=temperature, generator=generator)
-        for i, reply in replies.items():
-            if not transcripts[i] or not transcripts[i][-1].extend(prompts[i], reply):
-                transcripts[i].append(Transcript())
-                transcripts[i][-1].extend(prompts[i], reply)
-            attempts[i].take(reply.token_ids)
+    prompts: dict[int, Sequence[int]] = {}
+
+    def ask(number: int) -> None:
+        prompt = attempts[number].prompt()
+        if len(prompt) < rollouts.max_tokens:
+            prompts[number] = prompt
+            rollouts.ask(number, prompt)
+
+    for number in range(len(attempts)):
+        ask(number)
+    while rollouts.is_busy:
+        replies = rollouts.step(max_new=MAX_NEW, temperature=temperature, generator=generator)
+        for number, reply in replies.items():
+            contexts = transcripts[number]
+            if not contexts or not contexts[-1].extend(prompts[number], reply):
+                contexts.append(Transcript())
+                contexts[-1].extend(prompts[number], reply)
+            attempts[number].take(reply.token_ids)
+            if not attempts[number].done:
+                ask(number)
+    return transcripts
 
 
 def advantages(rewards: Sequence[float], group: int) -> list[float]:
@@ -161,9 +180,9 @@ def _packed_block(rows: Sequence[Sequence[tuple[Transcript, float]]], length: in
 
 
 def draw_attempts(step: int, *, seed: int, tokenizer: Tokenizer, ranks: Ranks) -> list[Episode]:
-    """``GROUP`` episodes of each task of a step that is this rank's, groups together; all kinds but needles."""
+    """``GROUP`` episodes of each task of a step that is this rank's, groups together."""
     history = History(tokenizer, "reinforcement")
-    kinds = random.Random(repr((seed, step))).choices(list(MAKERS), k=TASKS)
+    kinds = random.Random(repr((seed, step))).choices(list(KINDS), list(KINDS.values()), k=TASKS)
     own = ranks.share(TASKS)
     tasks = [
         make_task(kinds[i], split=Split.TRAINING, seed=seed, index=step * TASKS + i)
@@ -202,7 +221,7 @@ class Reinforcement:
         attempts: this rank's groups one after the other; judge: the reward of one that is over.
         """
         began = time.monotonic()
-        transcripts = attempt(attempts, self._rollouts, max_tokens=DENSE_LENGTH, generator=self._generator)
+        transcripts = attempt(attempts, self._rollouts, generator=self._generator)
         rewards = [judge(tried) for tried in attempts]
         weights = advantages(rewards, GROUP)
         samples = [(one, weight) for many, weight in zip(transcripts, weights, strict=True) for one in many]

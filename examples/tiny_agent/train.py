@@ -7,7 +7,7 @@ Started by torchrun, one process a GPU shares every step's sequences; the steps 
 
 A run writes a Hugging Face checkpoint of its weights, training.json (where it stands) and metrics.jsonl into its
 folder: under 30 MB, in files under 16 MiB. The optimiser's moments are not saved: a resumed run raises the learning
-rates anew over a few steps. The last stage adds the tokenizer: its folder can be served.
+rates anew over a few steps. The folder can be served; before the sparse stage its indexers select at random.
 """
 
 from __future__ import annotations
@@ -99,8 +99,7 @@ def main(
             total = _total(name)
             recorder.begin(name, step, total)
             step = _run_stage(model, name, step, limits, ranks, recorder.metrics)
-            complete = name == ORDER[-1] and step == total
-            recorder.end(step, tokenizer=TOKENIZER if complete else None)
+            recorder.end(step)
             if stage is not None or step < total:
                 break
             step = 0

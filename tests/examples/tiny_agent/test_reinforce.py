@@ -72,7 +72,7 @@ def test_attempts_sample_from_the_trained_model(monkeypatch: pytest.MonkeyPatch)
     tried = [Asking([3, 4, 7 + i], forgetful=bool(i % 2)) for i in range(4)]
     rollouts = Rollouts(served_model(model), num_conversations=4, max_tokens=128)
     generator = torch.Generator().manual_seed(0)
-    transcripts = attempt(tried, rollouts, max_tokens=128, generator=generator)
+    transcripts = attempt(tried, rollouts, generator=generator)
     assert all(one.done for one in tried)
     for i, (one, contexts) in enumerate(zip(tried, transcripts, strict=True)):
         assert len(contexts) == (2 if i % 2 else 1)
@@ -86,7 +86,7 @@ def test_attempts_sample_from_the_trained_model(monkeypatch: pytest.MonkeyPatch)
 def test_a_context_that_is_full_ends() -> None:
     tried = [Asking([3, 4], questions=50)]
     rollouts = Rollouts(served_model(_model()), num_conversations=1, max_tokens=64)
-    transcripts = attempt(tried, rollouts, max_tokens=64, generator=torch.Generator().manual_seed(0))
+    transcripts = attempt(tried, rollouts, generator=torch.Generator().manual_seed(0))
     assert not tried[0].done
     assert len(transcripts[0][-1].token_ids) <= 65
 
