@@ -42,11 +42,11 @@ lint: $(READY)  ## ruff, import contracts, buf
 type: $(READY)  ## mypy --strict
 	$(BIN)/mypy
 
-test-gpu:  ## kernels and model on a CUDA device; needs torch, triton, grpcio, pytest there, no network
+test-gpu:  ## kernels, model and trainer on a CUDA device; needs torch, triton, grpcio, pytest there, no network
 	@mkdir -p gen/seamount
 	@for name in kernels workers; do ln -sfn ../../$$name gen/seamount/$$name; done
 	@ln -sfn ../../proto/wire gen/seamount/wire
-	PYTHONPATH=gen $(GPU_PYTHON) -m pytest -q -rs -m gpu --confcutdir=tests/kernels tests/kernels/gpu tests/workers/gpu
+	PYTHONPATH=gen $(GPU_PYTHON) -m pytest -q -rs -m gpu --confcutdir=tests/kernels tests/kernels/gpu tests/workers/gpu tests/examples/gpu
 
 # Without PyTorch's caching an allocation ends where its tensor does, and an access beyond it is seen.
 memcheck-gpu:  ## every kernel on small shapes under compute-sanitizer; needs a CUDA device and the CUDA toolkit
