@@ -4,6 +4,8 @@
   ``(len - 1) // page_size`` pages of a prompt are taken from it, so that the last prompt token, which is always
   computed, never falls into a shared page. A partly filled page belongs to one reservation, or to one session as its
   tail.
+- A page of the tree may be below the device only (``copies.py``): a reservation then has a page of its own for it,
+  into which it is restored (``restores.py``).
 - Whoever pins or leases a page of the tree does so with all pages before it: behind an idle page without a lease there
   are only such pages, and all of them can be evicted, leaves first, in the order of ``retention.eviction_key``.
 - Two sequences that compute the same page at once: the first one's enters the tree, the second pins that one too and
@@ -14,32 +16,51 @@ from __future__ import annotations
 
 import math
 from array import array
-from collections.abc import Callable
+from collections import deque
+from collections.abc import Callable, Mapping, Sequence
 from heapq import heapify, heappop, heappush
 
 from seamount.wire.hashes import page_hashes
+from seamount.workers.cache.copies import Copies
+from seamount.workers.cache.leased import LeasedPages
+from seamount.workers.cache.lower import EvictionAge
 from seamount.workers.cache.pages import PagePool
 from seamount.workers.cache.prefix import PageNode, PrefixTree
 from seamount.workers.cache.reservation import Reservation, common_prefix_len
-from seamount.workers.cache.retention import Candidate, eviction_key
-from seamount.workers.cache.sessions import Lease, SessionBook, SessionRecord, Tail
-
-AGE_WEIGHT = 1 / 64
-"""Of one evicted page, in the smoothed age."""
+from seamount.workers.cache.retention import TIERS, Candidate, Tier, eviction_key
+from seamount.workers.cache.sessions import SessionBook, Tail
 
 
 class Holdings:
-    """Not thread-safe: its owner holds the lock. clock: monotonic seconds."""
+    """Not thread-safe: its owner holds the lock. clock: monotonic seconds. num_below: pages of each tier below."""
 
-    def __init__(self, *, num_pages: int, page_size: int, clock: Callable[[], float]) -> None:
+    def __init__(
+        self,
+        *,
+        num_pages: int,
+        page_size: int,
+        clock: Callable[[], float],
+        num_below: Mapping[Tier, int] | None = None,
+    ) -> None:
         self.page_size = page_size
         self._clock = clock
         self._leaves: dict[int, None] = {}
-        """Every idle page with nothing cached behind it, and pages that were such before."""
-        self._evicted_age_s, self._evicted_at = 0.0, -math.inf
+        """Every idle page with nothing on the device behind it, and pages that were such before."""
+        self._age = EvictionAge()
         self.pool = PagePool(num_pages)
         self.tree = PrefixTree()
-        self.sessions = SessionBook(max_left_tokens=4 * num_pages * page_size)
+        num_below = num_below or {}
+        num_tokens = (num_pages + sum(num_below.values())) * page_size
+        self.sessions = SessionBook(max_left_tokens=4 * num_tokens)
+        self.leases = LeasedPages(self.pool, self.sessions)
+        self.copies = Copies(
+            num_below,
+            key=self._tier_key,
+            is_superseded=self._is_superseded,
+            on_copied=self.leases.copied,
+            on_gone=self._forget,
+            clock=clock,
+        )
 
     # ---- the session beside the pages
 
@@ -73,7 +94,7 @@ class Holdings:
         """Forget the sessions that are beyond the bounds; their full pages stay, as superseded ones."""
         for tail in self.sessions.trim():
             self.pool.free_idle(tail.page)
-            if tail.parent is not None:
+            if tail.parent is not None and tail.parent.page is not None:
                 self._note_leaf(tail.parent.page)
 
     # ---- taking pages
@@ -81,30 +102,36 @@ class Holdings:
     def assign(self, reservation: Reservation, token_ids: array[int]) -> bool:
         """Pin what is cached of ``token_ids``, allocate for the rest and one token more; False if there is no room.
 
-        Sets ``pages``, ``nodes``, ``num_found``, ``computed_len``, or nothing; the reservation holds no pages before.
+        Sets ``pages``, ``nodes``, ``num_found``, ``computed_len``, ``to_restore``, or nothing; the reservation holds no
+        pages before.
         """
         packed = memoryview(token_ids).cast("B")
-        nodes = self.tree.match(reservation.digests, packed, self.page_size * 4, (len(token_ids) - 1) // self.page_size)
+        found = self.tree.match(reservation.digests, packed, self.page_size * 4, (len(token_ids) - 1) // self.page_size)
+        nodes = [node for node in found if node.page is not None]
+        below = found[len(nodes) :]
         found_len = len(nodes) * self.page_size
-        tail = self._usable_tail(reservation, nodes)
+        tail = None if below else self._usable_tail(reservation, nodes)
         num_from_tail = 0
         if tail is not None:
             rest = token_ids[found_len : min(found_len + len(tail.token_ids), len(token_ids) - 1)]
             num_from_tail = common_prefix_len(tail.token_ids, rest)
+        pages = _pages(nodes)
         num_missing = len(token_ids) // self.page_size + 1 - len(nodes) - (num_from_tail > 0)
-        hits = [node.page for node in nodes if self.pool.is_idle(node.page)]
+        hits = [page for page in pages if self.pool.is_idle(page)]
         if tail is not None and num_from_tail > 0:
             hits.append(tail.page)
         if num_missing > self.pool.num_available - sum(1 for page in hits if not self.pool.num_leases(page)):
             return False
-        for node in nodes:
-            self.pool.pin(node.page)
-        pages = [node.page for node in nodes]
+        for page in pages:
+            self.pool.pin(page)
         if tail is not None and num_from_tail > 0:
             self._drop_tail(tail)
             self.pool.pin(tail.page)
             pages.append(tail.page)
-        reservation.nodes, reservation.num_found = nodes.copy(), len(nodes)
+        for node in below:
+            node.num_wanted += 1
+        reservation.nodes, reservation.num_found = nodes, len(found)
+        reservation.to_restore = deque(below)
         reservation.pages = pages + self._allocate(num_missing)
         reservation.computed_len = found_len + num_from_tail
         return True
@@ -135,57 +162,76 @@ class Holdings:
     def _evict_until(self, num_free: int) -> None:
         now = self._clock()
         self._leaves = {page: None for page in self._leaves if self._is_leaf(page)}
-        order = [(*self._eviction_key(page, now), page) for page in self._leaves if not self.pool.num_leases(page)]
+        order = [(*self._page_key(page), page) for page in self._leaves if not self.pool.num_leases(page)]
         heapify(order)
         while self.pool.num_free < num_free:
             is_current, _, page = heappop(order)
             if is_current:  # superseded pages go at any age
-                self._note_age(now - self.pool.idle_since(page), now)
+                self._age.note(now - self.pool.idle_since(page), now)
             parent = self._evict(page)
-            if parent is not None and self._is_leaf(parent.page) and not self.pool.num_leases(parent.page):
-                heappush(order, (*self._eviction_key(parent.page, now), parent.page))
-
-    def _note_age(self, age_s: float, now: float) -> None:
-        known_s = max(self._evicted_age_s, now - self._evicted_at)
-        self._evicted_age_s = age_s if math.isinf(known_s) else known_s + AGE_WEIGHT * (age_s - known_s)
-        self._evicted_at = now
+            if parent is not None and self._is_leaf(parent) and not self.pool.num_leases(parent):
+                heappush(order, (*self._page_key(parent), parent))
 
     def eviction_age_s(self, now: float) -> float:
         """How long pages that are evicted have been idle, smoothed; at least the time since the last one was; inf while
         pages are free or none was evicted yet."""
-        return math.inf if self.pool.num_free else max(self._evicted_age_s, now - self._evicted_at)
+        return math.inf if self.pool.num_free else self._age.at(now)
 
     def _is_leaf(self, page: int) -> bool:
         node = self.tree.at(page)
-        return self.pool.is_idle(page) and (node is None or node.num_children == 0)
+        return self.pool.is_idle(page) and (node is None or node.num_children[Tier.DEVICE] == 0)
 
-    def _eviction_key(self, page: int, now: float) -> tuple[bool, float]:
-        node, size = self.tree.at(page), self.page_size
-        idle_s = now - self.pool.idle_since(page)
-        if node is not None:
-            first, end = node.depth * size, (node.depth + 1) * size
-            is_superseded = bool(node.session_id) and node.num_sessions == 0
-            candidate = Candidate(
-                first=first, end=end, num_sessions=node.num_sessions, is_superseded=is_superseded, idle_s=idle_s
-            )
-            return eviction_key(candidate)
-        tail = self.sessions.tail_at(page)
-        first = 0 if tail.parent is None else (tail.parent.depth + 1) * size
-        end = first + len(tail.token_ids)
-        return eviction_key(Candidate(first=first, end=end, num_sessions=1, is_superseded=False, idle_s=idle_s))
-
-    def _evict(self, page: int) -> PageNode | None:
-        """Forget a leaf; returns the page before it."""
+    def _page_key(self, page: int) -> tuple[int, float]:
         node = self.tree.at(page)
         if node is not None:
-            parent = node.parent
-            self._forget(node)
-        else:
+            return self._tier_key(node, Tier.DEVICE)
+        tail = self.sessions.tail_at(page)
+        first = 0 if tail.parent is None else (tail.parent.depth + 1) * self.page_size
+        end, idle_s = first + len(tail.token_ids), self._clock() - self.pool.idle_since(page)
+        return eviction_key(Candidate(first=first, end=end, num_sessions=1, is_superseded=False, idle_s=idle_s))
+
+    def _tier_key(self, node: PageNode, tier: Tier) -> tuple[int, float]:
+        """What the page's copy in the tier is worth, there or to come."""
+        is_used = node.page is not None and not self.pool.is_idle(node.page)
+        others = [other for other in TIERS if other in node.copies and other is not tier]
+        copy = Tier.DEVICE if is_used and tier is not Tier.DEVICE else others[0] if others else None
+        is_leased = node.leased_in is not None and TIERS.index(node.leased_in) <= TIERS.index(tier)
+        return eviction_key(
+            Candidate(
+                first=node.depth * self.page_size,
+                end=(node.depth + 1) * self.page_size,
+                num_sessions=node.num_sessions,
+                is_superseded=self._is_superseded(node),
+                idle_s=0.0 if is_used else self._clock() - node.used_at,
+                tier=tier,
+                copy=copy,
+                is_leased=is_leased,
+            )
+        )
+
+    def _is_superseded(self, node: PageNode) -> bool:
+        is_used = node.page is not None and not self.pool.is_idle(node.page)
+        return bool(node.session_id) and node.num_sessions == 0 and not is_used
+
+    def _evict(self, page: int) -> int | None:
+        """The page leaves the device, and what has no copy is forgotten; returns the page before it."""
+        node = self.tree.at(page)
+        if node is None:
             tail = self.sessions.tail_at(page)
             parent = tail.parent
             self._drop_tail(tail)
+        else:
+            parent = node.parent
+            self._leave_device(node)
         self.pool.free_idle(page)
-        return parent
+        return None if parent is None else parent.page
+
+    def _leave_device(self, node: PageNode) -> None:
+        self.tree.leave_device(node)
+        if node.parent is not None and node.parent.page is not None:
+            self._note_leaf(node.parent.page)
+        if not node.copies:
+            self._forget(node)
 
     def _note_leaf(self, page: int) -> None:
         """The page may have become an idle leaf."""
@@ -196,59 +242,46 @@ class Holdings:
     def _drop_tail(self, tail: Tail) -> None:
         """The page of the session's tail is no longer that, nor leased as such."""
         self.sessions.drop_tail(tail)
-        lease = self.sessions.leases.get(tail.session_id)
-        if lease is not None and tail.page in lease.pages:
-            lease.pages.remove(tail.page)
-            self.pool.unlease(tail.page)
-        if tail.parent is not None:
+        self.leases.drop_tail(tail)
+        if tail.parent is not None and tail.parent.page is not None:
             self._note_leaf(tail.parent.page)
 
     def _forget(self, node: PageNode) -> None:
+        """No tier has it any more."""
         self.tree.remove(node)
         self.sessions.count_tree_page(node.session_id, -1)
-        if node.parent is not None:
-            self._note_leaf(node.parent.page)
 
-    # ---- leases
+    # ---- copies below the device
 
-    def lease(self, session_id: str, lease: Lease) -> None:
-        """Keep what the session leaves here, in the place of an earlier lease. Its record exists."""
-        self.end_lease(session_id)
-        self.sessions.leases[session_id] = lease
-        record = self.sessions.touch(session_id)
-        if record.live_id is None:
-            self._cover(record, lease)
+    def lose_copy(self, node: PageNode, tier: Tier) -> None:
+        """The page's bytes in the tier are damaged: that copy goes, and with it what lies behind it there."""
+        dead = self.copies.behind(node, tier)
+        leases = self.leases.of(dead)
+        for _, lease in leases:
+            self.leases.uncover(lease)
+        for one in dead:
+            self.copies.drop(one, tier)
+        for record, lease in leases:
+            self.leases.cover(record, lease)
 
-    def end_lease(self, session_id: str) -> None:
-        """Harmless where there is none."""
-        lease = self.sessions.leases.pop(session_id, None)
-        if lease is not None:
-            self._uncover(lease)
+    def adopt_session(self, session_id: str, last: PageNode) -> None:
+        """A session whose pages an earlier process left here, up to ``last``."""
+        chain = [last]
+        while chain[-1].parent is not None:
+            chain.append(chain[-1].parent)
+        chain.reverse()
+        token_ids, now = array("I"), self._clock()
+        for node in chain:
+            token_ids.frombytes(node.token_ids)
+            node.used_at = now
+        self.sessions.remember(session_id, token_ids, last.root)
+        self.sessions.pass_through(session_id, chain)
+        self.sessions.touch(session_id).left_at = now
+        self.trim()
 
     def leaves(self) -> set[int]:
-        """Idle pages with nothing cached behind them."""
+        """Idle pages with nothing on the device behind them."""
         return {page for page in self._leaves if self._is_leaf(page)}
-
-    def left_pages(self, record: SessionRecord) -> list[int]:
-        """Pages that hold what the session left here, from the first on, as far as they are still here."""
-        pages: list[int] = []
-        for node in record.chain:
-            if self.tree.at(node.page) is not node:
-                return pages
-            pages.append(node.page)
-        if record.tail is not None and record.tail.parent is (record.chain[-1] if record.chain else None):
-            pages.append(record.tail.page)
-        return pages
-
-    def _cover(self, record: SessionRecord, lease: Lease) -> None:
-        lease.pages = self.left_pages(record)[: lease.max_pages]
-        for page in lease.pages:
-            self.pool.lease(page)
-
-    def _uncover(self, lease: Lease) -> None:
-        for page in lease.pages:
-            self.pool.unlease(page)
-        lease.pages = []
 
     # ---- filling pages
 
@@ -261,20 +294,22 @@ class Holdings:
             if index == len(reservation.digests):
                 parent_digest = reservation.digests[-1] if index else reservation.root
                 reservation.digests.extend(page_hashes(parent_digest, token_ids, size))
-            page = reservation.pages[index]
+            page, num_before = reservation.pages[index], len(self.tree)
             node = self.tree.add(
                 parent=reservation.nodes[-1] if index else None,
                 digest=reservation.digests[index],
                 token_ids=token_ids.tobytes(),
                 page=page,
                 session_id=reservation.session_id,
+                root=reservation.root,
             )
             if node is None:  # another page's tokens have this hash: this sequence's pages stay its own from here on
                 return
-            if node.page == page:
+            if len(self.tree) > num_before:
                 self.sessions.count_tree_page(node.session_id, 1)
-            else:
+            if node.page is not None and node.page != page:
                 self.pool.pin(node.page)
+            self.copies.want(node)
             reservation.nodes.append(node)
 
     # ---- giving pages back
@@ -287,34 +322,39 @@ class Holdings:
         record = self.sessions.get(reservation.session_id)
         is_latest = record is not None and record.latest_id == reservation.id
         num_full = end // self.page_size
+        chain = reservation.nodes[:num_full]
+        if end == len(reservation.nodes) * self.page_size:
+            chain += reservation.not_restored  # still the session's, further down
         if record is not None and is_latest:
-            self.remember(reservation, end)
-            if end > 0:
+            self.remember(reservation, max(end, len(chain) * self.page_size))
+            if chain or end > 0:
                 if record.tail is not None:
                     page = record.tail.page
                     self._drop_tail(record.tail)
                     self.pool.free_idle(page)
-                self.sessions.pass_through(reservation.session_id, reservation.nodes[:num_full])
+                self.sessions.pass_through(reservation.session_id, chain)
         for index in range(len(reservation.pages) - 1, -1, -1):
             is_tail = is_latest and index == num_full < end / self.page_size and index <= len(reservation.nodes)
             self._give_back_page(reservation, index, end if is_tail else None, is_kept=index < num_full)
-        reservation.pages, reservation.nodes = [], []
+        reservation.pages, reservation.nodes, reservation.not_restored = [], [], []
         reservation.num_found = reservation.computed_len = 0
         lease = self.sessions.leases.get(reservation.session_id)
         if record is not None and lease is not None and is_latest:
-            self._uncover(lease)
-            self._cover(record, lease)
+            self.leases.uncover(lease)
+            self.leases.cover(record, lease)
 
     def _give_back_page(self, reservation: Reservation, index: int, tail_end: int | None, *, is_kept: bool) -> None:
         page = reservation.pages[index]
         node = reservation.nodes[index] if index < len(reservation.nodes) else None
         if node is not None and node.page == page:
             brought = index >= reservation.num_found
-            is_used = node.num_children > 0 or self.pool.refcount(page) > 1 or self.pool.num_leases(page) > 0
+            is_used = any(node.num_children.values()) or self.pool.refcount(page) > 1 or node.num_leases > 0
             if is_kept or not brought or is_used:
                 self._unpin_cached(page)
                 return
-            self._forget(node)
+            for tier in tuple(node.copies):
+                self.copies.drop(node, tier)
+            self._leave_device(node)
             node = None
         if tail_end is not None:
             token_ids = array("I", reservation.token_ids[index * self.page_size : tail_end])
@@ -332,9 +372,19 @@ class Holdings:
             self.pool.unpin(page, cached=False)
         else:
             self._unpin_cached(page)
-        if node is not None:
+        if node is not None and node.page is not None:
             self._unpin_cached(node.page)
 
     def _unpin_cached(self, page: int) -> None:
-        self.pool.unpin(page, cached=True, now=self._clock())
+        now = self._clock()
+        self.pool.unpin(page, cached=True, now=now)
         self._note_leaf(page)
+        node = self.tree.at(page)
+        if node is not None:
+            node.used_at = now
+            self.copies.want(node)
+
+
+def _pages(nodes: Sequence[PageNode]) -> list[int]:
+    """Of pages that are on the device."""
+    return [node.page for node in nodes if node.page is not None]

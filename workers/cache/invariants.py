@@ -6,16 +6,19 @@ from collections import Counter
 from collections.abc import Sequence
 
 from seamount.workers.cache.holdings import Holdings
+from seamount.workers.cache.lower import LowerTier
 from seamount.workers.cache.prefix import PageNode
 from seamount.workers.cache.reservation import Reservation
+from seamount.workers.cache.retention import Tier
 
 
 def check_holdings(holdings: Holdings, reservations: Sequence[Reservation]) -> None:
     """Raise AssertionError unless the pages are in order. ``reservations``: all that hold pages.
 
     Every page is free, referenced or idle, and only one of them; references equal holders; every idle page is a node of
-    the tree or a tail; every node's parents are in the tree; whoever pins or leases a node does so with its parents;
-    every idle page without others behind it is known as such; leases are counted, and cover no free page.
+    the tree or a tail; every node is in some tier, and its parents are in each tier that it is in; whoever pins or
+    leases a node does so with its parents; every idle page without others behind it is known as such; leases are
+    counted, and cover no free page; every slot of a tier is free, promised or holds a copy.
     """
     pool = holdings.pool
     free, idle = pool.free_pages(), pool.idle_pages()
@@ -26,7 +29,7 @@ def check_holdings(holdings: Holdings, reservations: Sequence[Reservation]) -> N
     writers: Counter[int] = Counter()
     for reservation in reservations:
         _check_reservation(reservation)
-        holders.update(node.page for node in reservation.nodes)
+        holders.update(_page(node) for node in reservation.nodes)
         own = [page for index, page in enumerate(reservation.pages) if reservation.is_own(index)]
         holders.update(own)
         writers.update(own)
@@ -39,35 +42,47 @@ def check_holdings(holdings: Holdings, reservations: Sequence[Reservation]) -> N
         assert holdings.tree.at(page) is None, f"page {page} is in the tree and may still be written"
 
     _check_tree(holdings, set(free), idle)
+    for lower in holdings.copies.tiers.values():
+        _check_tier(holdings, lower)
+    _check_wanted(holdings, reservations)
+
+
+def _page(node: PageNode) -> int:
+    assert node.page is not None, "a pinned page is not on the device"
+    return node.page
 
 
 def _check_reservation(reservation: Reservation) -> None:
     parent: PageNode | None = None
-    for node in reservation.nodes:
+    for node in [*reservation.nodes, *reservation.to_restore]:
         assert node.parent is parent, "a reservation's pinned pages are not one chain"
         parent = node
     assert len(set(reservation.pages)) == len(reservation.pages), "a reservation holds a page twice"
     assert len(reservation.nodes) * reservation.page_size <= reservation.computed_len <= reservation.capacity
+    assert reservation.present_len <= reservation.capacity, "nowhere to restore to"
     assert reservation.computed_len <= len(reservation.token_ids), "entries of tokens that do not exist"
 
 
 def _check_tree(holdings: Holdings, free: set[int], idle: Sequence[int]) -> None:
     tree, tails = holdings.tree, list(holdings.sessions.tails())
-    owned = [node.page for node in tree] + [tail.page for tail in tails]
+    on_device = [node for node in tree if node.page is not None]
+    owned = [_page(node) for node in on_device] + [tail.page for tail in tails]
     assert len(set(owned)) == len(owned), "two prefixes share a page"
     assert not free.intersection(owned), "a free page holds a prefix"
     assert set(idle) <= set(owned), "an idle page holds nothing"
-    children: Counter[int] = Counter()
+    children: Counter[PageNode] = Counter()
     resting = set(idle)
-    links = [(node.page, node.parent) for node in tree] + [(tail.page, tail.parent) for tail in tails]
+    links = [(_page(node), node.parent) for node in on_device] + [(tail.page, tail.parent) for tail in tails]
     for page, parent in links:
         if parent is not None:
-            assert tree.at(parent.page) is parent, "a cached page cannot be reached: its parent is gone"
-            children[parent.page] += 1
+            assert tree.at(_page(parent)) is parent, "a cached page cannot be reached: its parent is gone"
+            children[parent] += 1
             assert page in resting or parent.page not in resting, "a page is in use and the one before it is not"
     for node in tree:
-        assert tree.at(node.page) is node, "the tree's two indices differ"
-        assert node.num_children == children[node.page], "a node miscounts its children"
+        assert tree.find(node.digest) is node, "the tree's two indices differ"
+        assert node.page is None or tree.at(node.page) is node, "the tree's two indices differ"
+        assert node.page is not None or node.copies, "a page of the tree is nowhere"
+        assert node.num_children[Tier.DEVICE] == children[node], "a node miscounts its children"
     for tail in tails:
         assert tail.page in resting, "a tail is in use"
         assert 0 < len(tail.token_ids) < holdings.page_size, "a tail is empty or full"
@@ -81,19 +96,54 @@ def _check_tree(holdings: Holdings, free: set[int], idle: Sequence[int]) -> None
 
 def _check_leases(holdings: Holdings, idle: set[int], parents: dict[int, PageNode | None]) -> None:
     pool, sessions = holdings.pool, holdings.sessions
-    counted: Counter[int] = Counter()
+    held: Counter[int] = Counter()
+    counted: Counter[PageNode] = Counter()
+    num_tails: Counter[Tier] = Counter()
     for session_id, lease in sessions.leases.items():
         assert sessions.get(session_id) is not None, "a lease has no session"
-        counted.update(lease.pages)
-        assert len(lease.pages) <= lease.max_pages, "a lease grew"
+        held.update(lease.pages)
+        counted.update(lease.nodes)
+        num_tails[lease.tier] += lease.num_tail_pages
+        assert len(lease.nodes) + lease.num_tail_pages <= lease.max_pages, "a lease grew"
+        assert not lease.nodes or lease.nodes[-1].copies or set(lease.pages) >= set(map(_page, lease.nodes)), (
+            "a leased page has no copy and may leave the device"
+        )
         for page in lease.pages:
             parent = parents[page]  # of a page that holds something
             assert parent is None or parent.page in lease.pages, "a page is leased and the one before it is not"
-    assert counted == Counter({page: n for page in range(pool.num_pages) if (n := pool.num_leases(page))})
-    assert pool.num_leased == len(counted)
-    assert pool.num_leased_idle == len(idle.intersection(counted))
+    assert held == Counter({page: n for page in range(pool.num_pages) if (n := pool.num_leases(page))})
+    assert pool.num_leased == len(held)
+    assert pool.num_leased_idle == len(idle.intersection(held))
     users: Counter[PageNode] = Counter()
     for record in sessions.records():
         users.update(record.chain)
     for node in holdings.tree:
         assert node.num_sessions == users[node], "a node miscounts its sessions"
+        assert node.num_leases == counted[node], "a node miscounts its leases"
+        assert (node.leased_in is not None) == (node.num_leases > 0), "a leased page has no tier, or a free one has"
+    by_tier = Counter(node.leased_in for node in counted if node.leased_in is not None) + num_tails
+    assert +holdings.leases.num_pages == by_tier, "leased pages are miscounted"
+
+
+def _check_tier(holdings: Holdings, lower: LowerTier) -> None:
+    tier, nodes = lower.tier, set(lower)
+    assert nodes == {node for node in holdings.tree if tier in node.copies}, "a tier does not know what it holds"
+    slots = [node.copies[tier].slot for node in nodes]
+    promised = [copy.slot for copy in holdings.copies.making() if copy.tier is tier]
+    used = [*slots, *promised, *lower.free_slots()]
+    assert len(set(used)) == len(used) == lower.num_pages, "a slot is lost or used twice"
+    children = Counter(node.parent for node in nodes)
+    for node in nodes:
+        assert node.parent is None or node.parent in nodes, "a copy cannot be reached: the page before it is not there"
+        assert node.num_children[tier] == children[node], "a node miscounts its copies' children"
+    assert lower.leaves() == {node for node in nodes if not children[node]}, "a copy that could go is not known"
+
+
+def _check_wanted(holdings: Holdings, reservations: Sequence[Reservation]) -> None:
+    wanted: Counter[PageNode] = Counter()
+    for reservation in reservations:
+        wanted.update(reservation.to_restore)
+    for copy in holdings.copies.making():
+        wanted.update(copy.kept)
+    for node in holdings.tree:
+        assert node.num_wanted == wanted[node], "a node miscounts who wants its copies"

@@ -2,9 +2,20 @@
 
 from __future__ import annotations
 
+import math
+
 from seamount.workers.cache.holdings import Holdings
+from seamount.workers.cache.prefix import PageNode
 from seamount.workers.cache.reservation import Reservation
-from seamount.workers.cache.retention import Importance, LeaseDecision, LeaseOutcome, LeaseRequest, Pressure, decide
+from seamount.workers.cache.retention import (
+    Importance,
+    LeaseDecision,
+    LeaseRequest,
+    Pressure,
+    Tier,
+    TierRoom,
+    decide,
+)
 from seamount.workers.cache.sessions import Lease
 
 
@@ -29,39 +40,54 @@ class Leases:
 
         live: the session's reservation in force: the lease then holds what that one leaves.
         """
-        pool, sessions = self._holdings.pool, self._holdings.sessions
+        holdings, pool, sessions = self._holdings, self._holdings.pool, self._holdings.sessions
         record, present = sessions.get(session_id), sessions.leases.get(session_id)
-        own = set(present.pages) if present is not None else set[int]()
-        pages, num_tokens = list[int](), 0
+        nodes, num_pages, num_tokens = list[PageNode](), 0, 0
         if live is not None:
-            pages, num_tokens = live.pages, live.computed_len
+            nodes, num_pages, num_tokens = [*live.nodes, *live.to_restore], len(live.pages), live.present_len
         elif record is not None:
-            pages = self._holdings.left_pages(record)
-            num_tokens = min(len(pages) * self._holdings.page_size, len(record.left))
-        num_own_alone = sum(1 for page in own if pool.num_leases(page) == 1)
-        leased_by_others = [page for page in pages if pool.num_leases(page) > (page in own)]
+            nodes, tail = holdings.leases.left(record)
+            num_pages = len(nodes) + (tail is not None)
+            num_tokens = min(num_pages * holdings.page_size, len(record.left))
+        own = set(present.nodes) if present is not None else set[PageNode]()
+        num_others = sum(1 for node in nodes if node.num_leases > (node in own))
+        by_others = holdings.leases.num_pages.copy()
+        if present is not None:
+            by_others.subtract(_tier(node) for node in own if node.num_leases == 1)
+            by_others[present.tier] -= present.num_tail_pages
         decision = decide(
             LeaseRequest(
                 num_tokens=num_tokens,
-                num_new_pages=len(pages) - len(leased_by_others),
+                num_new_pages=num_pages - num_others,
                 duration_s=duration_s,
                 importance=importance,
                 held_s=max(0.0, present.expires_at - now) if present is not None else 0.0,
+                held_in=present.tier if present is not None else Tier.DEVICE,
             ),
             Pressure(
                 num_pages=pool.num_pages,
-                num_leased_pages=pool.num_leased - num_own_alone,
+                num_leased_pages=by_others[Tier.DEVICE],
                 num_leases=len(sessions.leases) - (present is not None),
                 is_short=is_short or pool.num_available == 0,
-                eviction_age_s=self._holdings.eviction_age_s(now),
+                eviction_age_s=holdings.eviction_age_s(now),
                 prefill_tokens_per_s=prefill_tokens_per_s,
+                below=tuple(
+                    TierRoom(
+                        tier=tier,
+                        num_pages=max(1, lower.num_pages),
+                        num_leased_pages=by_others[tier],
+                        eviction_age_s=math.inf if lower.num_free else lower.age.at(now),
+                    )
+                    for tier, lower in holdings.copies.tiers.items()
+                ),
             ),
         )
-        if decision.outcome is not LeaseOutcome.DENIED:
+        if decision.tier is not None:
             given_during = live.id if live is not None else None
             expires_at = now + decision.duration_s
-            self._holdings.lease(
-                session_id, Lease(expires_at=expires_at, max_pages=len(pages), given_during=given_during)
+            holdings.leases.give(
+                session_id,
+                Lease(expires_at=expires_at, max_pages=num_pages, given_during=given_during, tier=decision.tier),
             )
         return decision
 
@@ -73,11 +99,16 @@ class Leases:
         """A turn of the session is committed: the lease that waited for it has done its work."""
         lease = self._holdings.sessions.leases.get(reservation.session_id)
         if lease is not None and lease.given_during != reservation.id:
-            self._holdings.end_lease(reservation.session_id)
+            self._holdings.leases.end(reservation.session_id)
 
     def end_expired(self, now: float) -> None:
         expired = [name for name, lease in self._holdings.sessions.leases.items() if lease.expires_at <= now]
         for session_id in expired:
-            self._holdings.end_lease(session_id)
+            self._holdings.leases.end(session_id)
         if expired:
             self._holdings.trim()
+
+
+def _tier(node: PageNode) -> Tier:
+    assert node.leased_in is not None, "a leased page is leased nowhere"
+    return node.leased_in

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Sequence
+from concurrent.futures import Future
 from dataclasses import dataclass, field
 from enum import Enum
 
@@ -36,8 +38,11 @@ class Reservation:
     cached_len_at_first: ``cached_len`` when made;
     expires_at, time_to_live_s: seconds of the owner's monotonic clock.
 
+    num_host_tokens, num_disk_tokens: of the prompt, found below the device when this was made.
     nodes: pinned pages of the tree, for the leading tokens; ``pages[i]`` is ``nodes[i].page``, or an own copy where
     another sequence computed the same page first. num_found: leading nodes that were cached when pages were assigned.
+    to_restore: pages of the tree behind ``nodes`` that are on their way into ``pages``: nobody computes, sends or
+    receives meanwhile; not_restored: those that were left when it ended; restored: done when none is left to wait for.
     receive: [first, end) of the receive in flight; num_uses: receive, steps and sends that still touch the pages;
     keep_len: how far to keep the entries once those are over.
     """
@@ -63,6 +68,11 @@ class Reservation:
     pages: list[int] = field(default_factory=list)
     nodes: list[PageNode] = field(default_factory=list, repr=False)
     num_found: int = 0
+    num_host_tokens: int = 0
+    num_disk_tokens: int = 0
+    to_restore: deque[PageNode] = field(default_factory=deque, repr=False)
+    not_restored: list[PageNode] = field(default_factory=list, repr=False)
+    restored: Future[None] | None = field(default=None, repr=False)
     computed_len: int = 0
     cached_len_at_first: int = 0
     receive: tuple[int, int] | None = None
@@ -74,9 +84,19 @@ class Reservation:
         return (self.session_id, self.turn_id, self.epoch, self.attempt)
 
     @property
+    def is_restoring(self) -> bool:
+        return bool(self.to_restore)
+
+    @property
+    def present_len(self) -> int:
+        """Tokens whose entries are present, or on their way from a tier below."""
+        return (len(self.nodes) + len(self.to_restore)) * self.page_size if self.to_restore else self.computed_len
+
+    @property
     def cached_len(self) -> int:
-        """Prompt tokens whose entries are present now; at most ``prompt_len - 1``: the last one is always computed."""
-        return min(self.computed_len, self.prompt_len - 1)
+        """Prompt tokens whose entries are here, in any tier; at most ``prompt_len - 1``: the last one is always
+        computed."""
+        return min(self.present_len, self.prompt_len - 1)
 
     @property
     def kept_len(self) -> int:

@@ -12,7 +12,7 @@ import secrets
 import threading
 import time
 from array import array
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 from seamount.wire.errors import AlreadyExists, FailedPrecondition, InvalidArgument, NotFound, OutOfRange
@@ -23,13 +23,15 @@ from seamount.workers.cache.holdings import Holdings
 from seamount.workers.cache.invariants import check_holdings
 from seamount.workers.cache.leases import Leases
 from seamount.workers.cache.reservation import Reservation, ReservationKey, ReservationState
-from seamount.workers.cache.retention import Importance, LeaseDecision
+from seamount.workers.cache.restores import Restores
+from seamount.workers.cache.retention import Importance, LeaseDecision, Tier
+from seamount.workers.cache.tier_door import TierDoor
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CacheState:
-    """num_cached: unreferenced pages that hold a prefix; num_leased: those of them that a lease holds;
-    num_reservations: with those whose end waits for a use."""
+    """Of the device. num_cached: unreferenced pages that hold a prefix; num_leased: those of them that may not go,
+    because a lease holds them and they have no copy below; num_reservations: with those whose end waits for a use."""
 
     num_pages: int
     num_free: int
@@ -42,6 +44,7 @@ class Reservations:
     """The caches of one rank behind one lock; used by the gRPC loop, the engine thread and the link threads.
 
     num_pages, page_size: of the cache planes; fingerprint, layout: of model and planes: part of every page hash.
+    num_below: pages of each tier below the device; ``tiers`` is for whoever moves the bytes, where there are any.
     clock: monotonic seconds. on_abort: called with the id of each reservation that a higher epoch, a later attempt or
     its expiry ended; outside the lock, on the thread that caused it; it may be set later.
     """
@@ -53,6 +56,7 @@ class Reservations:
         page_size: int = PAGE_SIZE,
         fingerprint: str,
         layout: str,
+        num_below: Mapping[Tier, int] | None = None,
         clock: Callable[[], float] = time.monotonic,
         on_abort: Callable[[str], None] | None = None,
     ) -> None:
@@ -62,7 +66,9 @@ class Reservations:
         self.on_abort = on_abort
         self._fingerprint, self._layout, self._clock = fingerprint, layout, clock
         self._lock = threading.RLock()
-        self._holdings = Holdings(num_pages=num_pages, page_size=page_size, clock=clock)
+        self._holdings = Holdings(num_pages=num_pages, page_size=page_size, clock=clock, num_below=num_below)
+        self._restores = Restores(self._holdings, on_end=self._end_use)
+        self.tiers = TierDoor(self._lock, self._holdings, self._restores)
         self._leases = Leases(self._holdings)
         self._fences = EpochFences()
         self._live: dict[str, Reservation] = {}
@@ -87,7 +93,7 @@ class Reservations:
         Idempotent on {session_id, turn_id, epoch, attempt}: repeated, it renews the expiry and returns the same object,
         whose ``cached_len`` tells what has arrived since. A higher epoch of the session, or a later attempt, uses the
         entries that the reservation before it computed, and ends it, even if there are then too few pages: its writer
-        is fenced off in any case.
+        is fenced off in any case. Pages in tiers below are restored while it ``is_restoring``.
         session_id: empty for stateless use: no tail is kept, turn_id must then be unique.
         token_ids: at least one, each in [0, 2^32).
 
@@ -223,6 +229,7 @@ class Reservations:
                     reason="COMPUTED_LEN_OUT_OF_RANGE",
                 )
             self._holdings.advance(reservation, computed_len)
+        self.tiers.wake()
 
     def preempt(self, reservation_id: str) -> bool:
         """Give all its pages back; what is computed stays cached while nobody needs the pages, ``computed_len`` is 0.
@@ -241,12 +248,12 @@ class Reservations:
     def resume(self, reservation_id: str) -> bool:
         """Pin what is still cached of a preempted sequence and allocate the rest and one token more, or return False.
 
-        ``computed_len`` is then what was found, at most one less than its tokens. Raises NotFound.
+        ``computed_len`` is then what was found, at most one less than its tokens; it may be restoring. Raises NotFound.
         """
         with self._lock:
             reservation = self._get(reservation_id)
             if reservation.state is ReservationState.PREEMPTED:
-                if not self._holdings.assign(reservation, array("I", reservation.token_ids)):
+                if not self._assign(reservation, array("I", reservation.token_ids)):
                     return False
                 reservation.state = ReservationState.ACTIVE
             return True
@@ -288,7 +295,7 @@ class Reservations:
 
         Raises NotFound, OutOfRange (empty or beyond tokens and pages; leaves a gap after ``computed_len``; falls into
         pages that are shared already: reserve again to learn what is present), FailedPrecondition (PREEMPTED,
-        RECEIVE_IN_FLIGHT).
+        RECEIVE_IN_FLIGHT, RESTORING).
         """
         with self._lock:
             reservation = self._get_active(reservation_id)
@@ -296,6 +303,8 @@ class Reservations:
                 raise FailedPrecondition(
                     "a receive into this reservation is in flight; retry when it has ended", reason="RECEIVE_IN_FLIGHT"
                 )
+            if reservation.is_restoring:
+                raise FailedPrecondition("pages of this reservation are being restored; retry", reason="RESTORING")
             check_span(first, end, min(reservation.capacity, len(reservation.token_ids)))
             shared_len = len(reservation.nodes) * self.page_size
             if first == end or not shared_len <= first <= reservation.computed_len:
@@ -382,7 +391,7 @@ class Reservations:
             self._supersede(session_id, aborted)
         reservation.is_leased = self._leases.is_held(session_id, self._clock())
         self._holdings.compare(reservation, packed, self._clock())
-        if not self._holdings.assign(reservation, packed):
+        if not self._assign(reservation, packed):
             now = self._clock()
             ends = [r.expires_at for r in self._live.values()]
             ends += [lease.expires_at for lease in self._holdings.sessions.leases.values()]
@@ -392,6 +401,14 @@ class Reservations:
         reservation.expires_at = self._clock() + reservation.time_to_live_s
         self._live[reservation.id] = self._by_key[reservation.key] = reservation
         self._holdings.begin(reservation)
+
+    def _assign(self, reservation: Reservation, token_ids: array[int]) -> bool:
+        if not self._holdings.assign(reservation, token_ids):
+            return False
+        if reservation.is_restoring:
+            self._restores.begin(reservation)
+        self.tiers.wake()
+        return True
 
     def _supersede(self, session_id: str, aborted: list[str]) -> None:
         record = self._holdings.sessions.get(session_id)
@@ -409,6 +426,7 @@ class Reservations:
         del self._live[reservation.id], self._by_key[reservation.key]
         self._holdings.end(reservation, self._clock())
         reservation.keep_len = keep_len
+        self._restores.cancel(reservation)
         if reservation.num_uses:
             self._holdings.remember(reservation, reservation.kept_len)
             reservation.state = ReservationState.ENDING

@@ -1,9 +1,10 @@
-"""What a rank keeps between the turns of its sessions. Pure decisions: no pages, no clock, no lock.
+"""What a rank keeps between the turns of its sessions, and in which tier. Pure decisions: no pages, no clock, no lock.
 
-A lease is a promise: the pages of a session that waits for the results of its tool calls are not evicted before its
-end. ``decide`` says whether one is given, and for how long. ``eviction_key`` orders everything that no lease holds:
+A lease is a promise: the pages of a session that waits for the results of its tool calls are not dropped before its
+end; they may move down a tier. ``decide`` says whether one is given, where, and for how long. ``eviction_key`` orders
+the pages of each tier:
 
-    superseded pages first; then the least  rebuild cost x chance of return  goes
+    superseded pages first; then the least  cost without this copy - cost with it  x  chance of return  goes
 """
 
 from __future__ import annotations
@@ -47,28 +48,53 @@ class LeaseOutcome(Enum):
 
 
 class Tier(Enum):
-    """Where leased pages are kept."""
+    """Where a page is kept."""
 
     DEVICE = "device"
+    HOST = "host"
+    DISK = "disk"
+
+
+TIERS = tuple(Tier)
+"""From the fastest on."""
+BELOW = TIERS[1:]
+"""Those below the device."""
+BRING_BACK = {Tier.DEVICE: 0.0, Tier.HOST: 0.01, Tier.DISK: 0.1}
+"""Cost of a token's entries from a tier, in tokens computed at an empty context.
+
+At V3.2's sizes: 61 layers x 788 bytes over some 50 GB/s and 5 GB/s, against 8,000 tokens prefilled a second.
+"""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LeaseRequest:
     """num_tokens: of the session, present here; num_new_pages: that hold them and that no other session's lease holds;
-    held_s: what is left of the session's present lease, 0 for none."""
+    held_s, held_in: what is left of the session's present lease, 0 for none, and its tier."""
 
     num_tokens: int
     num_new_pages: int
     duration_s: float
     importance: Importance
     held_s: float = 0.0
+    held_in: Tier = Tier.DEVICE
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TierRoom:
+    """A tier below the device. num_leased_pages: of other sessions; eviction_age_s: as of ``Pressure``."""
+
+    tier: Tier
+    num_pages: int
+    num_leased_pages: int
+    eviction_age_s: float
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Pressure:
     """The rank as the request comes. num_leased_pages, num_leases: of other sessions; is_short: a sequence that runs
     here had to give its pages back and waits for room; eviction_age_s: how long pages that are evicted now have been
-    idle, inf while none need be; prefill_tokens_per_s: measured, 0 = not yet."""
+    idle, inf while none need be; prefill_tokens_per_s: measured, 0 = not yet; below: the tiers that there are, from the
+    fastest on."""
 
     num_pages: int
     num_leased_pages: int
@@ -76,6 +102,7 @@ class Pressure:
     is_short: bool
     eviction_age_s: float
     prefill_tokens_per_s: float
+    below: tuple[TierRoom, ...] = ()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -93,15 +120,18 @@ class LeaseDecision:
 def decide(request: LeaseRequest, pressure: Pressure) -> LeaseDecision:
     """Whether a session's pages are kept for it, where, and for how long.
 
-    The longest lease falls with the share s of pages that would be leased:  MAX_LEASE_S x (1 - s / most), with the most
-    that the importance allows; nor is it longer than MAX_EVICTION_AGES times what other pages live here. A lease in
+    The longest lease of a tier falls with the share s of its pages that would be leased:  MAX_LEASE_S x (1 - s / most),
+    with the most that the importance allows; nor is it longer than MAX_EVICTION_AGES times what other pages live there.
+    The first tier that can keep the pages for the whole time does, else the one that can for the longest. A lease in
     force is never shortened by asking again for at least what is left of it.
     """
     rate = pressure.prefill_tokens_per_s
     rebuild_s = rebuild_cost(0, request.num_tokens) / rate if rate > 0 else 0.0
     kept_s = min(request.held_s, request.duration_s)
-    longest_s = max(_longest_s(request, pressure), kept_s)
-    duration_s = min(request.duration_s, longest_s)
+    longest_s = {tier: min(request.duration_s, s) for tier, s in _longest_s(request, pressure).items()}
+    longest_s[request.held_in] = max(longest_s.get(request.held_in, 0.0), kept_s)
+    tier = max(longest_s, key=lambda one: longest_s[one])  # the first of equals
+    duration_s = longest_s[tier]
     is_given = request.num_tokens > 0 and (duration_s == request.duration_s or duration_s >= MIN_LEASE_S or kept_s > 0)
     if not is_given:
         outcome = LeaseOutcome.DENIED
@@ -111,27 +141,40 @@ def decide(request: LeaseRequest, pressure: Pressure) -> LeaseDecision:
         outcome = LeaseOutcome.ACCEPTED
     return LeaseDecision(
         outcome=outcome,
-        tier=Tier.DEVICE if is_given else None,
+        tier=tier if is_given else None,
         duration_s=duration_s if is_given else 0.0,
         rebuild_tokens=request.num_tokens,
         rebuild_s=rebuild_s,
     )
 
 
-def _longest_s(request: LeaseRequest, pressure: Pressure) -> float:
-    if pressure.is_short or pressure.num_leases >= MAX_LEASES:
-        return 0.0
-    share = (pressure.num_leased_pages + request.num_new_pages) / pressure.num_pages
+def _longest_s(request: LeaseRequest, pressure: Pressure) -> dict[Tier, float]:
+    if pressure.num_leases >= MAX_LEASES:
+        return {Tier.DEVICE: 0.0}
+    device = TierRoom(
+        tier=Tier.DEVICE,
+        num_pages=pressure.num_pages,
+        num_leased_pages=pressure.num_leased_pages,
+        eviction_age_s=pressure.eviction_age_s,
+    )
+    longest_s = {room.tier: _longest_in(room, request) for room in (device, *pressure.below)}
+    return longest_s | ({Tier.DEVICE: 0.0} if pressure.is_short else {})
+
+
+def _longest_in(room: TierRoom, request: LeaseRequest) -> float:
+    share = (room.num_leased_pages + request.num_new_pages) / room.num_pages
     by_share_s = max(0.0, MAX_LEASE_S * (1 - share / MAX_LEASED_SHARE[request.importance]))
-    return min(by_share_s, MAX_EVICTION_AGES * pressure.eviction_age_s)
+    return min(by_share_s, MAX_EVICTION_AGES * room.eviction_age_s)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Candidate:
-    """A page that could go: nobody uses or leases it, nothing cached lies behind it.
+    """A page that could go from a tier, or come to it: nothing behind it is in that tier.
 
     first, end: the positions whose entries it holds; num_sessions: whose last turn went through it; is_superseded: a
-    session brought it, and none that is remembered goes through it any more; idle_s: since it was last used.
+    session brought it, and none that is remembered goes through it any more; idle_s: since it was last used; tier:
+    which copy could go; copy: the fastest one that would be left, None for none; is_leased: a lease keeps it in this
+    tier, or in one above.
     """
 
     first: int
@@ -139,12 +182,21 @@ class Candidate:
     num_sessions: int
     is_superseded: bool
     idle_s: float
+    tier: Tier = Tier.DEVICE
+    copy: Tier | None = None
+    is_leased: bool = False
 
 
-def eviction_key(page: Candidate) -> tuple[bool, float]:
-    """The least goes first."""
-    value = rebuild_cost(page.first, page.end) * chance_of_return(page.num_sessions, page.idle_s)
-    return not page.is_superseded, value
+def eviction_key(page: Candidate) -> tuple[int, float]:
+    """The least goes first, and a page is copied into a full tier if the least there is less than it.
+
+    (0 superseded, 1, 2 leased; what the copy saves, in tokens computed at an empty context, x chance of return).
+    """
+    num_tokens = page.end - page.first
+    without = rebuild_cost(page.first, page.end) if page.copy is None else BRING_BACK[page.copy] * num_tokens
+    saved = max(0.0, without - BRING_BACK[page.tier] * num_tokens)
+    order = 2 if page.is_leased else 0 if page.is_superseded else 1
+    return order, saved * chance_of_return(page.num_sessions, page.idle_s)
 
 
 def rebuild_cost(first: int, end: int) -> float:

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 from seamount.workers.cache.prefix import PageNode
+from seamount.workers.cache.retention import Tier
 
 MAX_RECORDS = 4_096
 """Sessions whose left ids are remembered."""
@@ -31,14 +32,22 @@ class Tail:
 class Lease:
     """Keeps what the session left here, up to ``max_pages`` of it, until ``expires_at`` (the owner's clock).
 
-    given_during: the session's live reservation when it was given, if there was one: its commit does not end the lease.
-    pages: leased now; none of them while it is not settled what the session leaves.
+    tier: where it is kept, or below. given_during: the session's live reservation when it was given, if there was one:
+    its commit does not end the lease. nodes: full pages that it keeps; none while it is not settled what the session
+    leaves. pages: on the device, the tail's among them, that may not go: none once the last of ``nodes`` has a copy.
     """
 
     expires_at: float
     max_pages: int
     given_during: str | None
+    tier: Tier = Tier.DEVICE
+    nodes: list[PageNode] = field(default_factory=list)
     pages: list[int] = field(default_factory=list)
+
+    @property
+    def num_tail_pages(self) -> int:
+        """Of ``pages``: 1 where the tail is among them."""
+        return len(self.pages) - len(self.nodes) if self.pages else 0
 
 
 @dataclass(slots=True, eq=False, repr=False, kw_only=True)
@@ -97,13 +106,13 @@ class SessionBook:
         self._records[tail.session_id].tail = tail
         self._tails[tail.page] = tail
         if tail.parent is not None:
-            tail.parent.num_children += 1
+            tail.parent.num_children[Tier.DEVICE] += 1
 
     def drop_tail(self, tail: Tail) -> None:
         self._records[tail.session_id].tail = None
         del self._tails[tail.page]
         if tail.parent is not None:
-            tail.parent.num_children -= 1
+            tail.parent.num_children[Tier.DEVICE] -= 1
 
     def remember(self, session_id: str, token_ids: array[int], root: bytes) -> None:
         record = self.touch(session_id)

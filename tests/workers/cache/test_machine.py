@@ -1,8 +1,9 @@
 """Any order of calls against simulated planes: every entry that the caches call present is really there, unspoilt.
 
 The model is the memory itself: each slot holds a fingerprint of (salt, the tokens up to its position), as a real entry
-does. Receives and steps write to it at any time between their begin and their end, also after the reservation is dead:
-had a page been reused too early, a reader would find another sequence's entries.
+does. Receives, steps and restores write to it at any time between their begin and their end, also after the reservation
+is dead: had a page been reused too early, a reader would find another sequence's entries. So do the slots of the tiers
+below, into which copies are made at any time.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ import hashlib
 import itertools
 import random
 import threading
+from array import array
 from collections.abc import Sequence
 
 import pytest
@@ -26,10 +28,14 @@ from hypothesis.stateful import (
 )
 
 from seamount.wire.errors import Aborted, AlreadyExists, FailedPrecondition, NotFound, OutOfRange, ResourceExhausted
+from seamount.wire.hashes import root_hash
 from seamount.workers.cache import holdings, reservations
+from seamount.workers.cache.copies import Copy
+from seamount.workers.cache.prefix import PageNode
 from seamount.workers.cache.reservation import Reservation, ReservationState
 from seamount.workers.cache.reservations import Reservations
-from seamount.workers.cache.retention import MAX_LEASE_S, Importance, LeaseOutcome
+from seamount.workers.cache.restores import Restore
+from seamount.workers.cache.retention import MAX_LEASE_S, Importance, LeaseOutcome, Tier
 
 SIZE = 4
 SALTS = [b"a" * 32, b"b" * 32]
@@ -41,8 +47,10 @@ prompts = st.tuples(st.integers(0, 22), st.lists(st.integers(0, 1), min_size=1, 
 
 
 class CacheMachine(RuleBasedStateMachine):
-    @initialize(num_pages=st.integers(7, 14))
-    def start(self, num_pages: int) -> None:
+    @initialize(
+        num_pages=st.integers(7, 14), num_host=st.sampled_from([0, 3, 8, 30]), num_disk=st.sampled_from([0, 0, 5, 40])
+    )
+    def start(self, num_pages: int, num_host: int, num_disk: int) -> None:
         self.now = 0.0
         self.aborted: list[str] = []
         self.memory: dict[int, object] = {}
@@ -52,12 +60,17 @@ class CacheMachine(RuleBasedStateMachine):
         self.ids: set[str] = set()
         self.epochs: dict[str, tuple[int, int]] = {}
         self.left: dict[str, tuple[bytes, list[int]]] = {}
-        self.leased: dict[str, tuple[float, tuple[int, int] | None, list[int]]] = {}
+        self.leased: dict[str, tuple[float, tuple[int, int] | None, list[PageNode], list[int]]] = {}
+        self.stored: dict[tuple[Tier, int], list[object]] = {}
+        self.copies: list[tuple[Copy, list[object]]] = []
+        self.restore: Restore | None = None
+        self.num_below = {Tier.HOST: num_host, Tier.DISK: num_disk}
         self.caches = Reservations(
             num_pages=num_pages,
             page_size=SIZE,
             fingerprint="f",
             layout="l",
+            num_below=self.num_below,
             clock=lambda: self.now,
             on_abort=self.aborted.append,
         )
@@ -123,7 +136,7 @@ class CacheMachine(RuleBasedStateMachine):
             self.epochs[session] = (epoch, attempt)
         assert reservation.id not in self.ids
         assert len(reservation.pages) == len(prompt) // SIZE + 1
-        assert reservation.cached_len == reservation.computed_len <= len(prompt) - 1
+        assert reservation.cached_len == reservation.present_len <= len(prompt) - 1
         self.ids.add(reservation.id)
         self.salts[reservation.id] = salt
         return reservation
@@ -134,16 +147,44 @@ class CacheMachine(RuleBasedStateMachine):
         extend=st.booleans(),
         share=st.sampled_from([0.5, 1.0, 1.0]),
         cut=st.none() | st.integers(0, 9),
+        copies=st.booleans(),
+        num_bad=st.sampled_from([0, 0, 1, 3]),
     )
-    def turn(self, session: str, prompt: list[int], extend: bool, share: float, cut: int | None) -> None:
+    def turn(
+        self,
+        session: str,
+        prompt: list[int],
+        extend: bool,
+        share: float,
+        cut: int | None,
+        copies: bool,
+        num_bad: int,
+    ) -> None:
         """A whole turn at once: so that the others meet caches with something in them."""
         reservation = self._reserve(session, SALTS[0], prompt, "epoch", extend)
-        if reservation is not None:
+        while reservation is not None and reservation.is_restoring and num_bad < 3:
+            if self.restore is None:
+                self.begin_restore(2)
+            if self.restore is not None:
+                self.end_restore(num_bad, True)
+        if reservation is not None and not reservation.is_restoring:
             first, end = reservation.computed_len, int(share * len(reservation.token_ids))
             self._write(reservation, first, end)
             self.caches.advance(reservation.id, end)
             self.caches.check_invariants()
             self._release(reservation, cut)
+        if copies:
+            for tier in (Tier.HOST, Tier.DISK):
+                self.begin_copies(tier, 20)
+                self.end_copies(0, True, 20)
+
+    @rule(num_tokens=st.integers(8, 56))
+    def press(self, num_tokens: int) -> None:
+        """Somebody takes most pages and computes nothing."""
+        num_tokens = min(num_tokens, self.caches.num_pages * SIZE - 1)
+        reservation = self._reserve("", SALTS[1], [2] * num_tokens, "epoch", False)
+        if reservation is not None:
+            self._release(reservation, None)
 
     @precondition(lambda self: self.caches._live)
     @rule(pick=picks, change=st.booleans())
@@ -239,6 +280,8 @@ class CacheMachine(RuleBasedStateMachine):
     @rule(pick=picks)
     def begin_step(self, pick: int) -> None:
         reservation = self._live(pick)
+        if reservation.is_restoring:
+            return
         try:
             self.caches.begin_use(reservation.id)
         except (NotFound, FailedPrecondition):
@@ -284,7 +327,66 @@ class CacheMachine(RuleBasedStateMachine):
             if any(reservation.session_id == session for reservation in held):
                 self.leased.pop(session, None)  # it holds what that one is going to leave
             else:
-                self.leased[session] = lease.expires_at, self.epochs.get(session), list(lease.pages)
+                pages = [] if any(self.num_below.values()) else list(lease.pages)
+                self.leased[session] = lease.expires_at, self.epochs.get(session), list(lease.nodes), pages
+
+    # ---- tiers below
+
+    def _page(self, node: PageNode) -> list[object]:
+        """The entries of a page of the tree."""
+        chain = [node]
+        while chain[-1].parent is not None:
+            chain.append(chain[-1].parent)
+        (salt,) = [salt for salt in SALTS if root_hash(salt, "f", "l") == node.root]
+        token_ids = array("I", b"".join(one.token_ids for one in reversed(chain))).tolist()
+        return [(salt, tuple(token_ids[: end + 1])) for end in range(len(token_ids) - SIZE, len(token_ids))]
+
+    def _read(self, copy: Copy) -> list[object]:
+        if copy.source is not None:
+            return list(self.stored[Tier.HOST, copy.source.slot])
+        assert copy.page is not None
+        return [self.memory.get(copy.page * SIZE + offset) for offset in range(SIZE)]
+
+    @rule(tier=st.sampled_from([Tier.HOST, Tier.HOST, Tier.DISK]), limit=st.integers(1, 5))
+    def begin_copies(self, tier: Tier, limit: int) -> None:
+        copies = self.caches.tiers.next_copies(tier, limit)
+        assert len(copies) <= limit
+        self.copies.extend((copy, self._read(copy)) for copy in copies)
+
+    @precondition(lambda self: self.copies)
+    @rule(pick=picks, late=st.booleans(), count=st.sampled_from([1, 4]))
+    def end_copies(self, pick: int, late: bool, count: int) -> None:
+        for _ in range(min(count, len(self.copies))):
+            self._end_copy(pick, late)
+
+    def _end_copy(self, pick: int, late: bool) -> None:
+        tier = self.copies[pick % len(self.copies)][0].tier
+        first = next(index for index, (copy, _) in enumerate(self.copies) if copy.tier is tier)
+        copy, content = self.copies.pop(first)
+        self.stored[tier, copy.slot] = self._read(copy) if late else content
+        is_gone = copy.node.page is None and not copy.node.copies
+        assert not (self.caches.tiers.copied(copy, 0) and is_gone), "a copy of nothing"
+
+    @precondition(lambda self: self.restore is None)
+    @rule(limit=st.integers(1, 3))
+    def begin_restore(self, limit: int) -> None:
+        self.restore = self.caches.tiers.next_restore(limit)
+
+    @precondition(lambda self: self.restore is not None)
+    @rule(num_bad=st.sampled_from([0, 0, 0, 1, 2]), is_damage=st.booleans())
+    def end_restore(self, num_bad: int, is_damage: bool) -> None:
+        assert self.restore is not None
+        restore, self.restore = self.restore, None
+        num_good = max(0, len(restore.fetches) - num_bad)
+        for fetch in restore.fetches:
+            for offset, entry in enumerate(self.stored[fetch.tier, fetch.copy.slot]):
+                self.memory[fetch.page * SIZE + offset] = entry
+        for fetch in restore.fetches[num_good:]:
+            self.memory[fetch.page * SIZE] = object()
+        damaged = restore.fetches[num_good] if is_damage and num_good < len(restore.fetches) else None
+        if damaged is not None:
+            self.leased.clear()
+        self.caches.tiers.restored(restore, num_good, damaged)
 
     @rule(elapsed_s=st.sampled_from([0.2, 0.5, 6.0]))
     def wait(self, elapsed_s: float) -> None:
@@ -305,14 +407,23 @@ class CacheMachine(RuleBasedStateMachine):
         assert len(set(sessions)) == len(sessions)
         assert len(self.aborted) == len(set(self.aborted))
         leases = self.caches._holdings.sessions.leases
-        for session, (expires_at, epoch, pages) in self.leased.items():
-            if self.now < expires_at and pages and self.epochs.get(session) == epoch:  # the session has not come back
-                assert leases[session].pages == pages, "a lease lost a page before its end"
+        for session, (expires_at, epoch, nodes, pages) in self.leased.items():
+            if self.now < expires_at and nodes and self.epochs.get(session) == epoch:  # the session has not come back
+                assert leases[session].nodes == nodes, "a lease lost a page before its end"
+                assert all(node.page is not None or node.copies for node in nodes)
+                assert set(leases[session].pages) >= set(pages), "a leased page may leave the device"
+        for tier, lower in self.caches._holdings.copies.tiers.items():
+            for node in lower:
+                assert self.stored[tier, node.copies[tier].slot] == self._page(node), "a tier has other bytes"
 
     def teardown(self) -> None:
         if not hasattr(self, "caches"):
             return
         caches = self.caches
+        while self.copies:
+            self._end_copy(0, True)
+        if self.restore is not None:
+            self.end_restore(0, True)
         for reservation in [*caches._live.values(), *caches._ending.values()]:
             caches.release(reservation.id)
             if reservation.receive is not None:
@@ -336,7 +447,8 @@ class CacheMachine(RuleBasedStateMachine):
         )
         assert sorted(whole.pages) == list(range(state.num_pages)), "a cached page could not be evicted"
         caches.check_invariants()
-        assert caches.sessions() == ["last"]
+        if not any(self.num_below.values()):
+            assert caches.sessions() == ["last"]
 
 
 QUICK = settings(
