@@ -56,7 +56,7 @@ def gate(
         dropped = _best_first(group_scores)[:, num_chosen_groups:]
         # -inf, not 0: with a negative bias a chosen group's c may lie below 0.
         choice = groups.scatter(1, dropped.unsqueeze(2).expand(-1, -1, groups.shape[2]), float("-inf")).flatten(1)
-    ids = _best_first(choice)[:, :num_chosen]
+    ids = _best_first(choice)[:, :num_chosen].contiguous()
     weights = scores.gather(1, ids)
     if normalize:
         weights = weights / (weights.sum(dim=1, keepdim=True) + 1e-20)

@@ -4,7 +4,8 @@
     python -m examples.tiny_agent.evaluate --served 127.0.0.1:8000     a running system instead
 
 Models asked on the same tasks: ``sparse`` as it is served in bfloat16; ``dense`` attends to every token; ``fp8`` has
-block-scaled weights and FP8 caches. Everything is greedy and without constrained decoding.
+block-scaled weights and FP8 caches. Everything is greedy and without constrained decoding. Where ``dense`` is asked, the
+indexer's recall is measured, too.
 """
 
 from __future__ import annotations
@@ -12,7 +13,8 @@ from __future__ import annotations
 import math
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
@@ -41,20 +43,23 @@ PROCESSES_PER_GPU = 8
 _RECALL_PROMPTS = 8
 Conversations = tuple[int, int]
 """At one time, of a process: of short tasks, and of needles."""
-_ON_GPU: Conversations = (384, 48)
+_ON_GPU: Conversations = (512, 48)
 _ON_CPU: Conversations = (16, 2)
 Measured = tuple[int, list[LayerRecall]]
 
 
-def lanes_of(suite: Suite, models: Sequence[str], journal: Journal, conversations: Conversations) -> list[Lane]:
-    """What is not in the journal yet: all of the first model, then the others' short tasks, then their needles."""
+def lanes_of(suites: Mapping[str, Suite], journal: Journal, conversations: Conversations) -> list[Lane]:
+    """What is not in the journal yet: all of the first model, then the others' short tasks, then their needles.
+
+    suites: by model.
+    """
 
     def lane(model: str, needles: bool) -> Lane:
-        groups = [group for group in suite.groups() if (group.kind is TaskKind.NEEDLE) == needles]
+        groups = [group for group in suites[model].groups() if (group.kind is TaskKind.NEEDLE) == needles]
         missing = tuple(group for group in groups if not journal.results.has(model, group.row, group.first))
         return Lane(model=model, groups=missing, num_conversations=conversations[needles])
 
-    first, *others = models
+    first, *others = suites
     order = [(first, False), (first, True), *((other, needles) for needles in (False, True) for other in others)]
     return [made for made in (lane(*place) for place in order) if made.groups]
 
@@ -123,11 +128,11 @@ def main(
     api_key: Annotated[str | None, typer.Option(help="of the running system")] = None,
     tasks: Annotated[int, typer.Option(help="of each kind")] = 2000,
     needles: Annotated[int, typer.Option(help="of each length and depth")] = 100,
+    compared: Annotated[float, typer.Option(help="share of the tasks that models but the first play")] = 1.0,
     lengths: Annotated[str, typer.Option(help="of needles' documents, tokens")] = ",".join(map(str, LENGTHS)),
     models: Annotated[
         str, typer.Option(help="of sparse, dense, fp8; the first is compared with the others")
     ] = ",".join(MODELS),
-    recall: Annotated[bool, typer.Option(help="measure the indexer's recall, too")] = True,
     seed: Annotated[int, typer.Option(help="of the tasks")] = 4,
     processes: Annotated[int, typer.Option(help="that play; 0 = 8 on each GPU, or 1 without one")] = 0,
     stop_after_s: Annotated[
@@ -142,6 +147,8 @@ def main(
     deadline = time.time() + stop_after_s
     chosen = tuple(int(length) for length in lengths.split(",") if length)
     suite = Suite(seed=seed, num_tasks=tasks, num_needles=needles, lengths=chosen)
+    part = replace(suite, num_tasks=round(tasks * compared), num_needles=round(needles * compared))
+    suites = {name: part if number else suite for number, name in enumerate(names)}
     subject: dict[str, Any] = {"seed": seed, "tasks": tasks, "needles": needles, "lengths": chosen}
     subject |= {"model": served or model_fingerprint(checkpoint), "source": served or checkpoint.name}
     try:
@@ -151,7 +158,9 @@ def main(
     console = Console()
     columns = (TextColumn("{task.description:24}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     with Progress(*columns, console=console, transient=True) as progress, tempfile.TemporaryDirectory() as scratch:
-        keep = Keeper(journal, progress, suite.num_episodes * (1 if served else len(names)))
+        keep = Keeper(
+            journal, progress, suite.num_episodes if served else sum(one.num_episodes for one in suites.values())
+        )
         if served:
             inference = ServedInference(served, api_key=api_key)
             play_served(suite, inference, Tokenizer.load(TOKENIZER), journal, keep, deadline)
@@ -161,10 +170,10 @@ def main(
             if "fp8" in names:
                 quantize_checkpoint(checkpoint, forms.fp8)
             devices = devices_of(processes)
-            lanes = lanes_of(suite, names, journal, _ON_CPU if devices == ["cpu"] else _ON_GPU)
+            lanes = lanes_of(suites, journal, _ON_CPU if devices == ["cpu"] else _ON_GPU)
             missing = [length for length in chosen if length not in journal.results.recalls]
             jobs: list[Job] = []
-            if recall and missing:
+            if missing and "dense" in names:
                 jobs.append(partial(measure_recall, missing, seed, checkpoint, devices[-1]))
             run_jobs([*jobs, *play_jobs(lanes, forms, devices, deadline)], keep)
     report = Report.of(journal.results, subject)

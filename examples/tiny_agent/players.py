@@ -107,6 +107,7 @@ def play_lanes(
             tell(Played(model=lane.model, group=group, outcomes=outcomes))
         seconds = time.monotonic() - began
         tell(Pace(model=lane.model, max_tokens=lane.max_tokens, work=rollouts.work, seconds=seconds))
+        del rollouts  # its caches: the next ones need the memory
 
 
 def _taken(lane: Lane, number: int, first: int, take: Take) -> Iterator[Group]:

@@ -19,6 +19,8 @@ from seamount.workers.model.transformer import Transformer
 
 PREFILL_TOKENS = 32768
 """New tokens of prompts in one step at the most; a longer prompt has a step of its own."""
+SHORT_CHUNK = 128
+"""So many new tokens of a conversation, or fewer, are attended as if each were a conversation of its own."""
 
 
 @dataclass(slots=True)
@@ -133,12 +135,25 @@ class Rollouts:
         return new
 
     def _batch(self, new: dict[int, Sequence[int]]) -> ForwardBatch:
-        sequences = []
+        """Logits for the last new token of each conversation.
+
+        A few tokens behind a cached context, as a tool's results are, become as many sequences of one token: all of a
+        step's entries are written before a layer attends, so each sees those before it, and one launch attends them
+        all. Launches, not arithmetic, are what a chunk of its own would cost.
+        """
+        sequences: list[tuple[Sequence[int], int, Sequence[int]]] = []
+        last_rows: list[int] = []
+        num_rows = 0
         for number, token_ids in new.items():
             first = len(self._cached[number])
-            num_pages = -(-(first + len(token_ids)) // PAGE_SIZE)
-            sequences.append((token_ids, first, self._pages[number][:num_pages]))
-        return ForwardBatch.create(sequences)
+            pages = self._pages[number][: -(-(first + len(token_ids)) // PAGE_SIZE)]
+            if len(token_ids) <= SHORT_CHUNK:
+                sequences += [([token_id], at, pages) for at, token_id in enumerate(token_ids, first)]
+            else:
+                sequences.append((token_ids, first, pages))
+            num_rows += len(token_ids)
+            last_rows.append(num_rows - 1)
+        return ForwardBatch.create(sequences, last_rows)
 
 
 def draw(logits: Tensor, temperature: float, generator: torch.Generator) -> tuple[Tensor, Tensor]:

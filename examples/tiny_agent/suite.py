@@ -63,7 +63,10 @@ class Group:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Suite:
-    """num_tasks: of each kind; num_needles: of each length and depth; group_size: tasks of a group at the most."""
+    """num_tasks: of each kind; num_needles: of each length and depth; group_size: tasks of a group at the most.
+
+    The first tasks of a larger suite are those of a smaller one.
+    """
 
     seed: int
     num_tasks: int

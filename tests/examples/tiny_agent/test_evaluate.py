@@ -257,7 +257,7 @@ def test_processes_share_the_tasks_and_play_them_as_one_would(
 ) -> None:
     suite = Suite(seed=3, num_tasks=2, num_needles=1, kinds=(TaskKind.NO_TOOL,), lengths=(512,), group_size=1)
     journal = Journal(tmp_path, {})
-    lanes = lanes_of(suite, ("sparse", "fp8"), journal, (2, 2))
+    lanes = lanes_of({"sparse": suite, "fp8": suite}, journal, (2, 2))
     assert [(lane.model, lane.max_tokens) for lane in lanes] == [
         ("sparse", 2560),
         ("sparse", 1024),
