@@ -291,7 +291,7 @@ def main() -> None:
     positions = [int(text) for text in parser.parse_args().positions.split(",")]
     torch.manual_seed(1)
     with torch.inference_mode():
-        publish_gpu("cost_parts_h100", (row for deployment in DEPLOYMENTS for row in measure(deployment, positions)))
+        publish_gpu("cost_parts", (row for deployment in DEPLOYMENTS for row in measure(deployment, positions)))
 
 
 if __name__ == "__main__":

@@ -1,38 +1,32 @@
 """Attention kernels on one GPU beside the best published ones: ours, theirs, the ratio, from one run.
 
-A call is measured inside a CUDA graph that holds a call for each of several input sets, together more than
-twice the L2; a figure is the median replay divided by the number of sets. Peers are measured when their wheels are
-importable (sgl-flash-mla, sgl-deep-gemm with apache-tvm-ffi); top-k's peer is SGLang's, as published beside
+Times are of captured launches over inputs that rotate through more than twice the L2. Peers are measured when their
+wheels are importable (sgl-flash-mla, sgl-deep-gemm with apache-tvm-ffi); top-k's peer is SGLang's, as published beside
 torch.topk, times what torch.topk takes here. ``bound`` is the ratio to be reached.
 
-    python -m benchmarks.kernels [--only sparse,prefill,indexer] [--quick] [--json]
+    python -m benchmarks.kernels [--only sparse,prefill,indexer] [--quick]
 """
 
 from __future__ import annotations
 
 import argparse
-import json
-import statistics
-import sys
 from collections.abc import Callable, Iterator
 from dataclasses import replace
-from pathlib import Path
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from benchmarks._gpu import deep_gemm_module
+from benchmarks._gpu import Row, compared, copies, deep_gemm_module, publish_gpu, time_us, times_in_turn
 from seamount.kernels.indexer import paged_mqa_logits, paged_topk_indices
 from seamount.kernels.layout import CacheLayout, pack_latent
 from seamount.kernels.sparse_mla import sparse_mla_decode, sparse_mla_prefill
 from seamount.kernels.topk import topk_indices
 
-RESULTS = Path(__file__).parent / "results" / "kernels_h100.jsonl"
 TOPK = 2048
 SCALE = 0.13523378
 LAYOUT = CacheLayout.create("fp8", kv_lora_rank=512, qk_rope_head_dim=64, index_head_dim=128, dtype=torch.bfloat16)
-ROTATED_BYTES = 110 << 20
 # SGLang 0.5.23's topk_v2 and torch.topk on one H100, us: {(rows, scores): (topk_v2, torch.topk)}.
 PUBLISHED_TOPK = {
     (1, 4096): (7.8, 21.5),
@@ -45,36 +39,11 @@ PUBLISHED_TOPK = {
     (128, 32768): (21.2, 109.6),
     (128, 131072): (68.4, 276.3),
 }
-Row = dict[str, Any]
 
 
-def microseconds(call: Callable[[int], object], sets: int) -> float:
-    """The median time of one call; ``call(i)`` runs on input set i."""
-    torch.cuda.synchronize()  # the inputs were made on another stream
-    stream = torch.cuda.Stream()
-    with torch.cuda.stream(stream):
-        call(0)
-        torch.cuda.synchronize()
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, stream=stream):
-            for i in range(sets):
-                call(i)
-        graph.replay()
-        times = []
-        for _ in range(12):
-            start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-            start.record()
-            graph.replay()
-            end.record()
-            end.synchronize()
-            times.append(start.elapsed_time(end) * 1000 / sets)
-    del graph
-    torch.cuda.empty_cache()
-    return statistics.median(times)
-
-
-def num_sets(bytes_of_one: int) -> int:
-    return max(2, min(64, -(-ROTATED_BYTES // bytes_of_one)))
+def timed(call: Callable[[int], object], sets: int) -> float:
+    """The median time of one call in microseconds; ``call(i)`` runs on input set i."""
+    return time_us([partial(call, i) for i in range(sets)])
 
 
 def tiled_pages(template: Tensor, num_pages: int) -> Tensor:
@@ -119,7 +88,7 @@ def sparse_rows(quick: bool) -> Iterator[Row]:
             del plane
             plane = tiled_pages(template, num_pages)
         rows = batch * queries
-        sets = num_sets(rows * TOPK * 656)
+        sets = copies(rows * TOPK * 656)
         chosen = [
             torch.randint(num_pages * 64 // TOPK, (rows, TOPK), device="cuda")
             + torch.arange(TOPK, device="cuda") * (num_pages * 64 // TOPK)
@@ -131,8 +100,7 @@ def sparse_rows(quick: bool) -> Iterator[Row]:
         def ours(i: int, q: list[Tensor] = q, slots: list[Tensor] = slots, plane: Tensor = plane) -> object:
             return sparse_mla_decode(q[i], plane, slots[i], LAYOUT, SCALE)
 
-        row: Row = {"kernel": "sparse_mla_decode", "shape": f"b{batch} s_q{queries} h{heads} k{TOPK} ctx{context}"}
-        row["ours_us"] = microseconds(ours, sets)
+        ours_us, peer_us = timed(ours, sets), None
         if flash_mla is not None:
             padded = max(heads, 64)
             narrow = [x.int().view(batch, queries, TOPK) for x in slots]
@@ -166,8 +134,16 @@ def sparse_rows(quick: bool) -> Iterator[Row]:
                     use_legacy=True,
                 )
 
-            row["peer_us"] = microseconds(theirs, sets)
-        yield finish(row, 1.0 if rows <= 32 else 1.2)
+            peer_us = timed(theirs, sets)
+        yield compared(
+            "sparse_mla_decode",
+            f"b{batch} s_q{queries} h{heads} k{TOPK} ctx{context}",
+            ours_us,
+            peer_us,
+            1.0 if rows <= 32 else 1.2,
+            num_bytes=rows * (TOPK * 656 + heads * 2 * (576 + 512)),
+            flop=2 * rows * heads * TOPK * (576 + 512),
+        )
 
 
 def prefill_rows(quick: bool) -> Iterator[Row]:
@@ -180,12 +156,18 @@ def prefill_rows(quick: bool) -> Iterator[Row]:
         shapes += [(4096, 8192, 128), (4096, 32768, 128), (4096, 131072, 128), (4096, 32768, 64)]
     for queries, context, heads in shapes:
         ways = prefill_ways(queries, context, heads)
-        turns = [{name: microseconds(way, 2) for name, way in ways.items()} for _ in range(3)]
-        median = {name: statistics.median(turn[name] for turn in turns) for name in ways}
+        launches = [[partial(way, i) for i in range(2)] for way in ways.values()]
+        median = dict(zip(ways, times_in_turn(launches, min_launches=2), strict=True))
         for name in ("bf16", "fp8"):
-            row: Row = {"kernel": f"sparse_mla_prefill_{name}", "shape": f"s_q{queries} h{heads} k{TOPK} ctx{context}"}
-            row |= {"ours_us": median[name], "peer_us": median.get("peer")}
-            yield finish(row, 1.2)
+            yield compared(
+                f"sparse_mla_prefill_{name}",
+                f"s_q{queries} h{heads} k{TOPK} ctx{context}",
+                median[name],
+                median.get("peer"),
+                1.2,
+                num_bytes=queries * (TOPK * (1152 if name == "bf16" else 656) + heads * 2 * (576 + 512)),
+                flop=2 * queries * heads * TOPK * (576 + 512),
+            )
 
 
 def prefill_ways(queries: int, context: int, heads: int) -> dict[str, Callable[[int], object]]:
@@ -229,7 +211,7 @@ def indexer_rows(quick: bool) -> Iterator[Row]:
         shapes += [(b, 2, c) for c in (32768, 131072) for b in (1, 32, 128)]
     totals: dict[tuple[int, int], tuple[float, float | None]] = {}
     for batch, queries, context in shapes:
-        sets = num_sets(batch * context * 132)
+        sets = copies(batch * context * 132)
         tables = [page_tables(num_pages, batch, context) for _ in range(sets)]
         q = [torch.randn((batch, queries, 64, 128), device="cuda").to(torch.float8_e4m3fn) for _ in range(sets)]
         weights = torch.randn((batch, queries, 64), device="cuda")
@@ -246,8 +228,7 @@ def indexer_rows(quick: bool) -> Iterator[Row]:
         ) -> object:
             return paged_mqa_logits(q[i], plane, weights, lengths, tables[i], LAYOUT)
 
-        row: Row = {"kernel": "paged_mqa_logits", "shape": f"b{batch} next_n{queries} ctx{context}"}
-        row["ours_us"] = microseconds(ours, sets)
+        ours_us, peer_us = timed(ours, sets), None
         if deep_gemm is not None:
             meta = deep_gemm.get_paged_mqa_logits_metadata(lengths, 64, deep_gemm.get_num_sms())
             pool = plane.view(num_pages, 64, 1, 132)
@@ -267,7 +248,7 @@ def indexer_rows(quick: bool) -> Iterator[Row]:
                     q[i], pool, flat, lengths, tables[i], meta, context, clean_logits=False
                 )
 
-            row["peer_us"] = microseconds(theirs, sets)
+            peer_us = timed(theirs, sets)
         if queries == 1 and context >= 32768:
 
             def ours_selected(
@@ -280,81 +261,51 @@ def indexer_rows(quick: bool) -> Iterator[Row]:
             ) -> object:
                 return paged_topk_indices(q[i], plane, weights, lengths, tables[i], LAYOUT, TOPK)
 
-            totals[batch, context] = (microseconds(ours_selected, sets), row.get("peer_us"))
-        yield finish(row, None)
+            totals[batch, context] = (timed(ours_selected, sets), peer_us)
+        shape = f"b{batch} next_n{queries} ctx{context}"
+        flop = 2 * batch * queries * 64 * 128 * context
+        yield compared("paged_mqa_logits", shape, ours_us, peer_us, None, num_bytes=batch * context * 132, flop=flop)
     del plane
     torch.cuda.empty_cache()
     for batch, context in PUBLISHED_TOPK:
         row = topk_row(batch, context)
-        yield finish(row, None)
+        yield row
         if (batch, context) in totals:
-            ours_us, peer_us = totals[batch, context]
-            both: Row = {"kernel": "indexer_and_topk", "shape": f"b{batch} ctx{context} k{TOPK}"}
-            both["ours_us"] = ours_us
-            if peer_us is not None:
-                both["peer_us"] = peer_us + row["peer_us"]
-            yield finish(both, 1.0)
+            both_us, scores_us = totals[batch, context]
+            peer_us = None if scores_us is None else scores_us + row["peer_us"]
+            shape = f"b{batch} ctx{context} k{TOPK}"
+            yield compared("indexer_and_topk", shape, both_us, peer_us, 1.0, num_bytes=batch * context * 132)
     if not quick:
-        row = {"kernel": "topk_indices", "shape": f"rows4096 n32768 k{TOPK}"}
         logits = torch.randn((4096, 32768), device="cuda")
         lengths = torch.full((4096,), 32768, dtype=torch.int32, device="cuda")
-        row["ours_us"] = microseconds(lambda i: topk_indices(logits, TOPK, lengths), 2)
-        yield finish(row, None)
+        us = timed(lambda i: topk_indices(logits, TOPK, lengths), 2)
+        yield compared("topk_indices", f"rows4096 n32768 k{TOPK}", us, None, None, num_bytes=logits.nbytes)
 
 
-def topk_row(rows: int, width: int) -> Row:
-    sets = num_sets(rows * width * 4)
+def topk_row(rows: int, width: int) -> dict[str, Any]:
+    sets = copies(rows * width * 4)
     logits = [torch.randn((rows, width), device="cuda") for _ in range(sets)]
     lengths = torch.full((rows,), width, dtype=torch.int32, device="cuda")
-    row: Row = {"kernel": "topk_indices", "shape": f"rows{rows} n{width} k{TOPK}"}
-    row["ours_us"] = microseconds(lambda i: topk_indices(logits[i], TOPK, lengths), sets)
-    row["torch_topk_us"] = microseconds(lambda i: logits[i].topk(TOPK, sorted=False), sets)
+    ours = timed(lambda i: topk_indices(logits[i], TOPK, lengths), sets)
+    torch_topk = timed(lambda i: logits[i].topk(TOPK, sorted=False), sets)
     published, published_torch = PUBLISHED_TOPK[rows, width]
-    row["peer_us"] = published * row["torch_topk_us"] / published_torch
-    row["published_peer_us"] = published
-    return row
-
-
-def finish(row: Row, bound: float | None) -> Row:
-    row.setdefault("peer_us", None)
-    row["ratio"] = None if row["peer_us"] is None else row["ours_us"] / row["peer_us"]
-    row["bound"] = bound
-    return {key: round(value, 3) if isinstance(value, float) else value for key, value in row.items()}
+    peer = published * torch_topk / published_torch
+    row = compared("topk_indices", f"rows{rows} n{width} k{TOPK}", ours, peer, None, num_bytes=rows * width * 4)
+    return row | {"torch_topk_us": round(torch_topk, 2), "published_peer_us": published}
 
 
 def main() -> None:
+    sections = {"sparse": sparse_rows, "prefill": prefill_rows, "indexer": indexer_rows}
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--only", default="sparse,prefill,indexer", help="sections, separated by commas")
+    parser.add_argument("--only", default=",".join(sections), help="sections, separated by commas")
     parser.add_argument("--quick", action="store_true", help="the shapes that have a bound")
-    parser.add_argument("--json", action="store_true", help="JSON lines instead of a table")
     arguments = parser.parse_args()
     if not torch.cuda.is_available():
-        print("benchmarks/kernels.py: no CUDA device here, nothing measured")
+        print("kernels: no CUDA device here; nothing measured")
         return
-    sections = {"sparse": sparse_rows, "prefill": prefill_rows, "indexer": indexer_rows}
     wanted = arguments.only.split(",")
-    stamp = {"device": torch.cuda.get_device_name(), "torch": torch.__version__}
-    rows = []
-    for name in wanted:
-        for row in sections[name](arguments.quick):
-            rows.append(row)
-            if arguments.json:
-                print(json.dumps({**stamp, **row}), flush=True)
-            else:
-                peer, ratio = row["peer_us"] or float("nan"), row["ratio"] or float("nan")
-                print(
-                    f"{row['kernel']:20} {row['shape']:36} {row['ours_us']:9.1f} {peer:9.1f} {ratio:6.2f}", flush=True
-                )
-        torch.cuda.empty_cache()
-    RESULTS.parent.mkdir(exist_ok=True)
-    kept = []
-    if RESULTS.exists():
-        fresh = {(row["kernel"], row["shape"]) for row in rows}
-        old = [json.loads(line) for line in RESULTS.read_text(encoding="utf-8").splitlines()]
-        kept = [row for row in old if (row["kernel"], row["shape"]) not in fresh]
-    lines = [json.dumps(row) for row in [*kept, *({**stamp, **row} for row in rows)]]
-    RESULTS.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    publish_gpu("kernels", (row for section in wanted for row in sections[section](arguments.quick)))
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

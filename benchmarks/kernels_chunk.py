@@ -13,8 +13,7 @@ from __future__ import annotations
 
 import argparse
 import math
-import statistics
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -23,7 +22,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.attention.bias import causal_lower_right
 from torch.nn.functional import pad, scaled_dot_product_attention
 
-from benchmarks._gpu import Row, compared, copies, deep_gemm_module, publish_gpu, random_fp8, time_us
+from benchmarks._gpu import Row, compared, copies, deep_gemm_module, publish_gpu, random_fp8, time_us, times_in_turn
 from seamount.kernels.dense_mla import dense_mha
 from seamount.kernels.indexer import mqa_topk_indices
 from seamount.kernels.layout import CacheLayout
@@ -85,7 +84,7 @@ def _scores(num_rows: int, context: int) -> Iterator[Row]:
     ways = [[lambda c=c: c.ours(out) for c in chunks], [chunk.select for chunk in chunks]]
     if deep_gemm is not None:
         ways.append([lambda c=c: c.theirs(deep_gemm) for c in chunks])
-    ours, both, *rest = _in_turn(ways, few)
+    ours, both, *rest = times_in_turn(ways, repeats=3, min_launches=few)
     peer = peers = None
     if rest:
         peer = rest[0]
@@ -96,12 +95,6 @@ def _scores(num_rows: int, context: int) -> Iterator[Row]:
     shape = f"{num_rows}x{context}"
     yield compared("mqa_logits", shape, ours, peer, LOGITS_BOUND, **rates)
     yield compared("mqa_topk_indices", f"{shape} k{TOPK}", both, peers, None, **rates)
-
-
-def _in_turn(ways: Sequence[Sequence[Callable[[], object]]], min_launches: int) -> list[float]:
-    """Medians in microseconds, each way measured in three turns: at its power limit the chip slows as it warms."""
-    turns = [[time_us(way, repeats=3, min_launches=min_launches) for way in ways] for _ in range(3)]
-    return [statistics.median(times) for times in zip(*turns, strict=True)]
 
 
 def _check_logits(ours: Tensor, theirs: Tensor, lengths: Tensor) -> None:
@@ -170,7 +163,7 @@ def main() -> None:
         print("kernels_chunk: no CUDA device here; nothing measured")
         return
     with torch.inference_mode():
-        publish_gpu("kernels_chunk_h100", (row for section in only for row in sections[section]()))
+        publish_gpu("kernels_chunk", (row for section in only for row in sections[section]()))
 
 
 if __name__ == "__main__":

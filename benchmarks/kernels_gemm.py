@@ -3,21 +3,32 @@
 ours_us, peer_us, ratio; ``bound`` is the ratio to be reached: 1.15 where a product waits for its weights, up to 128
 tokens. DeepGEMM is measured where its wheel is importable, its scales laid out as it wants them beforehand; a SwiGLU
 form's peer is our own product followed by ``swiglu_quantize``. Times are of captured launches over weights that rotate
-through more than twice the L2.
+through more than twice the L2. Everything is compiled first, in several processes: DeepGEMM takes seconds for a shape.
 
-    python -m benchmarks.kernels_gemm [--only gemm,grouped]
+    python -m benchmarks.kernels_gemm [--only gemm,grouped] [--warm 16]
 """
 
 from __future__ import annotations
 
 import argparse
+import os
 from collections.abc import Callable, Iterable, Iterator
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from benchmarks._gpu import Row, compared, copies, deep_gemm_module, publish_gpu, random_fp8, time_us
+from benchmarks._gpu import (
+    Row,
+    compared,
+    compile_ahead,
+    copies,
+    deep_gemm_module,
+    publish_gpu,
+    random_fp8,
+    time_us,
+)
 from seamount.kernels import gemm, moe
 
 INTERMEDIATE, CHOICES = 2048, 8
@@ -32,7 +43,7 @@ WEIGHTS = {
     "shared_gate_up": (4096, 7168),
     "shared_down": (7168, 2048),
 }
-TOKENS = (1, 32, 64, 128, 1024, 4096)
+TOKENS = (1, 32, 64, 128, 256, 1024, 4096)
 GROUPED = {(32, 4096, 7168): (32, 128, 1024), (32, 7168, 2048): (32, 128, 1024)} | {
     (256, 4096, 7168): (64,),
     (256, 7168, 2048): (64,),
@@ -42,13 +53,13 @@ BOUND = 1.15
 _BOUND_TOKENS = 128
 
 
-def products(names: Iterable[str] | None = None) -> Iterator[Row]:
+def products(names: Iterable[str] = tuple(WEIGHTS), all_tokens: Iterable[int] = TOKENS) -> Iterator[Row]:
     """``fp8_gemm`` over the model's weights."""
-    for name in names or WEIGHTS:
+    for name in names:
         columns, channels = WEIGHTS[name]
         weights = [random_fp8(columns, channels) for _ in range(copies(columns * channels))]
         scale = _scales(-(-columns // 128), channels // 128)
-        for tokens in TOKENS:
+        for tokens in all_tokens:
             yield _product(name, weights, scale, tokens)
 
 
@@ -76,12 +87,14 @@ def _product(name: str, weights: list[Tensor], scale: Tensor, tokens: int) -> Ro
     )
 
 
-def grouped(shapes: Iterable[tuple[int, int, int]] | None = None) -> Iterator[Row]:
+def grouped(
+    shapes: Iterable[tuple[int, int, int]] = tuple(GROUPED), all_tokens: Iterable[int] | None = None
+) -> Iterator[Row]:
     """Grouped products in both forms, and the SwiGLU form against the product followed by ``swiglu_quantize``."""
-    for shape in shapes or GROUPED:
+    for shape in shapes:
         experts, columns, channels = shape
         weight, scale = random_fp8(*shape), _scales(experts, columns // 128, channels // 128)
-        for tokens in GROUPED[shape]:
+        for tokens in all_tokens or GROUPED[shape]:
             yield from _Grouped(weight, scale, tokens).rows()
 
 
@@ -177,16 +190,38 @@ def _check(ours: Tensor, theirs: Tensor) -> None:
         raise RuntimeError(f"the peer's product differs by {error:.3f}: nothing comparable was measured")
 
 
+SECTIONS: dict[str, Callable[..., Iterator[Row]]] = {"gemm": products, "grouped": grouped}
+
+
+def _run(section: str, what: Any, tokens: int) -> None:
+    with torch.inference_mode():
+        for _ in SECTIONS[section]([what], [tokens]):
+            pass
+
+
+def _compile(only: list[str], processes: int) -> None:
+    shapes: dict[str, list[tuple[Any, int]]] = {
+        "gemm": [(name, tokens) for name in WEIGHTS for tokens in TOKENS],
+        "grouped": [(shape, tokens) for shape in GROUPED for tokens in GROUPED[shape]],
+    }
+    compile_ahead([partial(_run, section, *shape) for section in only for shape in shapes[section]], processes)
+
+
 def main() -> None:
-    sections: dict[str, Callable[[], Iterator[Row]]] = {"gemm": products, "grouped": grouped}
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--only", default=",".join(sections), help="sections, separated by commas")
-    only = parser.parse_args().only.split(",")
+    parser.add_argument("--only", default=",".join(SECTIONS), help="sections, separated by commas")
+    parser.add_argument(
+        "--warm", type=int, default=min(16, os.cpu_count() or 1), help="processes that compile first; 0: compile as met"
+    )
+    arguments = parser.parse_args()
+    only = arguments.only.split(",")
     if not torch.cuda.is_available():
         print("kernels_gemm: no CUDA device here; nothing measured")
         return
+    if arguments.warm:
+        _compile(only, arguments.warm)
     with torch.inference_mode():
-        publish_gpu("kernels_gemm_h100", (row for section in only for row in sections[section]()))
+        publish_gpu("kernels_gemm", (row for section in only for row in SECTIONS[section]()))
 
 
 if __name__ == "__main__":

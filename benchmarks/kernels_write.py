@@ -198,7 +198,7 @@ def main() -> None:
     with torch.inference_mode():
         for section in parser.parse_args().only.split(","):
             rows += sections[section]()
-    publish_gpu("kernels_write_h100", rows)
+    publish_gpu("kernels_write", rows)
 
 
 if __name__ == "__main__":
