@@ -74,10 +74,10 @@ SHORT = Mixture(
 LONG = Mixture(
     name="long",
     weights=_WEIGHTS,
-    needle_share=0.6,
+    needle_share=0.3,
     min_length=512,
-    usual_turns=4,
-    max_turns=40,
+    usual_turns=2,
+    max_turns=16,
     max_tools=16,
     chat_share=0.05,
 )

@@ -12,27 +12,12 @@ rates anew over a few steps. The folder can be served; before the sparse stage i
 
 from __future__ import annotations
 
-import json
+import enum
 import time
-from contextlib import closing
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
-import torch
 import typer
-
-from examples.tiny_agent.config import model_config
-from examples.tiny_agent.data import batches
-from examples.tiny_agent.documents import TOKENIZER
-from examples.tiny_agent.export import load_checkpoint
-from examples.tiny_agent.model import Model
-from examples.tiny_agent.parallel import Ranks
-from examples.tiny_agent.progress import STATE, OnMetrics, Recorder, progress_bar
-from examples.tiny_agent.reinforce import STEPS, Reinforcement, draw_attempts, reward
-from examples.tiny_agent.stages import STAGES
-from examples.tiny_agent.training import Training
-from seamount.router.tokenizer import Tokenizer
 
 EPILOG = """Examples:
 
@@ -42,35 +27,24 @@ EPILOG = """Examples:
 
   python -m examples.tiny_agent.train --out runs/sparse --stage sparse --resume runs/indexer
 """
-REINFORCE = "reinforce"
-ORDER = (*STAGES, REINFORCE)
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Limits:
-    """seed: of batches, drawn rows, tasks and samples. deadline: on the monotonic clock. steps: of a stage in this run
-    at the most. workers: processes that make batches, for each rank."""
+class StageName(enum.Enum):
+    """In their order."""
 
-    seed: int
-    deadline: float
-    steps: int
-    workers: int
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Standing:
-    """The stage to go on with, at a step of it; the runs that led here."""
-
-    stage: str
-    step: int
-    runs: list[dict[str, Any]]
+    DENSE = "dense"
+    ANNEAL = "anneal"
+    LONG = "long"
+    INDEXER = "indexer"
+    SPARSE = "sparse"
+    REINFORCE = "reinforce"
 
 
 @app.command(help=__doc__, epilog=EPILOG)
 def main(
     out: Annotated[Path, typer.Option(help="Folder to write to; a run that stands there is resumed.")],
-    stage: Annotated[str | None, typer.Option(help=f"This one alone: {', '.join(ORDER)}. Default: all left.")] = None,
+    stage: Annotated[StageName | None, typer.Option(help="This one alone. Default: all that are left.")] = None,
     resume: Annotated[Path | None, typer.Option(help="Folder to resume from instead, written by another run.")] = None,
     minutes: Annotated[float, typer.Option(help="Stop after so long, start-up included.")] = 9.0,
     steps: Annotated[int, typer.Option(help="Stop after so many steps of a stage.")] = 1_000_000,
@@ -79,83 +53,11 @@ def main(
     device: Annotated[str, typer.Option(help="cuda or cpu.")] = "cuda",
 ) -> None:
     deadline = time.monotonic() + 60 * minutes
-    if stage is not None and stage not in ORDER:
-        raise typer.BadParameter(f"{stage!r} is unknown; choose one of {', '.join(ORDER)}", param_hint="--stage")
-    if resume is None and (out / STATE).exists():
-        resume = out
-    ranks = Ranks.join(device)
-    torch.manual_seed(seed)
-    model = Model(model_config())
-    standing = Standing(stage=ORDER[0], step=0, runs=[]) if resume is None else _resumed(model, resume)
-    if stage is not None and stage != standing.stage:
-        told = f"stage {standing.stage} is next, at step {standing.step}"
-        raise typer.BadParameter(f"{told}; {stage} cannot be run now", param_hint="--stage")
-    model.to(device)
+    # Here, because the processes that make batches import this module, and should not have to import torch.
+    from examples.tiny_agent.running import Limits, run
+
     limits = Limits(seed=seed, deadline=deadline, steps=steps, workers=workers)
-    with progress_bar(disable=ranks.rank > 0) as bar:
-        recorder = Recorder(model, out, seed=seed, earlier_runs=standing.runs, bar=bar, ranks=ranks)
-        step = standing.step
-        for name in ORDER[ORDER.index(standing.stage) :]:
-            total = _total(name)
-            recorder.begin(name, step, total)
-            step = _run_stage(model, name, step, limits, ranks, recorder.metrics)
-            recorder.end(step)
-            if stage is not None or step < total:
-                break
-            step = 0
-    ranks.leave()
-
-
-def _total(stage: str) -> int:
-    return STEPS if stage == REINFORCE else STAGES[stage].steps
-
-
-def _run_stage(model: Model, stage: str, step: int, limits: Limits, ranks: Ranks, on_metrics: OnMetrics) -> int:
-    """From a step of the stage on; returns the step reached."""
-    if stage == REINFORCE:
-        return _reinforce(model, step, limits, ranks, on_metrics)
-    plan = STAGES[stage]
-    training = Training(model, plan, seed=limits.seed, step=step, ranks=ranks)
-    feeding = batches(
-        seed=limits.seed,
-        sequence_length=plan.sequence_length,
-        batch_size=ranks.share(plan.batch_size),
-        mixture=plan.mixture,
-        num_workers=limits.workers,
-        first_batch=step * ranks.size + ranks.rank,
-        stride=ranks.size,
-    )
-    with closing(feeding):
-        training.run(feeding, deadline=limits.deadline, max_steps=limits.steps, on_metrics=on_metrics)
-    return training.step
-
-
-def _reinforce(model: Model, step: int, limits: Limits, ranks: Ranks, on_metrics: OnMetrics) -> int:
-    tokenizer = Tokenizer.load(TOKENIZER)
-    reinforcement = Reinforcement(model, seed=limits.seed * 1_000_003 + step, ranks=ranks)
-    last = min(STEPS, step + limits.steps)
-    while step < last and not ranks.any(time.monotonic() >= limits.deadline):
-        began = time.monotonic()
-        attempts = draw_attempts(step, seed=limits.seed, tokenizer=tokenizer, ranks=ranks)
-        metrics = reinforcement.step(attempts, reward)
-        step += 1
-        on_metrics({"stage": REINFORCE, "step": step, **metrics, "seconds": round(time.monotonic() - began, 2)})
-    return step
-
-
-def _resumed(model: Model, folder: Path) -> Standing:
-    """Loads the weights of a run."""
-    try:
-        state = json.loads((folder / STATE).read_text(encoding="utf-8"))
-        load_checkpoint(model, folder)
-    except (OSError, ValueError) as error:
-        raise typer.BadParameter(str(error), param_hint="--resume") from error
-    at = ORDER.index(state["stage"])
-    if not state["done"]:
-        return Standing(stage=state["stage"], step=state["step"], runs=state["runs"])
-    if at + 1 == len(ORDER):
-        raise typer.BadParameter(f"all stages are done in {folder}", param_hint="--resume")
-    return Standing(stage=ORDER[at + 1], step=0, runs=state["runs"])
+    run(out, resume, None if stage is None else stage.value, limits, device)
 
 
 if __name__ == "__main__":

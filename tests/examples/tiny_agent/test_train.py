@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +14,7 @@ import torch
 from click.testing import Result
 from typer.testing import CliRunner
 
-from examples.tiny_agent import export, feeding, objectives, progress, reinforce, train, training
+from examples.tiny_agent import export, feeding, objectives, progress, reinforce, running, train, training
 from examples.tiny_agent.config import VOCAB_SIZE, model_config
 from seamount.workers.model.weights import load_model
 
@@ -36,13 +38,13 @@ SMALL = {
 def _small(monkeypatch: pytest.MonkeyPatch) -> None:
     stages = {
         name: dataclasses.replace(
-            stage, sequence_length=1024, batch_size=1, steps=3, mixture=train.STAGES["dense"].mixture
+            stage, sequence_length=1024, batch_size=1, steps=3, mixture=running.STAGES["dense"].mixture
         )
-        for name, stage in train.STAGES.items()
+        for name, stage in running.STAGES.items()
     }
-    monkeypatch.setattr(train, "STAGES", stages)
-    monkeypatch.setattr(train, "STEPS", 1)
-    monkeypatch.setattr(train, "model_config", lambda: model_config(**SMALL))
+    monkeypatch.setattr(running, "STAGES", stages)
+    monkeypatch.setattr(running, "STEPS", 1)
+    monkeypatch.setattr(running, "model_config", lambda: model_config(**SMALL))
     monkeypatch.setattr(feeding, "HEAD_ROWS", 256)
     monkeypatch.setattr(objectives, "HEAD_ROWS", 256)
     monkeypatch.setattr(export, "CONFIG", dict(export.CONFIG) | SMALL)
@@ -66,6 +68,14 @@ def _lines(folder: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
 
 
+def test_the_command_knows_the_stages_without_loading_them() -> None:
+    assert [name.value for name in train.StageName] == list(running.ORDER)
+    loaded = (
+        "import sys, examples.tiny_agent.train; print(*(name for name in ('torch', 'numpy') if name in sys.modules))"
+    )
+    assert subprocess.run([sys.executable, "-c", loaded], capture_output=True, check=True).stdout == b"\n"
+
+
 def test_stages_follow_each_other(tmp_path: Path) -> None:
     dense, rest = tmp_path / "dense", tmp_path / "rest"
     assert _run(dense, "--stage", "dense", "--steps", 2)["step"] == 2
@@ -75,8 +85,16 @@ def test_stages_follow_each_other(tmp_path: Path) -> None:
     assert [line["step"] for line in _lines(dense)] == [2, 3]
     state = _run(rest, "--resume", dense)
     assert (state["stage"], state["done"]) == ("reinforce", True)
-    assert [run["stage"] for run in state["runs"]] == ["dense", "dense", "long", "indexer", "sparse", "reinforce"]
-    assert [line["stage"] for line in _lines(rest)] == ["long", "indexer", "sparse", "reinforce"]
+    assert [run["stage"] for run in state["runs"]] == [
+        "dense",
+        "dense",
+        "anneal",
+        "long",
+        "indexer",
+        "sparse",
+        "reinforce",
+    ]
+    assert [line["stage"] for line in _lines(rest)] == list(running.ORDER[1:])
     names = {file.name for file in rest.iterdir()}
     assert {"config.json", "tokenizer.json", "tokenizer_config.json", "generation_config.json"} <= names
     assert load_model(rest, dtype=torch.float32, layout_name="exact").config.num_hidden_layers == 2
@@ -85,7 +103,7 @@ def test_stages_follow_each_other(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("args", "told"),
     [
-        (("--stage", "wrong"), "choose one of dense, long, indexer, sparse, reinforce"),
+        (("--stage", "wrong"), "is not one of 'dense', 'anneal', 'long', 'indexer', 'sparse', 'reinforce'"),
         (("--stage", "sparse"), "stage dense is next, at step 0"),
     ],
 )
