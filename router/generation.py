@@ -17,10 +17,9 @@ from seamount.router.account import Account
 from seamount.router.directory import Role
 from seamount.router.placement import PathRules, RankLoad, choose_decode_rank, choose_path
 from seamount.router.quarantine import NODE_WINDOW_S, Suspicion, quarantined
-from seamount.router.rank_client import RankClient, RankLost, ReservationGone, Work
+from seamount.router.rank_client import RESERVED_FOR_S, RankClient, RankLost, ReservationGone, Work
 from seamount.router.ranks import Ranks
 from seamount.v1 import common_pb2, worker_pb2
-from seamount.wire import limits
 from seamount.wire.errors import DeadlineExceeded, Internal, ResourceExhausted, SeamountError, Unavailable
 from seamount.wire.ids import Epoch, RankId, ReservationId, SessionId, TurnId
 
@@ -28,7 +27,7 @@ PLACEMENT_TIMEOUT_S = 30.0
 """How long a turn waits for a live decode rank: a killed gang is replaced in a few seconds."""
 PREFILL_STALL_S = 60.0
 """How long a prefill rank may queue or stand still, alive, before the work goes elsewhere."""
-RENEW_EVERY_S = limits.MAX_RESERVATION_S / 3
+RENEW_EVERY_S = RESERVED_FOR_S / 3
 _CLOCK_SLACK_S = 0.05
 
 

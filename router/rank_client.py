@@ -12,13 +12,16 @@ import grpc
 from google.protobuf import duration_pb2
 
 from seamount.v1 import common_pb2, worker_pb2, worker_pb2_grpc
-from seamount.wire import limits
 from seamount.wire.durations import duration
 from seamount.wire.errors import NotFound, SeamountError, Unavailable, from_rpc_error
 from seamount.wire.ids import Epoch, RankId, ReservationId, SessionId, TurnId
 
 Request = TypeVar("Request")
 Response = TypeVar("Response")
+
+RESERVED_FOR_S = 10.0
+"""What a reservation lives without a word of its router: the pages of one that died before it let the rank generate, or
+whose turn went on at another rank, are free by then."""
 
 _LOST_CODES = frozenset(
     {
@@ -91,7 +94,7 @@ class RankClient:
             attempt=work.attempt,
             cache_salt=work.cache_salt,
             token_ids=work.token_ids,
-            time_to_live=duration_pb2.Duration(seconds=int(limits.MAX_RESERVATION_S)),
+            time_to_live=duration_pb2.Duration(seconds=int(RESERVED_FOR_S)),
         )
         with self._typed():
             return await self._stub.Reserve(request, timeout=self._call_timeout_s, metadata=self._metadata)

@@ -26,7 +26,7 @@ IN_FLIGHT_S = 0.05
 
 async def test_every_frame_is_known(system: FaultSystem) -> None:
     """The points below are all that there are."""
-    asked = SEEDED.afresh()
+    asked = await system.afresh(SEEDED)
     async with RecordingClient(system.addresses()) as client:
         answer = await system.begin(client, asked)
         await answer.task
@@ -36,7 +36,7 @@ async def test_every_frame_is_known(system: FaultSystem) -> None:
 
 @points("layer,first", EVERY, seeded=2)
 async def test_killed_at_a_chunk(system: FaultSystem, layer: int, first: int) -> None:
-    asked = SEEDED.afresh()
+    asked = await system.afresh(SEEDED)
     async with RecordingClient(system.addresses()) as client:
         trap = system.listener.stop_at("rank.frame", lambda reached: reached.at == f"{layer}:{first}")
         answer = await system.begin(client, asked)
@@ -57,7 +57,7 @@ async def test_killed_at_a_chunk(system: FaultSystem, layer: int, first: int) ->
 @points("layer,first", sample(EVERY, 6), seeded=1)
 async def test_stopped_at_a_chunk_and_continued(system: FaultSystem, layer: int, first: int) -> None:
     """When it wakes it goes on to push, into a reservation that is over."""
-    asked = SEEDED.afresh()
+    asked = await system.afresh(SEEDED)
     async with RecordingClient(system.addresses()) as client:
         trap = system.listener.stop_at("rank.frame", lambda reached: reached.at == f"{layer}:{first}")
         answer = await system.begin(client, asked)
@@ -73,7 +73,7 @@ async def test_stopped_at_a_chunk_and_continued(system: FaultSystem, layer: int,
 @points("layer,first", EVERY, seeded=1)
 async def test_damaged_on_the_way(system: FaultSystem, layer: int, first: int) -> None:
     """What did not verify, and what came behind it, is computed by the decode rank."""
-    asked = SEEDED.afresh()
+    asked = await system.afresh(SEEDED)
 
     def is_that_frame(reached: Reached) -> bool:
         return reached.point == "rank.frame" and reached.at == f"{layer}:{first}"

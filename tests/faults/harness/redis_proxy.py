@@ -48,6 +48,7 @@ class RedisProxy:
         self._upstream = upstream
         self._server: asyncio.Server | None = None
         self._connections: set[asyncio.Task[None]] = set()
+        self._asking: set[asyncio.Future[Fate]] = set()
         self.intercept: Callable[[Command], Awaitable[Fate]] | None = None
         self.seen: list[Command] = []
         self.is_open = asyncio.Event()
@@ -121,12 +122,20 @@ class RedisProxy:
             if command.is_of_a_turn:
                 self.seen.append(command)
             await self.is_open.wait()
-            fate = await self.intercept(command) if self.intercept is not None else Fate.PASS
+            fate = await self._fate(command)
             if fate is Fate.CUT:
                 raise ConnectionResetError
             pending.append((command, fate))
             to_redis.write(raw)
             await to_redis.drain()
+
+    async def _fate(self, command: Command) -> Fate:
+        if self.intercept is None:
+            return Fate.PASS
+        asking = asyncio.ensure_future(self.intercept(command))
+        self._asking.add(asking)
+        asking.add_done_callback(self._asking.discard)
+        return await asyncio.shield(asking)  # what it does may break this very connection
 
     async def _replies(
         self, from_redis: asyncio.StreamReader, writer: asyncio.StreamWriter, pending: deque[tuple[Command, Fate]]

@@ -9,6 +9,9 @@ from seamount.router.tokenizer import Control, Tokenizer
 NUM_TOKENS = 32
 GREEDY = Request(sampling=Sampling(max_output_tokens=NUM_TOKENS, temperature=0.0, seed=1))
 SEEDED = Request(sampling=Sampling(max_output_tokens=NUM_TOKENS, temperature=0.8, seed=9))
+LONG = Request(sampling=Sampling(max_output_tokens=2000, temperature=0.0, seed=1), forced=(70,) * 2000)
+"""Seconds of output, for whoever ends it before."""
+SHORT = Request(sampling=Sampling(max_output_tokens=8, temperature=0.8, seed=9))
 NAMES = ("greedy", "seeded", "reasoning", "tool call", "multi-byte")
 _CALL = (
     "</think>\n\n<｜DSML｜function_calls>\n"

@@ -33,6 +33,8 @@ CHUNK_TOKENS = 32
 """Prompt tokens that are computed, and pushed, together."""
 PROMPT = "Name the planets and say which of them has rings, and why nobody can stand on it. " * 2
 NUM_ROUTERS = 2
+LINKED_AFTER_S = 0.6
+"""Routers look for each other twice a second: one that dies sooner after its start is found by its counter (3 s)."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -42,10 +44,6 @@ class Request:
     sampling: Sampling
     forced: tuple[int, ...] = ()
     prompt: str = PROMPT
-
-    def afresh(self) -> Request:
-        """With a prompt that no cache knows."""
-        return replace(self, prompt=f"{secrets.token_hex(4)} {self.prompt}")
 
 
 @dataclass(slots=True, kw_only=True)
@@ -99,6 +97,10 @@ class FaultSystem:
         self._killed.add(name)
         return name
 
+    def forget_killed(self, name: str) -> None:
+        """The test has started it anew by itself."""
+        self._killed.discard(name)
+
     async def kill_redis(self) -> None:
         """SIGKILL, and start again over the same files."""
         os.kill(self.redis.pid, signal.SIGKILL)
@@ -120,12 +122,18 @@ class FaultSystem:
         killed, self._killed = self._killed, set()
         await asyncio.gather(*(self._start(name) for name in sorted(killed)))
         await self._forget_the_dead()
-        wanted = {process.pid for name, process in self.cluster.processes.items() if not name.startswith("router")}
         async with asyncio.timeout(30):
-            for number in range(NUM_ROUTERS):
-                async with AsyncClient(self.addresses(number)) as client:
-                    while await self._alive(client) != wanted:  # noqa: ASYNC110 - a router's view, polled
-                        await asyncio.sleep(0.05)
+            while not await self.all_are_alive():  # noqa: ASYNC110 - the routers' views, polled
+                await asyncio.sleep(0.05)
+
+    async def all_are_alive(self) -> bool:
+        """Whether both routers see every rank that lives, and see it alive."""
+        wanted = {process.pid for name, process in self.cluster.processes.items() if not name.startswith("router")}
+        for number in range(NUM_ROUTERS):
+            async with AsyncClient(self.addresses(number)) as client:
+                if await self._alive(client) != wanted:
+                    return False
+        return True
 
     # ---- turns
 
@@ -141,6 +149,14 @@ class FaultSystem:
                 pass
 
         return Answer(session=session, client=client, key=key, task=asyncio.create_task(follow()))
+
+    async def afresh(self, request: Request) -> Request:
+        """The same with a prompt that no cache here knows, and to which the answer is as long as it may be."""
+        while True:
+            fresh = replace(request, prompt=f"{secrets.token_hex(4)} {request.prompt}")
+            (usage,) = [event.usage for event in await self.reference(fresh) if event.HasField("usage")]
+            if usage.num_output_tokens == request.sampling.max_output_tokens:
+                return fresh
 
     async def reference(self, request: Request) -> list[Event]:
         """What the turn says when nobody is disturbed."""
@@ -183,7 +199,7 @@ class FaultSystem:
     async def check_caches(self) -> None:
         """All pages and reservations are back within seconds, and every page is where it belongs."""
         held: list[str] = []
-        for _ in range(100):
+        for _ in range(150):
             held = [
                 violation
                 for name, process in self.cluster.processes.items()
@@ -209,6 +225,7 @@ class FaultSystem:
         pool, _, number = name.partition("-")
         if pool == "router":
             await self.cluster.start_router(int(number))
+            await asyncio.sleep(LINKED_AFTER_S)
         else:
             assert pool in ("prefill", "decode")
             await self.cluster.start_gang(pool, name.partition(".")[0])
@@ -279,6 +296,7 @@ async def fault_system(settings: Settings, parent: Parent, recoveries: Recoverie
         calm = await stack.enter_async_context(
             LocalCluster(settings=_calm(settings), allow_forced_tokens=True, parent=parent)
         )
+        await asyncio.sleep(LINKED_AFTER_S)
         yield FaultSystem(
             cluster=cluster,
             calm=calm.address,
