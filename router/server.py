@@ -213,5 +213,7 @@ def _server_options() -> list[tuple[str, int]]:
         ("grpc.max_send_message_length", limits.MAX_MESSAGE_BYTES),
         ("grpc.so_reuseport", 1),  # routers on one node share the port
         ("grpc.http2.min_recv_ping_interval_without_data_ms", 1_000),  # clients ping every 3 s
+        # A router that was starved of CPU reads several pings at once: its streams shall not end for that.
+        ("grpc.http2.max_ping_strikes", 0),
         ("grpc.keepalive_permit_without_calls", 1),
     ]
