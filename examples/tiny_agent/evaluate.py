@@ -4,8 +4,8 @@
     python -m examples.tiny_agent.evaluate --served 127.0.0.1:8000     a running system instead
 
 Models asked on the same tasks: ``sparse`` as it is served in bfloat16; ``dense`` attends to every token; ``fp8`` has
-block-scaled weights and FP8 caches. Everything is greedy and without constrained decoding. Where ``dense`` is asked, the
-indexer's recall is measured, too.
+block-scaled weights and FP8 caches. Everything is greedy and without constrained decoding. Where ``dense`` is asked,
+the indexer's recall is measured, too.
 """
 
 from __future__ import annotations

@@ -35,6 +35,7 @@ def test_group_limited_choice(
     weights, ids = _gate(x, weight, bias, groups, keep, k)
     assert weights.shape == ids.shape == (rows, k)
     assert weights.dtype == torch.float64
+    assert ids.is_contiguous()
     for t in range(rows):
         expected_ids, expected_weights = _expected((weight @ x[t]).tolist(), bias.tolist(), groups, keep, k)
         assert ids[t].tolist() == expected_ids
