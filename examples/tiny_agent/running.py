@@ -88,7 +88,7 @@ def _run_stage(model: Model, stage: str, step: int, limits: Limits, ranks: Ranks
     plan = STAGES[stage]
     training = Training(model, plan, seed=limits.seed, step=step, ranks=ranks)
     feeding = batches(
-        seed=limits.seed,
+        seed=limits.seed * len(ORDER) + ORDER.index(stage),  # each stage sees documents of its own
         sequence_length=plan.sequence_length,
         batch_size=ranks.share(plan.batch_size),
         mixture=plan.mixture,
