@@ -41,6 +41,7 @@ async def test_killed_at_a_token(system: FaultSystem, tokenizer: Tokenizer, name
         await system.check(answer, asked)
 
 
+@pytest.mark.faults
 async def test_killed_between_its_last_token_and_its_account(system: FaultSystem) -> None:
     async with RecordingClient(system.addresses()) as client:
         trap = system.listener.stop_at("rank.finished")

@@ -98,6 +98,7 @@ async def test_stands_still(system: FaultSystem, name: str, number: int) -> None
     assert await system.all_are_alive()
 
 
+@pytest.mark.faults
 async def test_one_router_is_cut_off(system: FaultSystem) -> None:
     """Redis answers the other one, which takes the turn over; the first tells the rest when it is back."""
     asked = await system.afresh(SEEDED)
@@ -118,6 +119,7 @@ async def test_one_router_is_cut_off(system: FaultSystem) -> None:
         await system.check(answer, asked)
 
 
+@pytest.mark.faults
 async def test_connections_break_all_the_time(system: FaultSystem) -> None:
     asked = await system.afresh(SEEDED)
     proxy = system.proxies["router-0"]
