@@ -1,5 +1,5 @@
 .DEFAULT_GOAL := help
-.PHONY: help setup demo serve test test-faults test-gpu memcheck-gpu test-interpreter check lint type bench bench-kernels eval clean
+.PHONY: help setup demo serve test test-gpu memcheck-gpu test-interpreter check lint type bench bench-kernels eval eval-served clean
 
 # The first Python of a fitting version; PYTHON=... chooses another.
 PYTHON ?= $(shell for p in python3 python3.12 python3.11; do \
@@ -30,9 +30,6 @@ serve: $(READY)  ## start everything in the foreground; Ctrl-C stops it
 
 test: $(READY)  ## all tests, parity included (CPU)
 	$(BIN)/python -m pytest -q
-
-test-faults: $(READY)  ## every point of the fault suite: processes killed, stopped, cut off (CPU, 15 minutes)
-	$(BIN)/python -m pytest -q -m "" tests/faults
 
 check: lint type  ## everything that reads code without running it
 
@@ -73,6 +70,9 @@ bench-kernels:  ## measure the GPU kernels; needs a CUDA device
 eval:  ## score the trained checkpoint on held-out tasks: table, JSON, plot (CHECKPOINT=DIR; hours without a GPU)
 	PYTHONPATH=gen $(GPU_PYTHON) -m examples.tiny_agent.evaluate --checkpoint $(CHECKPOINT) --out .run/evaluation
 	PYTHONPATH=gen $(GPU_PYTHON) -m examples.tiny_agent.report .run/evaluation
+
+eval-served: $(READY)  ## 200 tasks and 5 needles through the whole system on this CPU: the same tokens as in one process (an hour)
+	$(BIN)/python -m examples.tiny_agent.parity --checkpoint $(CHECKPOINT)
 
 clean:  ## remove the environment and everything generated; checkpoints stay
 	rm -rf .venv gen build dist .run .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache
