@@ -1,5 +1,5 @@
 .DEFAULT_GOAL := help
-.PHONY: help setup demo serve test test-gpu memcheck-gpu test-interpreter check lint type bench bench-kernels eval eval-served clean
+.PHONY: help setup demo serve test test-faults test-gpu memcheck-gpu test-interpreter check lint type bench bench-kernels eval eval-served clean
 
 # The first Python of a fitting version; PYTHON=... chooses another.
 PYTHON ?= $(shell for p in python3 python3.12 python3.11; do \
@@ -30,6 +30,9 @@ serve: $(READY)  ## start everything in the foreground; Ctrl-C stops it
 
 test: $(READY)  ## all tests, parity included (CPU)
 	$(BIN)/python -m pytest -q
+
+test-faults: $(READY)  ## every point of the fault suite: processes killed, stopped, cut off (CPU, 15 minutes)
+	$(BIN)/python -m pytest -q -m "" tests/faults
 
 check: lint type  ## everything that reads code without running it
 
