@@ -148,6 +148,9 @@ class RouterSettings(_Section):
         gt=0,
         description="The token log of an ended turn; one without a result cannot be resumed after that",
     )
+    cut_ahead: bool = Field(
+        default=True, description="After an answer, idle decode ranks compute its session without the reasoning"
+    )
     sampling: SamplingDefaults = SamplingDefaults()
 
     @model_validator(mode="after")

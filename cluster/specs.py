@@ -88,6 +88,7 @@ def router_spec(settings: Settings, *, redis_url: str, port: int, allow_forced_t
         call_timeout_s=settings.engine.step_timeout_s,
         progress_timeout_s=settings.engine.step_timeout_s,
         token_log_kept_s=router.token_log_kept_s,
+        cut_ahead=router.cut_ahead,
         allow_forced_tokens=allow_forced_tokens,
     )
 

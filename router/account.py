@@ -22,6 +22,8 @@ class Account:
     num_prefill_computed: int = 0
     num_pulled: int = 0
     num_pushed: int = 0
+    num_migrated: int = 0
+    num_prepared: int = 0
     common_len: int = 0
     miss_cause: events_pb2.MissCause = events_pb2.MISS_CAUSE_UNSPECIFIED
     idle_kv_byte_seconds: float = 0.0
@@ -45,6 +47,8 @@ class Account:
             num_prefill_computed_tokens=self.num_prefill_computed,
             num_pulled_tokens=self.num_pulled,
             num_pushed_tokens=self.num_pushed,
+            num_migrated_tokens=self.num_migrated,
+            num_prepared_tokens=self.num_prepared,
             num_output_tokens=num_output,
             path=events_pb2.PREFILL_PATH_REMOTE if remote else events_pb2.PREFILL_PATH_LOCAL,
             decode_rank=self.decode_rank,
@@ -85,6 +89,7 @@ class Account:
         """A decode rank took the answer; what the first one found is what the turn found."""
         if not self.decode_rank:
             self.num_cached = reserved.cached_len
+            self.num_prepared = reserved.num_prepared_tokens
             self.common_len = reserved.common_len
             idle_s = reserved.idle_time.ToTimedelta().total_seconds()
             self.idle_kv_byte_seconds = reserved.cached_len * kv_bytes_per_token * idle_s
@@ -111,6 +116,11 @@ class Account:
         lease.state = lease_state(lease, is_lost=is_lost, now_s=time.time())
         if lease.state == events_pb2.LEASE_STATE_RANK_LOST:
             self.miss_cause = events_pb2.MISS_CAUSE_RANK_LOST
+
+    def add_migration(self, finished: worker_pb2.MigrateFinished) -> None:
+        """Pages came from another decode rank."""
+        self.num_migrated += finished.num_migrated_tokens
+        self.transfer_s += finished.transfer_time.ToTimedelta().total_seconds()
 
     def add_prefill(self, rank_id: str, finished: worker_pb2.PrefillFinished) -> None:
         """A prefill rank did its part."""

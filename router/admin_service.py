@@ -7,10 +7,14 @@ from dataclasses import dataclass
 import grpc
 
 from seamount.router.directory import Liveness, Role
+from seamount.router.moves import Moves, drained
 from seamount.router.ranks import Ranks
 from seamount.router.watcher import Peer
 from seamount.v1 import admin_pb2, admin_pb2_grpc, worker_pb2
 from seamount.wire.errors import NotFound
+from seamount.wire.ids import RankId
+
+MAX_DRAIN_S = 3_600.0
 
 Context = grpc.aio.ServicerContext[object, object]
 _POOLS = {Role.PREFILL: worker_pb2.POOL_PREFILL, Role.DECODE: worker_pb2.POOL_DECODE}
@@ -19,6 +23,7 @@ _POOLS = {Role.PREFILL: worker_pb2.POOL_PREFILL, Role.DECODE: worker_pb2.POOL_DE
 @dataclass(frozen=True, slots=True, kw_only=True)
 class AdminService(admin_pb2_grpc.AdminServiceServicer):
     ranks: Ranks
+    moves: Moves
 
     async def ListPools(self, request: admin_pb2.ListPoolsRequest, context: Context) -> admin_pb2.ListPoolsResponse:
         return admin_pb2.ListPoolsResponse(pools=[self._pool(role) for role in _POOLS])
@@ -40,6 +45,11 @@ class AdminService(admin_pb2_grpc.AdminServiceServicer):
                 session_ids = state.session_ids if state is not None else ()
                 return admin_pb2.ListRankSessionsResponse(session_ids=session_ids)
         raise NotFound("there is no such rank; ListRanks names those there are", reason="RANK_NOT_FOUND")
+
+    async def DrainRank(self, request: admin_pb2.DrainRankRequest, context: Context) -> admin_pb2.DrainRankResponse:
+        remaining_s = context.time_remaining()
+        deadline_s = MAX_DRAIN_S if remaining_s is None else min(MAX_DRAIN_S, remaining_s)
+        return await drained(self.ranks, self.moves, RankId(request.rank_id), deadline_s=deadline_s)
 
     def _pool(self, role: Role) -> admin_pb2.PoolState:
         members = [(peer, state) for peer, state in self.ranks.all() if peer.record.role is role]

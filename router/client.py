@@ -187,3 +187,4 @@ class Client:
     list_pools = _waiting(AsyncClient.list_pools)
     list_ranks = _waiting(AsyncClient.list_ranks)
     list_rank_sessions = _waiting(AsyncClient.list_rank_sessions)
+    drain_rank = _waiting(AsyncClient.drain_rank)

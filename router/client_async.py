@@ -359,17 +359,28 @@ class AsyncClient:
         request = admin_pb2.ListRankSessionsRequest(rank_id=rank_id)
         return list((await self._call(lambda to: to.admin.ListRankSessions, request)).session_ids)
 
+    async def drain_rank(self, rank_id: str, *, timeout_s: float) -> admin_pb2.DrainRankResponse:
+        """Empty a decode rank, for at most ``timeout_s``; repeating it goes on."""
+        request = admin_pb2.DrainRankRequest(rank_id=rank_id)
+        return await self._call(lambda to: to.admin.DrainRank, request, timeout_s=timeout_s)
+
     # --- calls
 
     async def _call(
-        self, method: Callable[[Router], _Method[Request, Response]], request: Request, *, repeatable: bool = True
+        self,
+        method: Callable[[Router], _Method[Request, Response]],
+        request: Request,
+        *,
+        repeatable: bool = True,
+        timeout_s: float | None = None,
     ) -> Response:
+        timeout_s = self._timeout_s if timeout_s is None else timeout_s
         attempt = 1
         while True:
             router = self._routers.current
             try:
                 await router.connect()
-                return await method(router)(request, timeout=self._timeout_s, metadata=self._metadata)
+                return await method(router)(request, timeout=timeout_s, metadata=self._metadata)
             except grpc.RpcError as error:
                 failure: SeamountError = from_rpc_error(error)
             except Unavailable as error:

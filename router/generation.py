@@ -15,16 +15,21 @@ from dataclasses import dataclass, field
 
 from seamount.router.account import Account
 from seamount.router.directory import Role
-from seamount.router.placement import PathRules, RankLoad, choose_decode_rank, choose_path
+from seamount.router.placement import Need, PathRules, Placed, RankLoad, choose_decode_rank, choose_path, is_far_worse
 from seamount.router.quarantine import NODE_WINDOW_S, Suspicion, quarantined
 from seamount.router.rank_client import RESERVED_FOR_S, RankClient, RankLost, ReservationGone, Work
 from seamount.router.ranks import Ranks
 from seamount.v1 import common_pb2, worker_pb2
 from seamount.wire.errors import DeadlineExceeded, Internal, ResourceExhausted, SeamountError, Unavailable
+from seamount.wire.hashes import PAGE_SIZE
 from seamount.wire.ids import Epoch, RankId, ReservationId, SessionId, TurnId
 
 PLACEMENT_TIMEOUT_S = 30.0
 """How long a turn waits for a live decode rank: a killed gang is replaced in a few seconds."""
+MIGRATE_TIMEOUT_S = 30.0
+"""How long pages may be on their way from another decode rank: what has not come is computed."""
+MIGRATE_STALL_S = 2.0
+"""How long nothing of them may arrive: the rank that has them may be hung."""
 PREFILL_STALL_S = 60.0
 """How long a prefill rank may queue or stand still, alive, before the work goes elsewhere."""
 RENEW_EVERY_S = RESERVED_FOR_S / 3
@@ -36,6 +41,7 @@ class Generation:
     """One answer in the making. ``token_ids`` grows as batches are yielded.
 
     deadline: by ``time.monotonic()``; the ranks are told. max_attempts: decode ranks, and prefill ranks for each.
+    preferred, num_left: the decode rank that is believed to have the caches, and of how many tokens.
     """
 
     ranks: Ranks
@@ -51,6 +57,7 @@ class Generation:
     max_attempts: int
     deadline: float
     eos_token_id: int
+    num_left: int = 0
     forced_token_ids: Sequence[int] = ()
     token_ids: list[int] = field(default_factory=list)
     _attempt: int = 0
@@ -81,7 +88,7 @@ class Generation:
         """
         while True:
             try:
-                cached_len = await self._prefill_remotely((await self._reserve_somewhere()).cached_len)
+                cached_len = await self._prefill_remotely(await self._reserve_somewhere())
                 async with aclosing(self._sample(cached_len)) as frames:
                     async for frame in frames:
                         yield frame
@@ -92,6 +99,7 @@ class Generation:
                 await self._give_up_rank(lost)
             except ReservationGone as gone:
                 self._count_loss(gone)
+                self.num_left = self._num_tokens
                 await self.release(None)
 
     async def release(self, keep_len: int | None) -> None:
@@ -114,7 +122,7 @@ class Generation:
 
     def _forget_reservation(self) -> None:
         if self._assigned is not None:
-            self.ranks.unassign(self._assigned)
+            self.ranks.unassign(self._assigned, self.cache_salt)
         self._assigned = self._reservation_id = None
 
     @property
@@ -131,21 +139,66 @@ class Generation:
             token_ids=[*self.prompt, *self.token_ids],
         )
 
-    async def _reserve_somewhere(self) -> worker_pb2.ReserveResponse:
+    async def _reserve_somewhere(self) -> int:
+        """Returns how many tokens' entries are at the decode rank now."""
         full: set[RankId] = set()
+        may_choose_again = True
         while True:
-            load = await self._place(full)
+            placed = await self._place(full)
+            rank_id = placed.rank.rank_id
             self._attempt += 1
-            self._decode = self.ranks.client(load.rank_id)
+            self._decode = self.ranks.client(rank_id)
             try:
                 reserved = await self._reserve()
             except ResourceExhausted:
-                full.add(load.rank_id)
-                if choose_decode_rank(self.ranks.loads(Role.DECODE), preferred=None, excluded=full) is None:
+                full.add(rank_id)
+                if self._chosen(full) is None:
                     raise
                 continue
-            self._note_reservation(load, reserved)
-            return reserved
+            if rank_id == self.preferred and may_choose_again:
+                may_choose_again = False
+                believed, self.num_left = self._need(), reserved.cached_len
+                again = self._chosen(full) if is_far_worse(believed, reserved.cached_len, self.rules) else None
+                if again is not None and again.rank.rank_id != rank_id:
+                    await self.release(None)
+                    continue
+            source = self.ranks.source(self.preferred) if rank_id != self.preferred else None
+            self._note_reservation(placed.rank, reserved)
+            if source is not None and placed.moves and self.num_left - reserved.cached_len >= PAGE_SIZE:
+                return await self._migrate(source, reserved.cached_len)
+            return reserved.cached_len
+
+    async def _migrate(self, source: RankLoad, cached_len: int) -> int:
+        """Let the decode rank fetch what ``source`` has; what does not come is computed. Returns the cached length."""
+        assert self._decode is not None
+        request = worker_pb2.MigrateRequest(
+            reservation_id=self._reservation_id or "",
+            epoch=self.epoch,
+            source_rank_id=source.rank_id,
+            source_address=source.address,
+        )
+        progress, moved = worker_pb2.MigrateProgress(), time.monotonic()
+        try:
+            frames = self._decode.migrate(request, timeout_s=min(MIGRATE_TIMEOUT_S, self._remaining_s()))
+            async with aclosing(frames):
+                async for frame in frames:
+                    if frame.WhichOneof("event") == "finished":
+                        self.account.add_migration(frame.finished)
+                        return frame.finished.cached_len
+                    if frame.progress != progress:
+                        progress, moved = frame.progress, time.monotonic()
+                    elif time.monotonic() - moved > MIGRATE_STALL_S:
+                        break
+        except RankLost as lost:
+            if lost.cause is None:
+                raise  # the decode rank itself
+        except ReservationGone:
+            raise
+        except SeamountError:  # the source's trouble: it keeps what it has
+            pass
+        now_cached = (await self._reserve()).cached_len
+        self.account.num_migrated += max(0, now_cached - cached_len)
+        return now_cached
 
     async def _reserve(self) -> worker_pb2.ReserveResponse:
         """Reserve at the decode rank, or renew and learn what has arrived. Cancelled: ``release`` sees to the rest."""
@@ -166,19 +219,35 @@ class Generation:
             reserved,
             num_prompt=self._num_tokens,
             kv_bytes_per_token=load.kv_bytes_per_token,
-            last_rank_is_alive=before is not None and self.ranks.load(RankId(before.last_rank)) is not None,
+            last_rank_is_alive=before is not None and self.ranks.source(RankId(before.last_rank)) is not None,
         )
-        self.ranks.assign(load.rank_id)
+        self.ranks.assign(load.rank_id, self.cache_salt)
         self._assigned = self.preferred = load.rank_id
 
-    async def _place(self, full: set[RankId]) -> RankLoad:
+    def _need(self) -> Need:
+        return Need(
+            num_tokens=self._num_tokens,
+            home=self.preferred,
+            num_home=min(self.num_left, self._num_tokens),
+            tenant_weight=self.ranks.tenant_weight(self.cache_salt),
+        )
+
+    def _chosen(self, full: set[RankId]) -> Placed | None:
+        return choose_decode_rank(
+            self.ranks.loads(Role.DECODE),
+            self._need(),
+            source=self.ranks.source(self.preferred),
+            prefills=self.ranks.loads(Role.PREFILL),
+            rules=self.rules,
+            excluded=self._excluded | full,
+        )
+
+    async def _place(self, full: set[RankId]) -> Placed:
         until = time.monotonic() + min(PLACEMENT_TIMEOUT_S, self._remaining_s())
         while True:
-            load = choose_decode_rank(
-                self.ranks.loads(Role.DECODE), preferred=self.preferred, excluded=self._excluded | full
-            )
-            if load is not None:
-                return load
+            placed = self._chosen(full)
+            if placed is not None:
+                return placed
             remaining_s = until - time.monotonic()
             if remaining_s <= 0:
                 raise Unavailable("no decode rank is alive", reason="NO_DECODE_RANK", retry_after_s=2.0)
@@ -191,7 +260,7 @@ class Generation:
         assert self._decode is not None
         failed: set[RankId] = set()
         while len(failed) < self.max_attempts:
-            decode = self.ranks.load(self._decode.rank_id)
+            decode = self.ranks.source(self._decode.rank_id)  # one that has begun to leave since ends what it has
             if decode is None:
                 raise RankLost("the decode rank left", reason="RANK_LOST", retry_after_s=1.0)
             chosen = choose_path(
@@ -201,6 +270,7 @@ class Generation:
                 num_missing=self._num_tokens - cached_len,
                 rules=self.rules,
                 excluded=failed,
+                tenant_weight=self.ranks.tenant_weight(self.cache_salt),
             )
             if chosen is None:
                 break

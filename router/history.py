@@ -154,6 +154,13 @@ class History:
         stale = sum(record.HasField("output") and record.fingerprint != self.fingerprint for record in records)
         return Prompt(token_ids=token_ids, num_reencoded_turns=stale)
 
+    def settled(self, records: Sequence[record_pb2.TurnRecord], mode: ThinkingMode) -> list[int]:
+        """What the next prompt begins with if a user's message comes next: the committed turns without reasoning."""
+        token_ids = [self._tokenizer.control_id(Control.BOS)]
+        for segment in self._segments(records, mode, user_follows=True, discards=discards_of(records)):
+            token_ids.extend(segment)
+        return token_ids
+
     def num_context_tokens(self, records: Sequence[record_pb2.TurnRecord], mode: ThinkingMode) -> int:
         """Tokens that the committed turns take in the next prompt: with their last reasoning while calls wait."""
         segments = self._segments(records, mode, user_follows=rests(records), discards=discards_of(records))

@@ -122,6 +122,24 @@ class RankClient:
         """
         return self._frames(lambda: self._stub.Prefill(request, metadata=self._metadata, timeout=timeout_s))
 
+    def migrate(
+        self, request: worker_pb2.MigrateRequest, *, timeout_s: float
+    ) -> AsyncGenerator[worker_pb2.MigrateResponse, None]:
+        """Frames of a move of pages to this rank, as ``prefill``. Its own typed errors are about the rank that has
+        them, which is then as it was."""
+        return self._frames(lambda: self._stub.Migrate(request, metadata=self._metadata, timeout=timeout_s))
+
+    def drain(
+        self, request: worker_pb2.DrainRequest, *, timeout_s: float
+    ) -> AsyncGenerator[worker_pb2.DrainResponse, None]:
+        """Sessions as the rank hands them over, as ``prefill``."""
+        return self._frames(lambda: self._stub.Drain(request, metadata=self._metadata, timeout=timeout_s))
+
+    async def prepare(self, request: worker_pb2.PrepareRequest) -> None:
+        """Ask for work ahead of time. Raises as ``reserve`` does."""
+        with self._typed():
+            await self._stub.Prepare(request, timeout=self._call_timeout_s, metadata=self._metadata)
+
     def generate(
         self, request: worker_pb2.WorkerServiceGenerateRequest, *, timeout_s: float
     ) -> AsyncGenerator[worker_pb2.WorkerServiceGenerateResponse, None]:

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 import grpc
 
 from seamount.router.directory import Role
-from seamount.router.placement import RankLoad
+from seamount.router.placement import RankLoad, tenant_weight
 from seamount.router.quarantine import Deaths
 from seamount.router.rank_client import RankClient, RankLost
 from seamount.router.watcher import DirectoryWatcher, Peer
@@ -63,6 +63,7 @@ class Ranks:
     _closing: set[asyncio.Task[None]] = field(default_factory=set)
     deaths: Deaths = field(default_factory=Deaths)
     _num_assigned: Counter[RankId] = field(default_factory=Counter)
+    _num_of_tenant: Counter[bytes] = field(default_factory=Counter)
 
     async def start(self) -> None:
         """Follow the directory, whose watcher has been started; a first look at the ranks' states is waited for."""
@@ -86,15 +87,30 @@ class Ranks:
 
     def loads(self, pool: Role) -> list[RankLoad]:
         """Ranks of a pool (``PREFILL``, ``DECODE``) that are alive, healthy, not leaving, of known state; by id."""
-        return [
-            self._load(peer, state)
-            for peer in self.watcher.peers(pool)
-            if (state := self._state(peer)) is not None and state.healthy and not state.draining
-        ]
+        return [load for load, state in self._alive(pool) if not state.draining]
 
     def load(self, rank_id: RankId) -> RankLoad | None:
         """One rank's load; None where ``loads`` would leave it out."""
         return next((load for pool in _RANK_ROLES for load in self.loads(pool) if load.rank_id == rank_id), None)
+
+    def source(self, rank_id: RankId | None) -> RankLoad | None:
+        """The load of a decode rank whose caches can be fetched: alive and healthy, leaving or not."""
+        return next((load for load, _ in self._alive(Role.DECODE) if load.rank_id == rank_id), None)
+
+    def is_leaving(self, rank_id: RankId) -> bool:
+        """Whether the rank is alive and hands over its sessions."""
+        return any(load.rank_id == rank_id and state.draining for load, state in self._alive(Role.DECODE))
+
+    def _alive(self, pool: Role) -> list[tuple[RankLoad, worker_pb2.RankState]]:
+        states = [(peer, state) for peer in self.watcher.peers(pool) if (state := self._state(peer)) is not None]
+        num_gang_answers = Counter[str]()
+        for peer, _ in states:
+            num_gang_answers[peer.record.gang_id] += self._num_answers(RankId(peer.record.peer_id))
+        return [
+            (self._load(peer, state, num_gang_answers[peer.record.gang_id]), state)
+            for peer, state in states
+            if state.healthy
+        ]
 
     def instance(self, rank_id: RankId) -> str | None:
         """The name of the rank's process in the directory, draining ones too; None where it is not alive."""
@@ -112,15 +128,23 @@ class Ranks:
         """Every registered rank, dead ones too, with its last known state; by id."""
         return [(peer, self._state(peer)) for peer in self.watcher.peers(*_RANK_ROLES, alive_only=False)]
 
-    def assign(self, rank_id: RankId) -> None:
-        """An answer of this router goes to the rank; ``unassign`` when it is over."""
+    def assign(self, rank_id: RankId, cache_salt: bytes) -> None:
+        """An answer of this router goes to the rank, for the tenant of that salt; ``unassign`` when it is over."""
         self._num_assigned[rank_id] += 1
+        self._num_of_tenant[cache_salt] += 1
 
-    def unassign(self, rank_id: RankId) -> None:
+    def unassign(self, rank_id: RankId, cache_salt: bytes) -> None:
         """The inverse of ``assign``."""
         self._num_assigned[rank_id] -= 1
+        self._num_of_tenant[cache_salt] -= 1
         if not self._num_assigned[rank_id]:
             del self._num_assigned[rank_id]
+        if not self._num_of_tenant[cache_salt]:
+            del self._num_of_tenant[cache_salt]
+
+    def tenant_weight(self, cache_salt: bytes) -> float:
+        """``placement.tenant_weight`` of the tenant of that salt, by the answers that this router has in the making."""
+        return tenant_weight(self._num_of_tenant, cache_salt)
 
     def note_death(self, rank_id: RankId) -> None:
         """The rank's process ended under a call, or under its state stream."""
@@ -149,7 +173,12 @@ class Ranks:
         link = self._links.get(RankId(peer.record.peer_id))
         return link.state if link is not None and link.instance == peer.record.instance else None
 
-    def _load(self, peer: Peer, state: worker_pb2.RankState) -> RankLoad:
+    def _num_answers(self, rank_id: RankId) -> int:
+        """In the making there. The least of a few looks: an answer of ours that just ended may still stand in the
+        rank's state."""
+        return min(self._links[rank_id].foreign) + self._num_assigned[rank_id]
+
+    def _load(self, peer: Peer, state: worker_pb2.RankState, num_gang_answers: int) -> RankLoad:
         rank_id = RankId(peer.record.peer_id)
         return RankLoad(
             rank_id=rank_id,
@@ -157,8 +186,10 @@ class Ranks:
             num_free_pages=state.num_free_pages,
             num_cached_pages=state.num_cached_pages - state.num_leased_pages,
             num_running=state.num_running,
-            # The least of a few looks: an answer of ours that just ended may still stand in the rank's state.
-            num_answers=min(self._links[rank_id].foreign) + self._num_assigned[rank_id],
+            num_answers=self._num_answers(rank_id),
+            num_gang_answers=num_gang_answers,
+            num_blocked=state.num_blocked,
+            answer_s=state.answer_s,
             num_queued_prefill_tokens=state.num_queued_prefill_tokens,
             prefill_tokens_per_s=state.prefill_tokens_per_s,
             pull_bytes_per_s=state.pull_bytes_per_s,

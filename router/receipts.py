@@ -17,6 +17,8 @@ _COUNTS = (
     "num_prefill_computed_tokens",
     "num_pulled_tokens",
     "num_pushed_tokens",
+    "num_migrated_tokens",
+    "num_prepared_tokens",
     "num_output_tokens",
     "num_retries",
 )

@@ -59,6 +59,11 @@ class Rendering:
         await self._ahead(records, (), mode, user_follows=rests(records), discards=discards_of(records), num_bytes=0)
         return self.history.num_context_tokens(records, mode)
 
+    async def settled(self, records: Sequence[record_pb2.TurnRecord], mode: ThinkingMode) -> list[int]:
+        """``History.settled``."""
+        await self._ahead(records, (), mode, user_follows=True, discards=discards_of(records), num_bytes=0)
+        return self.history.settled(records, mode)
+
     async def _ahead(
         self,
         records: Sequence[record_pb2.TurnRecord],

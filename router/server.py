@@ -14,10 +14,12 @@ from grpc_reflection.v1alpha import reflection
 
 from seamount.router.admin_service import AdminService
 from seamount.router.admission import Admission
+from seamount.router.cut_ahead import CutAhead
 from seamount.router.directory import PeerRecord, Role, new_instance
 from seamount.router.followed_turns import FollowedTurns
 from seamount.router.inference_service import InferenceService
 from seamount.router.model import ServedModel
+from seamount.router.moves import Moves
 from seamount.router.ranks import Ranks
 from seamount.router.rendering import Rendering
 from seamount.router.retention import Retention
@@ -131,16 +133,24 @@ class RouterServer:
         parts.push_async_callback(ranks.stop)
         rendering = Rendering(model.history)
         parts.callback(rendering.close)
+        moves = Moves(store, spec.cluster_name)
         turns = Turns(
             model=model,
             sessions=sessions,
             rendering=rendering,
             admission=Admission(spec=spec, model=model, sessions=sessions, rendering=rendering),
             maker=TurnMaker(
-                spec=spec, model=model, ranks=ranks, rendering=rendering, token_log=token_log, secret=secret
+                spec=spec,
+                model=model,
+                ranks=ranks,
+                rendering=rendering,
+                token_log=token_log,
+                secret=secret,
+                moves=moves,
             ),
             followed=FollowedTurns(model=model, sessions=sessions, rendering=rendering),
             retention=Retention(sessions=sessions, ranks=ranks, waits=ToolWaits(store)),
+            cut_ahead=CutAhead(spec=spec, ranks=ranks, rendering=rendering, secret=secret),
         )
         inference = InferenceService(spec=spec, model=model, ranks=ranks, rendering=rendering, secret=secret)
         self._turns, self._inference = turns, inference
@@ -151,7 +161,7 @@ class RouterServer:
             server,
         )
         inference_pb2_grpc.add_InferenceServiceServicer_to_server(inference, server)
-        admin_pb2_grpc.add_AdminServiceServicer_to_server(AdminService(ranks=ranks), server)
+        admin_pb2_grpc.add_AdminServiceServicer_to_server(AdminService(ranks=ranks, moves=moves), server)
         health_pb2_grpc.add_HealthServicer_to_server(self._health, server)
         reflection.enable_server_reflection((*_SERVICES, health.SERVICE_NAME, reflection.SERVICE_NAME), server)
         port = self._listen(server)

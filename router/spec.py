@@ -52,4 +52,5 @@ class RouterSpec:
     call_timeout_s: float = 5.0
     progress_timeout_s: float = 5.0
     token_log_kept_s: float = 600.0
+    cut_ahead: bool = True
     allow_forced_tokens: bool = False

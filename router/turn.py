@@ -65,6 +65,7 @@ class Turn:
     cancelled_by_client: bool = False
     is_ending: bool = False
     told_when_committed: Sequence[events_pb2.TurnEvent] = ()
+    committed: record_pb2.TurnRecord | None = None
 
 
 async def run_turn(turn: Turn, parts: TurnParts) -> bool:
@@ -83,6 +84,7 @@ async def run_turn(turn: Turn, parts: TurnParts) -> bool:
             record = finished_turn(turn, ended_by, parts)
             await commit(turn, record, parts)
             keep_len = turn.num_prompt_tokens + len(record.output.token_ids)
+            turn.committed = record
         turn.stream.append(turn.told_when_committed)
         turn.stream.close()
         return True

@@ -26,6 +26,7 @@ from seamount.router.messages import (
     tool_calls_from_proto,
 )
 from seamount.router.model import ServedModel
+from seamount.router.moves import Moves
 from seamount.router.parameters import fit_context
 from seamount.router.parsing import OutputMode
 from seamount.router.ranks import Ranks
@@ -62,6 +63,7 @@ class TurnMaker:
     rendering: Rendering
     token_log: TokenLog
     secret: bytes
+    moves: Moves
 
     async def make(
         self,
@@ -82,7 +84,7 @@ class TurnMaker:
         num_prompt = len(prompt.token_ids)
         room = fit_context(sampling, num_prompt_tokens=num_prompt, max_context_tokens=self.spec.max_context_tokens)
         logged = logged or LoggedTurn(start=start, end=START_ID)
-        preferred = logged.decode_rank or begun.view.last_rank
+        home = await self._home(begun, logged)
         generation = None
         if plan.generates:
             generation = Generation(
@@ -94,8 +96,9 @@ class TurnMaker:
                 cache_salt=tenant_salt(self.secret, begun.tenant),
                 prompt=prompt.token_ids,
                 sampling=room,
-                preferred=RankId(preferred) if preferred else None,
-                account=Account(started=time.monotonic(), before=self._before(begun, messages, prompt)),
+                preferred=home,
+                num_left=num_prompt + len(logged.token_ids) if logged.decode_rank else session.num_context_tokens,
+                account=Account(started=time.monotonic(), before=self._before(begun, messages, prompt, home)),
                 max_attempts=self.spec.max_attempts,
                 deadline=deadline,
                 eos_token_id=self.model.tokenizer.eos_token_id,
@@ -148,14 +151,23 @@ class TurnMaker:
             num_discarded=len(whole) - len(shorter),
         )
 
-    def _before(self, begun: BegunTurn, messages: Sequence[Message], prompt: _Prompt) -> SessionBefore:
+    async def _home(self, begun: BegunTurn, logged: LoggedTurn) -> RankId | None:
+        """The decode rank that is believed to have the session's caches; None where it never had any."""
+        rank_id = RankId(logged.decode_rank or begun.view.last_rank)
+        if rank_id and (self.ranks.source(rank_id) is None or self.ranks.is_leaving(rank_id)):
+            return await self.moves.find(begun.session_id) or rank_id
+        return rank_id or None
+
+    def _before(
+        self, begun: BegunTurn, messages: Sequence[Message], prompt: _Prompt, home: RankId | None
+    ) -> SessionBefore:
         session = begun.view.session
         outputs = [record for record in begun.records if record.HasField("output")]
         asks = any(message.role in ASKING_ROLES for message in messages)
         return SessionBefore(
             is_new=not begun.records,
             is_fork=session.HasField("forked_from") and session.head == session.forked_from.at_turn,
-            last_rank=begun.view.last_rank,
+            last_rank=home or "",
             is_reencoded=any(record.fingerprint != self.model.fingerprint for record in outputs),
             cuts_reasoning=asks and any(record.output.num_reasoning_tokens for record in outputs),
             discarded_from=prompt.discarded_from,

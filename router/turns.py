@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from weakref import WeakValueDictionary
 
 from seamount.router.admission import Admission, TurnRequest
+from seamount.router.cut_ahead import CutAhead
 from seamount.router.followed_turns import FollowedTurns
 from seamount.router.logged_turn import LogEvents, LoggedTurn
 from seamount.router.messages import checked_messages
@@ -52,6 +53,7 @@ class Turns:
     maker: TurnMaker
     followed: FollowedTurns
     retention: Retention
+    cut_ahead: CutAhead
     _running: dict[TurnId, _Running] = field(default_factory=dict)
     _locks: WeakValueDictionary[tuple[TenantId, SessionId], asyncio.Lock] = field(default_factory=WeakValueDictionary)
     _is_leaving: bool = False
@@ -154,6 +156,7 @@ class Turns:
         await asyncio.gather(*(running.task for running in self._running.values()), return_exceptions=True)
         await self.followed.stop()
         await self.retention.close()
+        await self.cut_ahead.close()
 
     def runs(self, turn_id: TurnId) -> bool:
         """Whether this router works on the turn."""
@@ -250,6 +253,7 @@ class Turns:
         )
         try:
             is_over = await run_turn(turn, parts)
+            self.cut_ahead.after(turn)
         finally:
             if self._running.get(begun.turn_id) is running:  # not one that took it over past its deadline
                 del self._running[begun.turn_id]

@@ -42,17 +42,24 @@ Outcome = tuple[scheduling.Sequence, EngineEvent]
 class EngineState:
     """Counters since the start, and what is there now.
 
-    num_computed_tokens: prompt tokens, recomputation included; queued_prefill_tokens: still to compute, of running
-    and waiting requests; prefill_tokens_per_s: over recent steps that only computed prompts, 0 before the first.
+    num_computed_tokens: prompt tokens, recomputation included; num_background_tokens: not among those;
+    num_running, num_waiting, queued_prefill_tokens (still to compute): without background requests; num_blocked:
+    requests that found no place or no pages in the last step; prefill_tokens_per_s: over recent steps that only
+    computed prompts; answer_s: smoothed, from the first step of an answer to its end; both 0 before the first;
+    is_resting: no rank of the gang has work.
     """
 
     num_steps: int
     num_computed_tokens: int
     num_sampled_tokens: int
+    num_background_tokens: int
     num_running: int
     num_waiting: int
+    num_blocked: int
     queued_prefill_tokens: int
     prefill_tokens_per_s: float
+    answer_s: float
+    is_resting: bool
 
 
 class Engine:
@@ -103,7 +110,8 @@ class Engine:
         self._leaving = False
         self._beat_at = self._renewed_at = time.monotonic()
         self._num_steps = self._num_computed_tokens = self._num_sampled_tokens = 0
-        self._recent_prefill_tokens = self._recent_prefill_s = 0.0
+        self._num_background_tokens = self._num_blocked = 0
+        self._recent_prefill_tokens = self._recent_prefill_s = self._answer_s = 0.0
 
     # ---- from any thread
 
@@ -170,16 +178,20 @@ class Engine:
 
     def state(self) -> EngineState:
         """A snapshot; fields may be a step apart from each other."""
-        submitted = self._inbox.waiting()
+        submitted = [sequence for sequence in self._inbox.waiting() if not sequence.request.is_background]
         queued = self._scheduler.queued_prefill_tokens + sum(sequence.num_missing for sequence in submitted)
         return EngineState(
             num_steps=self._num_steps,
             num_computed_tokens=self._num_computed_tokens,
             num_sampled_tokens=self._num_sampled_tokens,
-            num_running=len(self._scheduler.running),
-            num_waiting=len(self._scheduler.waiting) + len(submitted),
+            num_background_tokens=self._num_background_tokens,
+            num_running=self._scheduler.num_running,
+            num_waiting=self._scheduler.num_waiting + len(submitted),
+            num_blocked=self._num_blocked,
             queued_prefill_tokens=queued,
             prefill_tokens_per_s=self._recent_prefill_tokens / (self._recent_prefill_s or 1.0),
+            answer_s=self._answer_s,
+            is_resting=self._resting,
         )
 
     # ---- the engine's thread
@@ -193,13 +205,18 @@ class Engine:
         began_at = time.monotonic()
         self._take_news()
         schedule = self._schedule()
+        is_background = schedule.is_background
         headers = self._gang.agree(
             StepHeader(
                 num_decode_tokens=len(schedule.decode),
-                num_prefill_tokens=schedule.num_prefill_tokens,
+                num_prefill_tokens=0 if is_background else schedule.num_prefill_tokens,
+                num_background_tokens=schedule.num_prefill_tokens if is_background else 0,
                 stop=self._stop_deadline is not None,
             )
         )
+        if is_background and any(header.num_tokens for header in headers):
+            schedule = schedule.without_background()
+            self._give_way(schedule)
         if any(header.has_work for header in headers):
             if any(header.num_decode_tokens for header in headers):  # no stream waits for a peer's long prompt
                 schedule = schedule.within(self._limits.prefill_chunk_tokens)
@@ -277,7 +294,13 @@ class Engine:
         now = time.monotonic()
         self._deliver((sequence, Failed(error=error)) for sequence, error in schedule.lost)
         self._deliver((sequence, sequence.finished("prefilled", now)) for sequence in schedule.complete)
+        self._give_way(schedule)
+        self._num_blocked = self._scheduler.num_waiting
         return schedule
+
+    def _give_way(self, schedule: Schedule) -> None:
+        now = time.monotonic()
+        self._deliver([(sequence, sequence.finished("cancelled", now)) for sequence in schedule.dropped])
 
     def _tell_batch(self, chunks: Sequence[Chunk]) -> None:
         """Tell who is in the batch from now on and who no longer, before it is computed: if this rank dies of it, its
@@ -348,7 +371,11 @@ class Engine:
             if hook_error is not None:
                 raise _internal(hook_error)
             self._reservations.advance(request.id, chunk.end)
-            self._num_computed_tokens += sequence.note_computed(chunk.first, chunk.end)
+            num_computed = sequence.note_computed(chunk.first, chunk.end)
+            if request.is_background:
+                self._num_background_tokens += num_computed
+            else:
+                self._num_computed_tokens += num_computed
             if not chunk.samples:
                 yield sequence, Progress(num_computed=sequence.num_computed, in_batch=True)
                 if sequence.num_missing == 0:
@@ -389,6 +416,7 @@ class Engine:
         for sequence, event in outcomes:
             request = sequence.request
             if isinstance(event, Finished | Failed):
+                self._note_answer(sequence, event)
                 self._scheduler.remove(sequence)
                 self._sequences.pop(request.id, None)
                 self._inbox.forget(request.id)
@@ -405,6 +433,11 @@ class Engine:
             for sequence in self._inbox.take().submitted:
                 self._sequences[sequence.request.id] = sequence
         self._deliver([(sequence, Failed(error=error)) for sequence in self._sequences.values()])
+
+    def _note_answer(self, sequence: scheduling.Sequence, event: Finished | Failed) -> None:
+        if isinstance(event, Finished) and sequence.samples and sequence.num_sampled:
+            took_s = event.prefill_s + event.decode_s
+            self._answer_s = 0.8 * self._answer_s + 0.2 * took_s if self._answer_s else took_s
 
     def _count(self, schedule: Schedule, took_s: float) -> None:
         self._num_steps += 1

@@ -32,12 +32,14 @@ _CLOSE_TIMEOUT_S = 2.0
 class StepHeader:
     """What a rank tells the others before a step.
 
-    num_decode_tokens: rows that will sample; num_prefill_tokens: prompt rows it would like to compute; stop: it wants
-    to leave, and steps on without work until all do.
+    num_decode_tokens: rows that will sample; num_prefill_tokens: prompt rows it would like to compute;
+    num_background_tokens: those that give way to any other work of the gang; stop: it wants to leave, and steps on
+    without work until all do.
     """
 
     num_decode_tokens: int = 0
     num_prefill_tokens: int = 0
+    num_background_tokens: int = 0
     stop: bool = False
 
     @property
@@ -46,7 +48,7 @@ class StepHeader:
 
     @property
     def has_work(self) -> bool:
-        return self.num_tokens > 0
+        return self.num_tokens + self.num_background_tokens > 0
 
 
 class Gang:
@@ -149,7 +151,7 @@ class Gang:
         return self._group
 
     def agree(self, header: StepHeader) -> list[StepHeader]:
-        """All ranks' headers in rank order; one all-gather of three numbers a rank.
+        """All ranks' headers in rank order; one all-gather of four numbers a rank.
 
         Raises Unavailable once a peer is dead (at once) or silent (after ``timeout_s``): the gang is lost then.
         """
@@ -157,13 +159,17 @@ class Gang:
             return [header]
         if self._group is None:
             raise Unavailable("this rank has left its gang", reason="GANG_CLOSED", retry_after_s=1.0)
-        mine = torch.tensor([header.num_decode_tokens, header.num_prefill_tokens, int(header.stop)], dtype=torch.int64)
-        everyone = torch.empty(self.size, 3, dtype=torch.int64)
+        numbers = (header.num_decode_tokens, header.num_prefill_tokens, header.num_background_tokens, int(header.stop))
+        mine = torch.tensor(numbers, dtype=torch.int64)
+        everyone = torch.empty(self.size, len(numbers), dtype=torch.int64)
         try:
             self._group.allgather([list(everyone.unbind())], [mine]).wait()  # type: ignore[attr-defined]  # missing in torch's stubs
         except RuntimeError as error:
             raise self._lost(error) from error
-        return [StepHeader(num_decode_tokens=d, num_prefill_tokens=p, stop=bool(s)) for d, p, s in everyone.tolist()]
+        return [
+            StepHeader(num_decode_tokens=d, num_prefill_tokens=p, num_background_tokens=b, stop=bool(s))
+            for d, p, b, s in everyone.tolist()
+        ]
 
     def ring(self) -> None:
         """This rank has news for its loop (work, an abort, a stop): end the idle period, here and at every peer."""

@@ -30,7 +30,9 @@ from seamount.workers.transfer.sending import PushStream
 from seamount.workers.transfer.service import Transfer
 
 
-def check_work(request: worker_pb2.ReserveRequest | worker_pb2.PrefillRequest) -> None:
+def check_work(
+    request: worker_pb2.ReserveRequest | worker_pb2.PrefillRequest | worker_pb2.PrepareRequest,
+) -> None:
     """Raise ``InvalidArgument`` for a salt or ids that no router sends."""
     limits.check_length(request.cache_salt, field="cache_salt", low=SALT_BYTES, high=SALT_BYTES, unit="bytes")
     for field in ("session_id", "turn_id"):

@@ -59,6 +59,8 @@ class EngineRequest:
     on after the last. sink: called on the engine's thread; must return at once and not raise.
     alone: a rank died while it computed this request; it gets steps of its own until it has sampled a few tokens. If
     that happens again, it is known to be at fault, and takes no other with it.
+    is_background: prefill alone, while no rank of the gang has anything else to do; other work ends it with
+    ``cancelled``.
     on_layer: called on the engine's thread in mid-step with (layer, first position, end position) once that layer's
     cache entries of these positions are written; same duties.
     """
@@ -70,6 +72,7 @@ class EngineRequest:
     prefill_until: int | None = None
     forced_token_ids: tuple[int, ...] = ()
     alone: bool = False
+    is_background: bool = False
     on_layer: Callable[[int, int, int], None] | None = None
 
     def check(self, *, vocab_limit: int, max_context_tokens: int) -> None:

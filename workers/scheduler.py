@@ -3,7 +3,8 @@
 A sequence waits (in order of arrival), then runs: its prompt is computed in chunks, then one token a step. When pages
 run out, the youngest sequence gives its pages back and waits again at its old place; what it computed stays cached as
 long as nobody needs the room. The oldest sequence is never preempted for another, so it always moves on, where leases
-hold the last pages when they end: none is given meanwhile.
+hold the last pages when they end: none is given meanwhile. A background sequence is dropped by the first step that
+finds other work.
 """
 
 from __future__ import annotations
@@ -116,13 +117,14 @@ class Chunk:
 class Schedule:
     """One step's work: one token of each sequence that decodes, then chunks of prompts, oldest first.
 
-    complete: prefill-only sequences that lack nothing; lost: sequences that the scheduler has dropped because their
-    reservation has ended, with the reason.
+    complete: prefill-only sequences that lack nothing; dropped: background sequences that give way; lost: sequences
+    that the scheduler has dropped because their reservation has ended, with the reason.
     """
 
     decode: tuple[Chunk, ...] = ()
     prefill: tuple[Chunk, ...] = ()
     complete: tuple[Sequence, ...] = ()
+    dropped: tuple[Sequence, ...] = ()
     lost: tuple[tuple[Sequence, SeamountError], ...] = ()
 
     @property
@@ -132,6 +134,17 @@ class Schedule:
     @property
     def num_prefill_tokens(self) -> int:
         return sum(map(len, self.prefill))
+
+    @property
+    def is_background(self) -> bool:
+        """Whether all that it computes gives way to other work."""
+        return bool(self.chunks) and all(chunk.sequence.request.is_background for chunk in self.chunks)
+
+    def without_background(self) -> Schedule:
+        """The same with its background sequences dropped."""
+        kept = tuple(chunk for chunk in self.prefill if not chunk.sequence.request.is_background)
+        gone = tuple(chunk.sequence for chunk in self.prefill if chunk.sequence.request.is_background)
+        return replace(self, prefill=kept, dropped=self.dropped + gone)
 
     def within(self, prefill_budget: int) -> Schedule:
         """The same with at most ``prefill_budget`` prompt tokens: the youngest chunks are cut first."""
@@ -206,14 +219,25 @@ class Scheduler:
         return len(self.waiting) + len(self.running)
 
     @property
+    def num_running(self) -> int:
+        """Without background sequences, as the two that follow."""
+        return sum(not sequence.request.is_background for sequence in list(self.running))
+
+    @property
+    def num_waiting(self) -> int:
+        return sum(not sequence.request.is_background for sequence in list(self.waiting))
+
+    @property
     def queued_prefill_tokens(self) -> int:
         """Prompt tokens still to compute, of running and waiting sequences."""
-        return sum(sequence.num_missing for sequence in list(self) if not sequence.decodes)
+        real = [sequence for sequence in list(self) if not sequence.request.is_background]
+        return sum(sequence.num_missing for sequence in real if not sequence.decodes)
 
     def schedule(self) -> Schedule:
         """Decode first, then prompts in order of arrival, within the limits; one that is on probation by itself, while
         the others wait. Empty if nothing can move now."""
         lost: list[tuple[Sequence, SeamountError]] = []
+        dropped = self._drop_background()
         stalled, preempted = self._make_room(lost)
         if not preempted:
             self._admit(lost)
@@ -238,7 +262,21 @@ class Scheduler:
                 samples = sequence.samples and first + size == sequence.target_len
                 prefill.append(Chunk(sequence=sequence, first=first, end=first + size, samples=samples))
                 budget -= size
-        return Schedule(decode=tuple(decode), prefill=tuple(prefill), complete=tuple(complete), lost=tuple(lost))
+        return Schedule(
+            decode=tuple(decode),
+            prefill=tuple(prefill),
+            complete=tuple(complete),
+            dropped=dropped,
+            lost=tuple(lost),
+        )
+
+    def _drop_background(self) -> tuple[Sequence, ...]:
+        background = tuple(sequence for sequence in self if sequence.request.is_background)
+        if not background or len(background) == len(self):
+            return ()
+        for sequence in background:
+            self.remove(sequence)
+        return background
 
     def _make_room(self, lost: list[tuple[Sequence, SeamountError]]) -> tuple[list[Sequence], bool]:
         """Pages for the next token of all that decode, oldest first; the youngest give theirs back if none are left.

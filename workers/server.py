@@ -16,13 +16,17 @@ from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from seamount.kernels.layout import CachePlanes
 from seamount.v1 import transfer_pb2_grpc, worker_pb2, worker_pb2_grpc
 from seamount.wire import limits
+from seamount.wire.credentials import bearer
 from seamount.wire.errors import InvalidArgument, SeamountError
 from seamount.wire.interceptors import listening, rank_interceptors
+from seamount.workers.ahead import Ahead
 from seamount.workers.cache.reservations import Reservations
+from seamount.workers.draining import Draining
 from seamount.workers.engine import Engine
 from seamount.workers.experts.dispatch import ExpertParallel, GangExperts, LocalExperts
 from seamount.workers.gang import Gang
 from seamount.workers.loading import LoadingProgress, OnLoading
+from seamount.workers.migration import Migration
 from seamount.workers.model.checkpoint_files import model_fingerprint
 from seamount.workers.model.config import ModelConfig
 from seamount.workers.model.transformer import Transformer
@@ -109,7 +113,9 @@ class RankServer:
         port = listening(server.add_insecure_port, f"{self.spec.host}:{self.spec.port}", field="pools.host")
         await server.start()
         self._server = server
+        parts.service.draining.address = f"{self.spec.host}:{port}"
         parts.core.engine.start()
+        parts.service.ahead.start()
         self._housekeeping = asyncio.create_task(self._keep_house())
         await self._health.set("", health_pb2.HealthCheckResponse.SERVING)
         _LOG.info("rank_ready", extra={"rank_id": self.spec.rank_id, "pool": self.spec.pool, "port": port})
@@ -127,6 +133,7 @@ class RankServer:
         parts = self._parts
         if parts is not None:
             await self._idle(grace_s)
+            await parts.service.ahead.stop()
             await asyncio.to_thread(parts.core.engine.stop)
             await parts.transfer.close()
         if self._server is not None:
@@ -150,7 +157,7 @@ class RankServer:
             gang_size=spec.gang_size,
             pool=_POOLS[spec.pool],
             healthy=core.engine.healthy(),
-            draining=self._draining,
+            draining=self._draining or self._parts.service.draining.has_begun,
             num_pages=cache.num_pages,
             num_free_pages=cache.num_free,
             num_cached_pages=cache.num_cached,
@@ -171,6 +178,9 @@ class RankServer:
             process_id=os.getpid(),
             kv_bytes_per_token=transfer.kv_bytes_per_token,
             num_leased_pages=cache.num_leased,
+            num_blocked=engine.num_blocked,
+            answer_s=engine.answer_s,
+            num_prepared_tokens=engine.num_background_tokens,
         )
 
     def _build(self, rendezvous: Rendezvous) -> _Core:
@@ -258,6 +268,9 @@ class RankServer:
             engine=core.engine,
             prefill=prefill,
             transfer=transfer,
+            migration=Migration(spec=spec, reservations=core.reservations, transfer=transfer),
+            ahead=Ahead(reservations=core.reservations, engine=core.engine),
+            draining=Draining(spec=spec, reservations=core.reservations, metadata=bearer(spec.worker_token)),
             watch=self._watch,
         )
         return _Parts(core=core, transfer=transfer, service=service)

@@ -11,13 +11,16 @@ import grpc
 from seamount.v1 import common_pb2, worker_pb2, worker_pb2_grpc
 from seamount.wire import failpoints, limits
 from seamount.wire.durations import duration
-from seamount.wire.errors import Aborted, FailedPrecondition, InvalidArgument, NotFound
+from seamount.wire.errors import Aborted, FailedPrecondition, InvalidArgument, NotFound, ResourceExhausted
+from seamount.workers.ahead import Ahead
 from seamount.workers.cache.reservation import Reservation
 from seamount.workers.cache.reservations import Reservations
 from seamount.workers.cache.retention import Importance, LeaseOutcome, Tier
+from seamount.workers.draining import Draining
 from seamount.workers.engine import Engine
 from seamount.workers.engine_stream import run_request
 from seamount.workers.events import EngineEvent, Failed, Finished, FinishReason, Progress, TokenLogprobs, Tokens
+from seamount.workers.migration import Migration
 from seamount.workers.prefill import Prefill, check_work
 from seamount.workers.requests import EngineRequest, SamplingParams
 from seamount.workers.spec import RankSpec
@@ -58,6 +61,9 @@ class WorkerService(worker_pb2_grpc.WorkerServiceServicer):
     engine: Engine
     prefill: Prefill
     transfer: Transfer
+    migration: Migration
+    ahead: Ahead
+    draining: Draining
     watch: Callable[[], AsyncIterator[worker_pb2.RankState]]
     active: set[str] = field(default_factory=set)
     """Reservations with a Generate in progress here; they are renewed while it lasts."""
@@ -70,15 +76,13 @@ class WorkerService(worker_pb2_grpc.WorkerServiceServicer):
             request.token_ids, field="token_ids", low=1, high=self.spec.max_context_tokens, unit="tokens"
         )
         check_work(request)
-        reservation = self.reservations.reserve(
-            session_id=request.session_id,
-            turn_id=request.turn_id,
-            epoch=request.epoch,
-            attempt=request.attempt,
-            salt=request.cache_salt,
-            token_ids=request.token_ids,
-            time_to_live_s=request.time_to_live.ToTimedelta().total_seconds(),
-        )
+        try:
+            reservation = self._reserve(request)
+        except ResourceExhausted:
+            if not await self.ahead.yield_pages():
+                raise
+            reservation = self._reserve(request)
+        reservation.num_prepared += self.ahead.came(request.session_id)
         return worker_pb2.ReserveResponse(
             reservation_id=reservation.id,
             cached_len=reservation.cached_len,
@@ -86,6 +90,7 @@ class WorkerService(worker_pb2_grpc.WorkerServiceServicer):
             left_len=reservation.left_len,
             idle_time=duration(reservation.idle_s),
             is_leased=reservation.is_leased,
+            num_prepared_tokens=reservation.num_prepared,
         )
 
     async def Prefill(
@@ -144,6 +149,31 @@ class WorkerService(worker_pb2_grpc.WorkerServiceServicer):
             rebuild_time=duration(decision.rebuild_s),
         )
 
+    async def Migrate(
+        self, request: worker_pb2.MigrateRequest, context: Context
+    ) -> AsyncIterator[worker_pb2.MigrateResponse]:
+        with self._stream():
+            async with aclosing(self.migration.run(request)) as frames:
+                async for frame in frames:
+                    yield frame
+
+    async def Prepare(self, request: worker_pb2.PrepareRequest, context: Context) -> worker_pb2.PrepareResponse:
+        limits.check_length(request.session_id.encode(), field="session_id", low=1, high=limits.MAX_NAME_BYTES)
+        limits.check_length(
+            request.token_ids, field="token_ids", low=1, high=self.spec.max_context_tokens, unit="tokens"
+        )
+        check_work(request)
+        if self.spec.pool == "decode" and not self.draining.has_begun:
+            self.ahead.want(request)
+        return worker_pb2.PrepareResponse()
+
+    async def Drain(
+        self, request: worker_pb2.DrainRequest, context: Context
+    ) -> AsyncIterator[worker_pb2.DrainResponse]:
+        async with aclosing(self.draining.run(request)) as frames:
+            async for frame in frames:
+                yield frame
+
     async def WatchState(
         self, request: worker_pb2.WatchStateRequest, context: Context
     ) -> AsyncIterator[worker_pb2.WatchStateResponse]:
@@ -160,6 +190,17 @@ class WorkerService(worker_pb2_grpc.WorkerServiceServicer):
         except AssertionError as violation:
             return worker_pb2.CheckCachesResponse(violation=str(violation))
         return worker_pb2.CheckCachesResponse()
+
+    def _reserve(self, request: worker_pb2.ReserveRequest) -> Reservation:
+        return self.reservations.reserve(
+            session_id=request.session_id,
+            turn_id=request.turn_id,
+            epoch=request.epoch,
+            attempt=request.attempt,
+            salt=request.cache_salt,
+            token_ids=request.token_ids,
+            time_to_live_s=request.time_to_live.ToTimedelta().total_seconds(),
+        )
 
     @contextmanager
     def _orphaned(self, reservation_id: str) -> Iterator[None]:

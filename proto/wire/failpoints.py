@@ -24,6 +24,8 @@ POINTS = frozenset(
         "rank.token",  # a token is sampled, nobody has heard of it; at: its output index
         "rank.finished",  # all tokens are told, the account of the request is not
         "rank.frame",  # a frame of cache entries is about to be queued for another rank, or damaged; at: layer:position
+        "migrate.held",  # the source has pinned what it has, nothing is sent; at: the session
+        "migrate.received",  # all has arrived here, the source does not know; at: the session
         "router.begun",  # the session is taken for a turn, nothing of it is made; at: the turn's epoch
         "router.append",  # the log has been composed, and is about to be written; at: ids of the entries
         "router.appended",  # tokens are logged, their events are not told; at: ids of the entries

@@ -13,6 +13,8 @@ PAGE_SIZE = 64
 """Tokens in a page."""
 SALT_BYTES = 32
 """Of ``tenant_salt``."""
+ROOT_BYTES = 32
+"""Of ``root_hash``."""
 
 
 def tenant_salt(server_secret: bytes, tenant: TenantId) -> bytes:

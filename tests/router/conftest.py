@@ -17,12 +17,14 @@ from hypothesis import strategies as st
 
 from seamount.router.admission import Admission
 from seamount.router.byte_tokenizer import write_byte_tokenizer
+from seamount.router.cut_ahead import CutAhead
 from seamount.router.directory import PeerRecord, new_instance
 from seamount.router.directory import Role as PeerRole
 from seamount.router.followed_turns import FollowedTurns
 from seamount.router.history import History
 from seamount.router.messages import Message, Role, Tool, ToolCall
 from seamount.router.model import ServedModel
+from seamount.router.moves import Moves
 from seamount.router.ranks import Ranks
 from seamount.router.rendering import Rendering
 from seamount.router.retention import Retention
@@ -200,7 +202,8 @@ class ScriptedRank(worker_pb2_grpc.WorkerServiceServicer):
     """A rank on a real port that stands in the directory; what it answers is the test's to say.
 
     ``on_reserve``, ``on_prefill``, ``on_generate``: called instead of the usual answers. The usual ones: a reservation
-    with ``cached_len``; a prefill that pushes all but one token; the ids from ``TOKENS`` on, one a frame.
+    with ``cached_len``; a prefill that pushes all but one token; the ids from ``TOKENS`` on, one a frame; a move
+    of 64 tokens.
     """
 
     TOKENS = 40
@@ -217,6 +220,11 @@ class ScriptedRank(worker_pb2_grpc.WorkerServiceServicer):
         self.lease.duration.FromSeconds(30)
         self.generated: list[worker_pb2.WorkerServiceGenerateRequest] = []
         self.prefilled: list[worker_pb2.PrefillRequest] = []
+        self.migrated: list[worker_pb2.MigrateRequest] = []
+        self.prepared: list[worker_pb2.PrepareRequest] = []
+        self.on_drain: Callable[[worker_pb2.DrainRequest], Frames] | None = None
+        self.on_migrate: Callable[[worker_pb2.MigrateRequest], Frames] | None = None
+        self.state = worker_pb2.RankState(rank_id=rank_id, healthy=True, num_pages=100, num_free_pages=100)
         self.on_reserve: Callable[[worker_pb2.ReserveRequest], Awaitable[worker_pb2.ReserveResponse | None]] | None = (
             None
         )
@@ -283,6 +291,25 @@ class ScriptedRank(worker_pb2_grpc.WorkerServiceServicer):
             finished=worker_pb2.PrefillFinished(num_computed_tokens=num_pushed, num_pushed_tokens=num_pushed)
         )
 
+    async def Migrate(self, request: worker_pb2.MigrateRequest, context: Any) -> Frames:
+        self.migrated.append(request)
+        if self.on_migrate is not None:
+            async for frame in self.on_migrate(request):
+                yield frame
+            return
+        yield worker_pb2.MigrateResponse(
+            finished=worker_pb2.MigrateFinished(num_migrated_tokens=64, cached_len=64, is_complete=True)
+        )
+
+    async def Drain(self, request: worker_pb2.DrainRequest, context: Any) -> Frames:
+        assert self.on_drain is not None
+        async for frame in self.on_drain(request):
+            yield frame
+
+    async def Prepare(self, request: worker_pb2.PrepareRequest, context: Any) -> worker_pb2.PrepareResponse:
+        self.prepared.append(request)
+        return worker_pb2.PrepareResponse()
+
     async def Generate(self, request: worker_pb2.WorkerServiceGenerateRequest, context: Any) -> Frames:
         self.generated.append(request)
         try:
@@ -312,9 +339,7 @@ class ScriptedRank(worker_pb2_grpc.WorkerServiceServicer):
     async def WatchState(self, request: worker_pb2.WatchStateRequest, context: Any) -> Frames:
         while True:
             if not self.is_silent:
-                yield worker_pb2.WatchStateResponse(
-                    state=worker_pb2.RankState(rank_id=self.rank_id, healthy=True, num_pages=100, num_free_pages=100)
-                )
+                yield worker_pb2.WatchStateResponse(state=self.state)
             await asyncio.sleep(0.05)
 
 
@@ -413,9 +438,11 @@ def router_turns(
             rendering=rendering,
             token_log=TokenLog(sessions),
             secret=SECRET,
+            moves=Moves(store, "test"),
         ),
         followed=FollowedTurns(model=model, sessions=sessions, rendering=rendering),
         retention=Retention(sessions=sessions, ranks=system.ranks, waits=ToolWaits(store)),
+        cut_ahead=CutAhead(spec=spec, ranks=system.ranks, rendering=rendering, secret=SECRET),
     )
 
 

@@ -320,7 +320,7 @@ async def test_without_a_key_every_method_is_unauthenticated(cluster: LocalClust
     ]
     names += ["/grpc.health.v1.Health/Check", "/grpc.health.v1.Health/Watch"]
     names += ["/grpc.reflection.v1alpha.ServerReflection/ServerReflectionInfo"]
-    assert len(names) == 18
+    assert len(names) == 20
     async with grpc.aio.insecure_channel(cluster.address) as channel:
         for name in names:
             for metadata in ((), bearer("wrong-key-0123456789abcdef")):

@@ -378,3 +378,27 @@ def test_who_is_in_the_batch_is_told_before_it_is_computed(make_rank: MakeRank, 
     first = next(number for number, in_step in enumerate(steps) if "suspect" in in_step)
     assert steps[first : first + 5] == [{"suspect"}] * 5, "four chunks, and its second token"
     assert steps[first + 5] == {"one", "two", "suspect"}, "it joins the others then"
+
+
+def test_background_work_ends_within_a_step_of_other_work_and_is_counted_apart(
+    make_rank: MakeRank, rng: random.Random
+) -> None:
+    rank = make_rank(chunk=16, num_pages=64)
+    ids = prompt(rng, 1000)
+    ahead = rank.ask(ids, None, is_background=True)
+    while rank.engine.state().num_background_tokens < 32:
+        time.sleep(0.001)
+    state = rank.engine.state()
+    assert (state.num_running, state.num_waiting, state.queued_prefill_tokens) == (0, 0, 0)
+    rank.generate(prompt(rng, 20), sampling(rng, max_output_tokens=3))
+    ended = ahead.finished()
+    assert ended.reason == "cancelled"
+    assert 32 <= ended.num_computed < 1000
+    state = rank.engine.state()
+    assert (state.num_computed_tokens, state.num_background_tokens) == (20, ended.num_computed)
+    assert state.answer_s > 0
+    rank.reservations.release(ahead.reservation.id)
+
+    again = rank.ask(ids[:200], None, is_background=True)
+    assert again.finished().reason == "prefilled", "nothing else is to do"
+    assert again.reservation.computed_len == 200

@@ -205,3 +205,19 @@ def test_a_lost_peer_is_fatal(make_gang: Callable[..., list[Any]], busy: bool) -
     assert not second.engine.healthy()
     with pytest.raises(Unavailable):
         second.ask([1], SamplingParams())
+
+
+def test_background_work_gives_way_to_the_work_of_a_peer(
+    make_gang: Callable[..., list[Any]], rng: random.Random
+) -> None:
+    first, second = make_gang(chunk=16)
+    both = [
+        rank.ask(ids, None, is_background=True)
+        for rank, ids in zip((first, second), ([5] * 900, [6] * 40), strict=True)
+    ]
+    assert both[1].finished().reason == "prefilled", "two of a kind do not stop each other"
+    client = second.ask([1, 2, 3], SamplingParams(max_output_tokens=5))
+    client.finished()
+    ended = both[0].finished()
+    assert (ended.reason, ended.num_computed < 900) == ("cancelled", True)
+    assert len(client.token_ids) == 5

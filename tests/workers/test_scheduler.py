@@ -29,7 +29,7 @@ class Desk:
     names: dict[str, EngineSequence] = field(default_factory=dict)
 
     def add(
-        self, name: str, num_tokens: int, *, samples: bool = True, until: int | None = None, alone: bool = False
+        self, name: str, num_tokens: int, *, samples: bool = True, until: int | None = None, **more: bool
     ) -> EngineSequence:
         reservation = self.reservations.reserve(
             session_id="",
@@ -46,7 +46,7 @@ class Desk:
             sampling=SamplingParams() if samples else None,
             sink=lambda event: None,
             prefill_until=until,
-            alone=alone,
+            **more,
         )
         sequence = EngineSequence(request=request, arrival=len(self.names), submitted_at=0.0)
         self.names[name] = sequence
@@ -305,3 +305,28 @@ def test_limits_are_checked(values: Sequence[int], name: str) -> None:
         EngineLimits(max_batch_tokens=batch, max_running=running, prefill_chunk_tokens=chunk)
     assert caught.value.field == name
     EngineLimits(max_batch_tokens=4, max_running=4, prefill_chunk_tokens=1)
+
+
+def test_background_work_runs_alone_and_is_dropped_by_the_first_step_with_other_work(
+    make_desk: Callable[..., Desk],
+) -> None:
+    desk = make_desk()
+    ahead = desk.add("ahead", 30, samples=False, is_background=True)
+    assert desk.step() == [("ahead", 0, 8, False)]
+    assert (desk.scheduler.num_running, desk.scheduler.num_waiting, desk.scheduler.queued_prefill_tokens) == (0, 0, 0)
+    desk.add("a", 5)
+    schedule = desk.scheduler.schedule()
+    assert schedule.dropped == (ahead,)
+    assert not schedule.is_background
+    assert desk.step(schedule) == [("a", 0, 5, True)]
+    assert ahead not in list(desk.scheduler)
+    assert desk.step() == [("a", 5, 6, True)]
+
+
+def test_background_work_gives_way_to_a_peer_of_the_gang(make_desk: Callable[..., Desk]) -> None:
+    desk = make_desk()
+    ahead = desk.add("ahead", 30, samples=False, is_background=True)
+    schedule = desk.scheduler.schedule()
+    assert schedule.is_background
+    without = schedule.without_background()
+    assert (without.chunks, without.dropped) == ((), (ahead,))

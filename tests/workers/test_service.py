@@ -16,6 +16,9 @@ from seamount.wire import limits
 from seamount.wire.errors import InvalidArgument, SeamountError, from_rpc_error
 from seamount.wire.ids import GangId, RankId
 from seamount.wire.interceptors import rank_interceptors
+from seamount.workers.ahead import Ahead
+from seamount.workers.draining import Draining
+from seamount.workers.migration import Migration
 from seamount.workers.prefill import Prefill
 from seamount.workers.service import ORPHAN_TIME_TO_LIVE_S, WorkerService
 from seamount.workers.spec import RankSpec
@@ -73,8 +76,12 @@ async def served(make_rank: Callable[..., Any], tmp_path: Any, request: Any) -> 
         engine=rank.engine,
         prefill=prefill,
         transfer=system,  # type: ignore[arg-type]
+        migration=Migration(spec=spec, reservations=rank.reservations, transfer=system),  # type: ignore[arg-type]
+        ahead=Ahead(reservations=rank.reservations, engine=rank.engine),
+        draining=Draining(spec=spec, reservations=rank.reservations, metadata=()),
         watch=watch,
     )
+    system.service.ahead.start()
     server = grpc.aio.server(interceptors=rank_interceptors(None))
     worker_pb2_grpc.add_WorkerServiceServicer_to_server(system.service, server)
     port = server.add_insecure_port("127.0.0.1:0")
@@ -82,6 +89,7 @@ async def served(make_rank: Callable[..., Any], tmp_path: Any, request: Any) -> 
     async with grpc.aio.insecure_channel(f"127.0.0.1:{port}") as channel:
         system.stub = worker_pb2_grpc.WorkerServiceStub(channel)
         yield system
+    await system.service.ahead.stop()
     await server.stop(0)
 
 

@@ -24,6 +24,10 @@ class EpochFences:
         self._max_sessions = max_sessions
         self._seen: OrderedDict[str, tuple[int, str, int]] = OrderedDict()
 
+    def seen(self, session_id: str) -> int:
+        """The session's highest epoch; 0 where none is remembered."""
+        return self._seen.get(session_id, (0, "", 0))[0]
+
     def advance(self, session_id: str, turn_id: str, epoch: int, attempt: int) -> None:
         """Let the newest through. Raises Aborted (STALE_EPOCH, STALE_ATTEMPT) for an older one."""
         seen_epoch, seen_turn, seen_attempt = self._seen.get(session_id, (epoch, turn_id, attempt))
@@ -45,8 +49,9 @@ class EpochFences:
             self._seen.popitem(last=False)
 
 
-def pack_prompt(token_ids: Sequence[int], *, page_size: int, num_pages: int) -> array[int]:
-    """The ids as uint32. Raises InvalidArgument (empty, not uint32; EXCEEDS_CACHE: more than all pages)."""
+def pack_prompt(token_ids: Sequence[int], *, page_size: int, num_pages: int | None) -> array[int]:
+    """The ids as uint32. num_pages: None where none are to be allocated. Raises InvalidArgument (empty, not uint32;
+    EXCEEDS_CACHE: more than all pages)."""
     try:
         packed = array("I", token_ids)
     except (OverflowError, TypeError) as error:
@@ -54,7 +59,7 @@ def pack_prompt(token_ids: Sequence[int], *, page_size: int, num_pages: int) -> 
     if not packed:
         raise InvalidArgument("token_ids is empty; it must hold at least 1 token", field="token_ids")
     num_needed = len(packed) // page_size + 1
-    if num_needed > num_pages:
+    if num_pages is not None and num_needed > num_pages:
         raise InvalidArgument(
             f"token_ids needs {num_needed} pages ({len(packed)} tokens and one more) and this rank has {num_pages} in "
             "all; shorten the prompt or give the rank more pages",

@@ -30,6 +30,9 @@ from seamount.workers.cache.reservation import Reservation, common_prefix_len
 from seamount.workers.cache.retention import TIERS, Candidate, Tier, eviction_key
 from seamount.workers.cache.sessions import SessionBook, Tail
 
+COLD_AFTER_S = 300.0
+"""Most tools and people are back by then: what was idle for longer may go for work ahead of time."""
+
 
 class Holdings:
     """Not thread-safe: its owner holds the lock. clock: monotonic seconds. num_below: pages of each tier below."""
@@ -76,6 +79,7 @@ class Holdings:
         if reservation.session_id:
             record = self.sessions.touch(reservation.session_id)
             record.live_id = record.latest_id = reservation.id
+            record.salt = reservation.salt
 
     def remember(self, reservation: Reservation, end: int) -> None:
         """The session leaves the entries of its first ``end`` tokens here."""
@@ -122,6 +126,8 @@ class Holdings:
             hits.append(tail.page)
         if num_missing > self.pool.num_available - sum(1 for page in hits if not self.pool.num_leases(page)):
             return False
+        if reservation.is_spare and not self._free_cold_pages(num_missing, keep=hits):
+            return False
         for page in pages:
             self.pool.pin(page)
         if tail is not None and num_from_tail > 0:
@@ -135,6 +141,23 @@ class Holdings:
         reservation.pages = pages + self._allocate(num_missing)
         reservation.computed_len = found_len + num_from_tail
         return True
+
+    def pin(self, reservation: Reservation, token_ids: array[int]) -> None:
+        """Pin the full pages that are cached of ``token_ids``; allocate for those that are to be restored, as far as
+        there is room, and for nothing else."""
+        packed, size = memoryview(token_ids).cast("B"), self.page_size
+        found = self.tree.match(reservation.digests, packed, size * 4, len(token_ids) // size)
+        nodes = [node for node in found if node.page is not None]
+        pages = _pages(nodes)
+        for page in pages:
+            self.pool.pin(page)
+        below = found[len(nodes) :][: self.pool.num_available]
+        for node in below:
+            node.num_wanted += 1
+        reservation.nodes, reservation.num_found = nodes, len(nodes) + len(below)
+        reservation.to_restore = deque(below)
+        reservation.pages = pages + self._allocate(len(below))
+        reservation.computed_len = len(nodes) * size
 
     def grow(self, reservation: Reservation, num_pages: int) -> bool:
         """Let it hold ``num_pages``; or change nothing and say False."""
@@ -160,11 +183,27 @@ class Holdings:
     # ---- evicting
 
     def _evict_until(self, num_free: int) -> None:
+        self._evict_while(lambda order, page: self.pool.num_free < num_free)
+
+    def _free_cold_pages(self, num_free: int, keep: list[int]) -> bool:
+        """Whether so many are free, after eviction of superseded and cold pages alone, none of ``keep``."""
+        now = self._clock()
+
+        def goes(order: int, page: int) -> bool:
+            is_cold = order == 0 or (order == 1 and now - self.pool.idle_since(page) > COLD_AFTER_S)
+            return self.pool.num_free < num_free and is_cold and page not in kept
+
+        kept = frozenset(keep)
+        self._evict_while(goes)
+        return self.pool.num_free >= num_free
+
+    def _evict_while(self, goes: Callable[[int, int], bool]) -> None:
+        """Evict pages in the order of ``eviction_key`` up to the first that does not go."""
         now = self._clock()
         self._leaves = {page: None for page in self._leaves if self._is_leaf(page)}
         order = [(*self._page_key(page), page) for page in self._leaves if not self.pool.num_leases(page)]
         heapify(order)
-        while self.pool.num_free < num_free:
+        while order and goes(order[0][0], order[0][2]):
             is_current, _, page = heappop(order)
             if is_current:  # superseded pages go at any age
                 self._age.note(now - self.pool.idle_since(page), now)
@@ -250,6 +289,29 @@ class Holdings:
         """No tier has it any more."""
         self.tree.remove(node)
         self.sessions.count_tree_page(node.session_id, -1)
+
+    # ---- giving a session up
+
+    def give_up(self, session_id: str) -> None:
+        """Forget what the session left here, its lease with it; pages that no other session's last turn went through
+        are free, as far as nobody uses or leases them."""
+        record = self.sessions.get(session_id)
+        if record is None:
+            return
+        self.leases.end(session_id)
+        if record.tail is not None:
+            page = record.tail.page
+            self._drop_tail(record.tail)
+            self.pool.free_idle(page)
+        chain = record.chain
+        self.sessions.pass_through(session_id, [])
+        self.sessions.remember(session_id, array("I"), b"")
+        for node in reversed(chain):
+            if node.page is None:  # further down, as a superseded one
+                continue
+            if not self._is_leaf(node.page) or node.num_sessions or self.pool.num_leases(node.page):
+                return
+            self._evict(node.page)
 
     # ---- copies below the device
 

@@ -34,7 +34,8 @@ class Reservation:
     token_ids: the prompt, then what was appended; pages: physical pages in order; computed_len: tokens whose entries
     are present, from the first on; common_len: first position at which the prompt differs from what the session left
     here (the length of the shorter if none does, 0 if it left nothing); left_len: how many those were, evicted ones
-    included; idle_s: since then, when this was made; is_leased: a lease of the session was in force then;
+    included; idle_s: since then, when this was made; is_leased: a lease of the session was in force then; is_spare: it
+    takes nobody else's pages but superseded and cold ones; num_prepared: tokens computed ahead of it;
     cached_len_at_first: ``cached_len`` when made;
     expires_at, time_to_live_s: seconds of the owner's monotonic clock.
 
@@ -52,6 +53,7 @@ class Reservation:
     turn_id: str
     epoch: int
     attempt: int
+    salt: bytes = field(default=b"", repr=False)
     root: bytes = field(repr=False)
     token_ids: list[int] = field(repr=False)
     prompt_len: int
@@ -63,6 +65,8 @@ class Reservation:
     common_len: int = 0
     left_len: int = 0
     idle_s: float = 0.0
+    is_spare: bool = False
+    num_prepared: int = 0
     is_leased: bool = False
     state: ReservationState = ReservationState.ACTIVE
     pages: list[int] = field(default_factory=list)

@@ -13,7 +13,7 @@ import threading
 import time
 from array import array
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from seamount.wire.errors import AlreadyExists, FailedPrecondition, InvalidArgument, NotFound, OutOfRange
 from seamount.wire.hashes import PAGE_SIZE, page_hashes, root_hash
@@ -38,6 +38,18 @@ class CacheState:
     num_cached: int
     num_leased: int
     num_reservations: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LeftSession:
+    """A session whose caches wait here. epoch: the last one seen; leased_s: what is left of its lease, 0 for none."""
+
+    session_id: str
+    salt: bytes = field(repr=False)
+    epoch: int
+    token_ids: tuple[int, ...] = field(repr=False)
+    left_at: float
+    leased_s: float
 
 
 class Reservations:
@@ -87,6 +99,7 @@ class Reservations:
         salt: bytes,
         token_ids: Sequence[int],
         time_to_live_s: float,
+        is_spare: bool = False,
     ) -> Reservation:
         """Pin what is cached of ``token_ids`` and allocate pages for the rest and one token more, or hold nothing.
 
@@ -95,7 +108,8 @@ class Reservations:
         entries that the reservation before it computed, and ends it, even if there are then too few pages: its writer
         is fenced off in any case. Pages in tiers below are restored while it ``is_restoring``.
         session_id: empty for stateless use: no tail is kept, turn_id must then be unique.
-        token_ids: at least one, each in [0, 2^32).
+        token_ids: at least one, each in [0, 2^32). is_spare: for work ahead of time: the pages of others are taken only
+        where they are superseded or cold, and a live reservation of the session is not ended but comes first.
 
         Raises InvalidArgument (token_ids, time_to_live; EXCEEDS_CACHE if the whole pool is too small), Aborted
         (STALE_EPOCH, STALE_ATTEMPT), AlreadyExists (RESERVATION_KEY_REUSED: same key, other tokens), ResourceExhausted
@@ -118,6 +132,7 @@ class Reservations:
                 turn_id=turn_id,
                 epoch=epoch,
                 attempt=attempt,
+                salt=salt,
                 root=root,
                 token_ids=packed.tolist(),
                 prompt_len=len(packed),
@@ -125,6 +140,7 @@ class Reservations:
                 digests=page_hashes(root, packed, self.page_size),
                 page_size=self.page_size,
                 time_to_live_s=time_to_live_s,
+                is_spare=is_spare,
             )
             with self._lock:
                 known = self._repeat(key, prompt_digest, time_to_live_s, aborted)
@@ -133,6 +149,96 @@ class Reservations:
                 return known or reservation
         finally:
             self._report(aborted)
+
+    def hold(
+        self,
+        *,
+        session_id: str,
+        epoch: int,
+        attempt: int,
+        root: bytes,
+        token_ids: Sequence[int],
+        time_to_live_s: float,
+    ) -> Reservation:
+        """Pin the full pages that are cached of ``token_ids`` for a peer to read; restore those that are further down
+        (``is_restoring``), and leave the session as it is. A reservation of a lower epoch is ended: its writer is
+        fenced off.
+
+        Idempotent on {session_id, epoch, attempt}; ends with ``release``. root: of the chain of page hashes. Raises
+        InvalidArgument, Aborted (STALE_EPOCH, STALE_ATTEMPT), AlreadyExists (RESERVATION_KEY_REUSED).
+        """
+        check_range(time_to_live_s, field="time_to_live", low=0, high=MAX_RESERVATION_S, low_open=True)
+        packed = pack_prompt(token_ids, page_size=self.page_size, num_pages=None)
+        prompt_digest = hashlib.sha256(root + memoryview(packed).cast("B")).digest()
+        held = Reservation(
+            id=secrets.token_hex(16),
+            session_id="",
+            turn_id=f"hold/{session_id}",
+            epoch=epoch,
+            attempt=attempt,
+            root=root,
+            token_ids=packed.tolist(),
+            prompt_len=len(packed),
+            prompt_digest=prompt_digest,
+            digests=page_hashes(root, packed, self.page_size),
+            page_size=self.page_size,
+            time_to_live_s=time_to_live_s,
+        )
+        aborted: list[str] = []
+        try:
+            with self._lock:
+                known = self._repeat(held.key, prompt_digest, time_to_live_s, aborted)
+                if known is not None:
+                    return known
+                self._fences.advance(session_id, held.turn_id, epoch, attempt)
+                record = self._holdings.sessions.get(session_id)
+                if record is not None and record.live_id is not None and self._live[record.live_id].epoch < epoch:
+                    self._supersede(session_id, aborted)
+                self._holdings.pin(held, packed)
+                if held.is_restoring:
+                    self._restores.begin(held)
+                    self.tiers.wake()
+                held.expires_at = self._clock() + time_to_live_s
+                self._live[held.id] = self._by_key[held.key] = held
+                return held
+        finally:
+            self._report(aborted)
+
+    def give_up(self, session_id: str, epoch: int) -> None:
+        """Another rank has what the session left here: forget it, and free what no other session uses. Nothing happens
+        while a turn of the session runs here, or where a later epoch has been seen."""
+        with self._lock:
+            record = self._holdings.sessions.get(session_id)
+            if record is not None and record.live_id is None and self._fences.seen(session_id) <= epoch:
+                self._holdings.give_up(session_id)
+
+    def left_behind(self) -> list[LeftSession]:
+        """What sessions without a turn here have left and is still here, leased ones first, then the most recent."""
+        with self._lock:
+            now = self._clock()
+            found = []
+            for session_id, record in self._holdings.sessions.items():
+                num_full = len(self._holdings.leases.left(record)[0])
+                if record.live_id is not None or not num_full or not record.salt:  # of an adopted one it is not known
+                    continue
+                lease = self._holdings.sessions.leases.get(session_id)
+                found.append(
+                    LeftSession(
+                        session_id=session_id,
+                        salt=record.salt,
+                        epoch=self._fences.seen(session_id),
+                        # One token more, where there is one: the last token of a prompt is never taken as cached.
+                        token_ids=tuple(record.left[: num_full * self.page_size + 1]),
+                        left_at=record.left_at or 0.0,
+                        leased_s=max(0.0, lease.expires_at - now) if lease is not None else 0.0,
+                    )
+                )
+            return sorted(found, key=lambda left: (left.leased_s == 0, -left.left_at))
+
+    def has_turns(self) -> bool:
+        """Whether a session's turn is in progress here."""
+        with self._lock:
+            return any(r.session_id and not r.is_spare for r in self._live.values())
 
     def get(self, reservation_id: str) -> Reservation:
         """The reservation in force. Raises NotFound (RESERVATION_NOT_FOUND) for one that has ended or never was."""
@@ -386,6 +492,8 @@ class Reservations:
 
     def _admit(self, reservation: Reservation, packed: array[int], aborted: list[str]) -> None:
         session_id = reservation.session_id
+        if reservation.is_spare and self._is_live(session_id):
+            raise FailedPrecondition("a turn of the session runs here", reason="TURN_RUNNING")
         if session_id:
             self._fences.advance(session_id, reservation.turn_id, reservation.epoch, reservation.attempt)
             self._supersede(session_id, aborted)
@@ -409,6 +517,10 @@ class Reservations:
             self._restores.begin(reservation)
         self.tiers.wake()
         return True
+
+    def _is_live(self, session_id: str) -> bool:
+        record = self._holdings.sessions.get(session_id)
+        return record is not None and record.live_id is not None
 
     def _supersede(self, session_id: str, aborted: list[str]) -> None:
         record = self._holdings.sessions.get(session_id)

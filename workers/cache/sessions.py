@@ -52,7 +52,8 @@ class Lease:
 
 @dataclass(slots=True, eq=False, repr=False, kw_only=True)
 class SessionRecord:
-    """left, left_root: the ids whose entries the session's last reservation left here, and the root of their chain.
+    """left, left_root: the ids whose entries the session's last reservation left here, and the root of their chain;
+    salt: what that is made of.
 
     left_at: when that was, seconds of the owner's clock, or None. chain: the full pages of it, some of which may have
     been evicted since. live_id: the reservation in force or None; latest_id: the last one ever made: only that one may
@@ -61,6 +62,7 @@ class SessionRecord:
 
     left: array[int] = field(default_factory=lambda: array("I"))
     left_root: bytes = b""
+    salt: bytes = b""
     left_at: float | None = None
     chain: list[PageNode] = field(default_factory=list)
     tail: Tail | None = None
@@ -91,6 +93,9 @@ class SessionBook:
         record = self._records.setdefault(session_id, SessionRecord())
         self._records.move_to_end(session_id)
         return record
+
+    def items(self) -> Iterator[tuple[str, SessionRecord]]:
+        return iter(self._records.items())
 
     def records(self) -> Iterator[SessionRecord]:
         return iter(self._records.values())

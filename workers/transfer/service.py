@@ -1,6 +1,7 @@
 """Moves cache entries between this rank and others; the rank's own side and ``TransferService`` for its peers.
 
 pull:  OpenLink if needed -> expect the transfer -> Pull -> receive -> entries verified into the reservation
+hold:  OpenLink if needed -> Hold -> pull -> EndHold
 push:  OpenLink if needed -> Push, whose initial metadata says that the peer expects it -> frames while the engine
        computes -> END -> the answer tells the verified length
 """
@@ -12,7 +13,7 @@ import logging
 import time
 from collections.abc import AsyncIterator, Callable, Coroutine, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any, TypeVar
 
 import grpc
@@ -20,8 +21,11 @@ import torch
 
 from seamount.kernels.layout import PAGE_SIZE, CacheLayout, CachePlanes
 from seamount.v1 import transfer_pb2, transfer_pb2_grpc
+from seamount.wire import limits
 from seamount.wire.credentials import bearer
+from seamount.wire.durations import duration
 from seamount.wire.errors import Aborted, DeadlineExceeded, OutOfRange, SeamountError, Unavailable, from_rpc_error
+from seamount.wire.hashes import ROOT_BYTES
 from seamount.wire.ids import RankId
 from seamount.workers.cache.reservation import Reservation
 from seamount.workers.cache.reservations import Reservations
@@ -190,6 +194,32 @@ class Transfer(transfer_pb2_grpc.TransferServiceServicer):
             on_finished=self._measure_push,
         )
 
+    async def hold(
+        self, *, peer: RankId, address: str, session_id: str, attempt: int, reservation: Reservation
+    ) -> transfer_pb2.HoldResponse:
+        """Have a peer pin what it has of the reservation's tokens, for ``MAX_RESERVATION_S``. Raises as ``pull``."""
+        request = transfer_pb2.HoldRequest(
+            session_id=session_id,
+            epoch=reservation.epoch,
+            attempt=attempt,
+            cache_root=reservation.root,
+            token_ids=reservation.token_ids,
+            time_to_live=duration(limits.MAX_RESERVATION_S),
+        )
+
+        async def ask(opened: OpenedLink) -> transfer_pb2.HoldResponse:
+            return await opened.stub.Hold(request, timeout=self._timeout_s, metadata=self._metadata)
+
+        return await self._on_link(peer, address, ask)
+
+    async def end_hold(self, *, peer: RankId, address: str, request: transfer_pb2.EndHoldRequest) -> None:
+        """Tell a peer that its hold is over. Raises as ``pull``."""
+
+        async def tell(opened: OpenedLink) -> None:
+            await opened.stub.EndHold(request, timeout=self._timeout_s, metadata=self._metadata)
+
+        await self._on_link(peer, address, tell)
+
     def abort(self, reservation_id: str) -> None:
         """A reservation ended, or computes itself from now on: stop receiving into it without waiting for the peer.
 
@@ -257,6 +287,30 @@ class Transfer(transfer_pb2_grpc.TransferServiceServicer):
                 inbound.detach()
             self._reservations.end_receive(reservation.id, receive.verified_len)
         yield transfer_pb2.PushResponse(verified_len=receive.verified_len)
+
+    async def Hold(self, request: transfer_pb2.HoldRequest, context: Context) -> transfer_pb2.HoldResponse:
+        limits.check_length(request.session_id.encode(), field="session_id", high=limits.MAX_NAME_BYTES, unit="bytes")
+        limits.check_length(request.token_ids, field="token_ids", low=1, high=limits.MAX_CONTEXT_TOKENS, unit="tokens")
+        limits.check_length(request.cache_root, field="cache_root", low=ROOT_BYTES, high=ROOT_BYTES, unit="bytes")
+        held = self._reservations.hold(
+            session_id=request.session_id,
+            epoch=request.epoch,
+            attempt=request.attempt,
+            root=request.cache_root,
+            token_ids=request.token_ids,
+            time_to_live_s=request.time_to_live.ToNanoseconds() / 1e9,
+        )
+        if held.restored is not None:
+            with suppress(TimeoutError):  # what is not there in time is not told
+                async with asyncio.timeout(self._timeout_s / 2):
+                    await asyncio.shield(asyncio.wrap_future(held.restored))
+        return transfer_pb2.HoldResponse(reservation_id=held.id, cached_len=held.computed_len)
+
+    async def EndHold(self, request: transfer_pb2.EndHoldRequest, context: Context) -> transfer_pb2.EndHoldResponse:
+        self._reservations.release(request.reservation_id)
+        if request.is_moved:
+            self._reservations.give_up(request.session_id, request.epoch)
+        return transfer_pb2.EndHoldResponse()
 
     # ---- parts of both
 

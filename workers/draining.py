@@ -1,0 +1,149 @@
+"""A rank that leaves hands the caches of its sessions to peers: leased ones first, then the most recent.
+
+For each session it does at a peer what a router does for a turn: Reserve, Migrate (with itself as the source), Release,
+and Retain where a lease is to go on. A session whose turn runs here is handed over when that has ended.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections import Counter
+from collections.abc import AsyncGenerator, Sequence
+from contextlib import AsyncExitStack, suppress
+from dataclasses import dataclass, field
+
+import grpc
+
+from seamount.v1 import worker_pb2, worker_pb2_grpc
+from seamount.wire import limits
+from seamount.wire.credentials import CallMetadata
+from seamount.wire.durations import duration
+from seamount.wire.errors import DataLoss, SeamountError, Unavailable, from_rpc_error
+from seamount.wire.hashes import PAGE_SIZE
+from seamount.workers.cache.reservations import LeftSession, Reservations
+from seamount.workers.engine_stream import KEEP_ALIVE_S
+from seamount.workers.spec import RankSpec
+
+_LOG = logging.getLogger(__name__)
+MAX_PEERS = 4_096
+MAX_ATTEMPTS = 2
+"""At different peers, before a session is left to die with the rank: its history is durable, its caches are not."""
+_LOOK_AGAIN_S = 0.05
+_CALL_TIMEOUT_S = 5.0
+_CHANNEL_OPTIONS = [("grpc.max_send_message_length", limits.MAX_MESSAGE_BYTES)]
+
+
+@dataclass(slots=True, kw_only=True)
+class _Peer:
+    rank_id: str
+    stub: worker_pb2_grpc.WorkerServiceAsyncStub
+    num_usable_pages: int
+    is_lost: bool = False
+
+
+@dataclass(slots=True, kw_only=True)
+class Draining:
+    """Runs ``WorkerService.Drain``. address: where peers reach this rank, once it serves."""
+
+    spec: RankSpec
+    reservations: Reservations
+    metadata: CallMetadata
+    address: str = ""
+    has_begun: bool = False
+    """From then on this rank takes no new sessions."""
+    _lock: asyncio.Lock = field(default_factory=asyncio.Lock)
+
+    async def run(self, request: worker_pb2.DrainRequest) -> AsyncGenerator[worker_pb2.DrainResponse, None]:
+        """One response a session, and one each second. Ends when no session with caches is left here that a peer would
+        take; the caller's deadline ends it before. Repeating it goes on. Raises ``InvalidArgument``."""
+        limits.check_length(request.peers, field="peers", high=MAX_PEERS)
+        self.has_begun = True
+        async with self._lock, AsyncExitStack() as stack:
+            peers = [await self._connect(stack, peer) for peer in request.peers if peer.rank_id != self.spec.rank_id]
+            failed = Counter[str]()
+            told_at = time.monotonic()
+            while True:
+                waiting = self.reservations.left_behind()
+                movable = [s for s in waiting if failed[s.session_id] < min(MAX_ATTEMPTS, len(peers))]
+                moved = await self._hand_over(movable[0], peers, failed) if movable else None
+                if moved is not None:
+                    yield moved
+                elif not movable:
+                    if not self.reservations.has_turns():
+                        return
+                    await asyncio.sleep(_LOOK_AGAIN_S)
+                if moved is not None:
+                    told_at = time.monotonic()
+                elif time.monotonic() - told_at >= KEEP_ALIVE_S:
+                    told_at = time.monotonic()
+                    yield worker_pb2.DrainResponse()
+
+    async def _connect(self, stack: AsyncExitStack, peer: worker_pb2.DrainPeer) -> _Peer:
+        channel = await stack.enter_async_context(grpc.aio.insecure_channel(peer.address, options=_CHANNEL_OPTIONS))
+        stub = worker_pb2_grpc.WorkerServiceStub(channel)
+        return _Peer(rank_id=peer.rank_id, stub=stub, num_usable_pages=peer.num_usable_pages)
+
+    async def _hand_over(
+        self, left: LeftSession, peers: Sequence[_Peer], failed: Counter[str]
+    ) -> worker_pb2.DrainResponse | None:
+        """To the peer with the most usable pages; None where it did not take the session."""
+        fitting = [peer for peer in peers if not peer.is_lost]
+        if not fitting:
+            failed[left.session_id] = MAX_ATTEMPTS
+            return None
+        peer = max(fitting, key=lambda one: one.num_usable_pages)
+        try:
+            num_tokens = await self._move(left, peer)
+        except (grpc.aio.AioRpcError, SeamountError) as broken:
+            error = broken if isinstance(broken, SeamountError) else from_rpc_error(broken)
+            _LOG.info("session_not_handed_over", extra={"peer": peer.rank_id, "reason": error.reason})
+            peer.is_lost = isinstance(error, Unavailable)
+            peer.num_usable_pages //= 2  # others first
+            failed[left.session_id] += 1
+            return None
+        peer.num_usable_pages -= num_tokens // PAGE_SIZE + 1
+        return worker_pb2.DrainResponse(session_id=left.session_id, rank_id=peer.rank_id, num_tokens=num_tokens)
+
+    async def _move(self, left: LeftSession, peer: _Peer) -> int:
+        """Returns how many tokens' entries are at the peer now. Raises ``AioRpcError`` and typed errors."""
+        reserved = await peer.stub.Reserve(
+            worker_pb2.ReserveRequest(
+                session_id=left.session_id,
+                turn_id=f"drain/{self.spec.rank_id}",
+                epoch=left.epoch,
+                attempt=1,
+                cache_salt=left.salt,
+                token_ids=left.token_ids,
+                time_to_live=duration(limits.MAX_RESERVATION_S),
+            ),
+            timeout=_CALL_TIMEOUT_S,
+            metadata=self.metadata,
+        )
+        kept = 0
+        try:
+            kept = await self._migrated_len(reserved.reservation_id, left, peer)
+        finally:
+            released = worker_pb2.ReleaseRequest(reservation_id=reserved.reservation_id, keep_len=kept or None)
+            await peer.stub.Release(released, timeout=_CALL_TIMEOUT_S, metadata=self.metadata)
+        if left.leased_s > 0:
+            retained = worker_pb2.RetainRequest(session_id=left.session_id, duration=duration(left.leased_s))
+            with suppress(grpc.aio.AioRpcError):
+                await peer.stub.Retain(retained, timeout=_CALL_TIMEOUT_S, metadata=self.metadata)
+        return kept
+
+    async def _migrated_len(self, reservation_id: str, left: LeftSession, peer: _Peer) -> int:
+        asked = worker_pb2.MigrateRequest(
+            reservation_id=reservation_id,
+            epoch=left.epoch,
+            source_rank_id=self.spec.rank_id,
+            source_address=self.address,
+        )
+        call = peer.stub.Migrate(asked, metadata=self.metadata, timeout=limits.MAX_RESERVATION_S)
+        async for frame in call:
+            if frame.WhichOneof("event") == "finished":
+                if not frame.finished.is_complete:
+                    raise DataLoss("not all of it has arrived and verified", reason="MOVE_INCOMPLETE")
+                return frame.finished.cached_len
+        raise Unavailable("the peer ended a move early", reason="LINK_LOST")
