@@ -60,8 +60,9 @@ MAX_NEW = 256
 ROWS = 16
 """Sequences of ``DENSE_LENGTH`` tokens in one backward pass."""
 MATRIX_LR, OTHER_LR = 2e-4, 2e-4
+"""At the first step; they fall linearly to 0 behind the last one."""
 INVALID_CALL_COST = 0.2
-STEPS = 100
+STEPS = 16
 """Of the whole stage."""
 
 
@@ -215,10 +216,13 @@ class Reinforcement:
         conversations = self._ranks.share(TASKS) * GROUP
         self._rollouts = Rollouts(served, num_conversations=conversations, max_tokens=DENSE_LENGTH)
 
-    def step(self, attempts: Sequence[Tried], judge: Callable[[Tried], float]) -> dict[str, float]:
+    def step(
+        self, attempts: Sequence[Tried], judge: Callable[[Tried], float], *, lr_factor: float = 1.0
+    ) -> dict[str, float]:
         """Sample, judge, update; returns figures over all ranks.
 
-        attempts: this rank's groups one after the other; judge: the reward of one that is over.
+        attempts: this rank's groups one after the other; judge: the reward of one that is over; lr_factor: of the
+        learning rates.
         """
         began = time.monotonic()
         transcripts = attempt(attempts, self._rollouts, generator=self._generator)
@@ -227,7 +231,7 @@ class Reinforcement:
         samples = [(one, weight) for many, weight in zip(transcripts, weights, strict=True) for one in many]
         mixed = float(np.asarray(weights).reshape(-1, GROUP).any(1).sum())
         sampled_s = time.monotonic() - began
-        loss, clipped, num_sampled = self._update([sample for sample in samples if sample[1] != 0])
+        loss, clipped, num_sampled = self._update([sample for sample in samples if sample[1] != 0], lr_factor)
         self._rollouts.use(served_model(self.model))
         total, count, mixed, loss, clipped = self._ranks.totals(sum(rewards), len(rewards), mixed, loss, clipped)
         return {
@@ -239,7 +243,7 @@ class Reinforcement:
             "sampling_s": round(sampled_s, 2),
         }
 
-    def _update(self, samples: Sequence[tuple[Transcript, float]]) -> tuple[float, float, float]:
+    def _update(self, samples: Sequence[tuple[Transcript, float]], lr_factor: float) -> tuple[float, float, float]:
         """Returns this rank's part of the loss, its clipped tokens, and the sampled tokens of all ranks."""
         (num_sampled,) = self._ranks.totals(sum(int((~np.isnan(one.drawn)).sum()) for one, _ in samples))
         loss, clipped = torch.zeros((), device=self._device), torch.zeros((), device=self._device)
@@ -248,7 +252,7 @@ class Reinforcement:
             loss, clipped = loss + part, clipped + some
         if num_sampled:
             self._ranks.sum_gradients(self._trained)
-            self._optimizer.step(MATRIX_LR, OTHER_LR)
+            self._optimizer.step(lr_factor * MATRIX_LR, lr_factor * OTHER_LR)
         return float(loss), float(clipped), num_sampled
 
 

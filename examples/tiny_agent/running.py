@@ -108,7 +108,7 @@ def _reinforce(model: Model, step: int, limits: Limits, ranks: Ranks, on_metrics
     while step < last and not ranks.any(time.monotonic() >= limits.deadline):
         began = time.monotonic()
         attempts = draw_attempts(step, seed=limits.seed, tokenizer=tokenizer, ranks=ranks)
-        metrics = reinforcement.step(attempts, reward)
+        metrics = reinforcement.step(attempts, reward, lr_factor=1 - step / STEPS)
         step += 1
         on_metrics({"stage": REINFORCE, "step": step, **metrics, "seconds": round(time.monotonic() - began, 2)})
     return step
