@@ -10,12 +10,13 @@ be equal; in float32 rounding may tip a close choice, and the first difference i
 from __future__ import annotations
 
 import asyncio
+import json
 import tempfile
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from itertools import islice
 from pathlib import Path
 from typing import Annotated
@@ -136,10 +137,32 @@ def find_needles(address: str, numbers: range, seed: int, tokenizer: Tokenizer) 
         return play(held_out(groups, tokenizer, 2 * NEEDLE_LENGTH), served, batch_size=1)
 
 
-async def compare_tasks(
-    checkpoint: Path, dtype: str, tasks: range, seed: int, threads: int, console: Console
-) -> list[Difference]:
-    """Tell how outputs of both sides compare on tasks of all kinds in turns, whose prompts stay below 2K tokens."""
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Compared:
+    """What both sides said to held-out tasks."""
+
+    dtype: str
+    num_tasks: int
+    num_done: int
+    num_outputs: int
+    num_tokens: int
+    num_different: int
+    first_difference: Difference | None
+    seconds: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Needles:
+    """What the served model found in documents of ``length`` tokens."""
+
+    length: int
+    num_needles: int
+    num_found: int
+    seconds: int
+
+
+async def compare_tasks(checkpoint: Path, dtype: str, tasks: range, seed: int, threads: int) -> Compared:
+    """Tasks of all kinds in turns, those whose prompts stay below 2K tokens, in the ``exact`` layout."""
     suite = Suite(seed=seed, num_tasks=tasks.stop, num_needles=0, group_size=1)
     groups = (group for group in suite.groups() if group.row == group.kind.value)
     episodes = held_out(islice(groups, tasks.start, tasks.stop), Tokenizer.load(checkpoint), 1536)
@@ -150,28 +173,32 @@ async def compare_tasks(
             both, outcomes = await asyncio.to_thread(
                 compare, checkpoint, cluster.address, episodes, getattr(torch, dtype)
             )
-    done, seconds = sum(one.succeeded for one in outcomes), round(time.monotonic() - began)
-    console.print(
-        f"{dtype}: {len(outcomes)} tasks ({done} done), {both.num_outputs} outputs of {both.num_tokens} tokens: "
-        f"{len(both.differences)} differ; {seconds} s"
+    return Compared(
+        dtype=dtype,
+        num_tasks=len(outcomes),
+        num_done=sum(one.succeeded for one in outcomes),
+        num_outputs=both.num_outputs,
+        num_tokens=both.num_tokens,
+        num_different=len(both.differences),
+        first_difference=next(iter(both.differences), None),
+        seconds=round(time.monotonic() - began),
     )
-    console.print(*both.differences[:1])
-    return both.differences
 
 
-async def look_for_needles(
-    checkpoint: Path, needles: range, seed: int, threads: int, console: Console
-) -> list[Outcome]:
-    """Tell how many needles the system finds, in float32 and with its default layout."""
+async def look_for_needles(checkpoint: Path, numbers: range, seed: int, threads: int) -> Needles:
+    """In float32 and with the default layout."""
     began = time.monotonic()
     with tempfile.TemporaryDirectory() as scratch:
         settings = served_settings(checkpoint, Path(scratch), "bf16", "float32", threads)
         async with LocalCluster(settings=settings) as cluster:
             tokenizer = Tokenizer.load(checkpoint)
-            outcomes = await asyncio.to_thread(find_needles, cluster.address, needles, seed, tokenizer)
-    found, seconds = sum(one.succeeded for one in outcomes), round(time.monotonic() - began)
-    console.print(f"{found} of {len(needles)} needles found in {NEEDLE_LENGTH} tokens; {seconds} s")
-    return outcomes
+            outcomes = await asyncio.to_thread(find_needles, cluster.address, numbers, seed, tokenizer)
+    return Needles(
+        length=NEEDLE_LENGTH,
+        num_needles=len(outcomes),
+        num_found=sum(one.succeeded for one in outcomes),
+        seconds=round(time.monotonic() - began),
+    )
 
 
 def main(
@@ -182,22 +209,30 @@ def main(
     dtype: Annotated[str, typer.Option(help="of the tasks: float64 or float32")] = "float64",
     threads: Annotated[int, typer.Option(help="of each rank, and of this process")] = 1,
     seed: Annotated[int, typer.Option(help="of the tasks")] = 4,
+    out: Annotated[Path | None, typer.Option(help="file to which the results are added, a line of JSON each")] = None,
 ) -> None:
     """Compare the served model with the one in this process. Exit code 1 where something does not hold."""
     if dtype not in ("float64", "float32"):
         raise typer.BadParameter(f"{dtype} is none of float64, float32", param_hint="--dtype")
     torch.set_num_threads(threads)
-    console, wrong = Console(), 0
+    results: list[Compared | Needles] = []
     if tasks:
-        numbers = range(first, first + tasks)
-        differences = asyncio.run(compare_tasks(checkpoint, dtype, numbers, seed, threads, console))
-        wrong += len(differences) if dtype == "float64" else 0
+        results.append(asyncio.run(compare_tasks(checkpoint, dtype, range(first, first + tasks), seed, threads)))
     if needles:
-        numbers = range(first, first + needles)
-        found = asyncio.run(look_for_needles(checkpoint, numbers, seed, threads, console))
-        wrong += sum(not one.succeeded for one in found)
-    if wrong:
+        results.append(asyncio.run(look_for_needles(checkpoint, range(first, first + needles), seed, threads)))
+    for result in results:
+        Console().print(result)
+        if out is not None:
+            with out.open("a", encoding="utf-8") as file:
+                file.write(json.dumps(asdict(result)) + "\n")
+    if not all(map(_holds, results)):
         raise typer.Exit(1)
+
+
+def _holds(result: Compared | Needles) -> bool:
+    if isinstance(result, Needles):
+        return result.num_found == result.num_needles
+    return result.num_different == 0 or result.dtype != "float64"
 
 
 if __name__ == "__main__":

@@ -182,8 +182,8 @@ def _share_json(value: Share) -> dict[str, Any]:
     return {
         "successes": value.successes,
         "total": value.total,
-        "value": round(value.value, 4),
-        "interval": [round(bound, 4) for bound in value.interval],
+        "value": round(value.value, 6),
+        "interval": [round(bound, 6) for bound in value.interval],
     }
 
 
