@@ -3,12 +3,16 @@
 One flush of a router is in flight at a time. It starts at once, with whatever the turns have; what arrives meanwhile
 goes with the next. So one turn waits for one round trip, and a thousand turns share it. While Redis is away the same
 entries are sent again and again: turns stall until it is back, or until their deadlines.
+
+A turn that has had nothing to log for a while repeats its last entry's id: that writes nothing, and is refused where
+the turn was cancelled or deleted at another router, or taken over.
 """
 
 from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable, Sequence
+from weakref import WeakSet
 
 from seamount.router.session_turns import BegunTurn
 from seamount.router.sessions import Sessions
@@ -23,6 +27,8 @@ MAX_WAITING_TOKENS = 1024
 START_ID = "0-1"
 PROMPT_ID = "0-2"
 _RETRY_S = 0.05
+ASK_EVERY_S = 0.5
+"""How soon a turn that stands still, in a long prefill for example, hears that it is over."""
 
 Events = Sequence[events_pb2.TurnEvent]
 
@@ -36,6 +42,7 @@ class TurnLog:
     """One turn's part of the log. ``end``: id of the last entry that is known to be logged.
 
     error: what the log was refused with (another router holds the turn, the session is deleted, …), else None.
+    on_refused: called then.
     """
 
     def __init__(
@@ -50,6 +57,7 @@ class TurnLog:
         """end, num_tokens: of what is logged already; deliver: takes events once what they are made of is logged."""
         self.end = end
         self.error: SeamountError | None = None
+        self.on_refused: Callable[[], None] | None = None
         self._turn = turn
         self._num_tokens = num_tokens
         self._deliver = deliver
@@ -59,6 +67,7 @@ class TurnLog:
         self._sent: AppendArguments | None = None
         self._sent_events: Events = ()
         self._settled = asyncio.Event()
+        self._is_still = self._asks = self._is_dropped = False
 
     def add_prompt(self, num_prompt_tokens: int, events: Events) -> None:
         """The length of the prompt, before any token; once."""
@@ -95,6 +104,7 @@ class TurnLog:
 
     def drop(self) -> None:
         """Log nothing more; events that were not delivered are not."""
+        self._is_dropped = True
         self._waiting.Clear()
         self._waiting_events.clear()
         self._sent, self._sent_events = None, ()
@@ -112,22 +122,37 @@ class TurnLog:
     def has_news(self) -> bool:
         return bool(self._waiting.token_ids or self._waiting.num_prompt_tokens)
 
+    def ask_if_still(self) -> bool:
+        """Whether nothing was sent since the last call: the next flush then asks whose the turn is."""
+        self._asks, self._is_still = self._is_still, True
+        return self._asks
+
     def to_send(self) -> AppendArguments | None:
-        """The entry that has no answer yet, else one of all that waits; None where there is nothing."""
-        if self._sent is None and self.has_news and self.error is None:
+        """The entry that has no answer yet, else one of all that waits, else the question; None for nothing."""
+        asks, self._asks = self._asks, False
+        if self._sent is not None or self.error is not None or self._is_dropped:
+            return self._sent
+        if self.has_news:
             self._num_tokens += len(self._waiting.token_ids)
-            self._sent = AppendArguments(
-                tenant=self._turn.tenant,
-                session_id=self._turn.session_id,
-                turn_id=self._turn.turn_id,
-                epoch=self._turn.epoch,
-                before=self.end,
-                id=entry_id(self._num_tokens),
-                tokens=self._waiting.SerializeToString(),
-            )
+            self._sent = self._entry(entry_id(self._num_tokens))
             self._sent_events, self._waiting_events = self._waiting_events, []
             self._waiting.Clear()
+            self._is_still = False
+        elif asks:
+            self._sent = self._entry(self.end)
         return self._sent
+
+    def _entry(self, end: str) -> AppendArguments:
+        """What waits, as the entry of that id: of the last entry's, it is known already."""
+        return AppendArguments(
+            tenant=self._turn.tenant,
+            session_id=self._turn.session_id,
+            turn_id=self._turn.turn_id,
+            epoch=self._turn.epoch,
+            before=self.end,
+            id=end,
+            tokens=self._waiting.SerializeToString(),
+        )
 
     def settle(self, refusal: SeamountError | None) -> None:
         """What was sent is logged, or refused for good."""
@@ -135,6 +160,8 @@ class TurnLog:
             return
         if refusal is not None:
             self.error = refusal
+            if self.on_refused is not None:
+                self.on_refused()
         else:
             self.end = self._sent.id
             self._sent, events, self._sent_events = None, self._sent_events, ()
@@ -157,23 +184,38 @@ class TokenLog:
         self._sessions = sessions
         self._news: dict[TurnLog, None] = {}
         self._flushing: asyncio.Task[None] | None = None
+        self._open: WeakSet[TurnLog] = WeakSet()
+        self._asking: asyncio.Task[None] | None = None
 
     def open(
         self, turn: BegunTurn, deliver: Callable[[Events], None], *, end: str = START_ID, num_tokens: int = 0
     ) -> TurnLog:
         """The writer for a turn that this router holds; ``end``, ``num_tokens``: of what is logged already."""
-        return TurnLog(turn, end=end, num_tokens=num_tokens, deliver=deliver, wake=self._wake)
+        log = TurnLog(turn, end=end, num_tokens=num_tokens, deliver=deliver, wake=self._wake)
+        self._open.add(log)
+        if self._asking is None:
+            self._asking = asyncio.create_task(self._ask(), name="token log: whose")
+        return log
 
     async def close(self) -> None:
         """Stop; what is not logged yet is not delivered either."""
-        if self._flushing is not None:
-            self._flushing.cancel()
-            await asyncio.wait({self._flushing})
+        for task in (self._asking, self._flushing):
+            if task is not None:
+                task.cancel()
+                await asyncio.wait({task})
 
     def _wake(self, log: TurnLog) -> None:
         self._news[log] = None
         if self._flushing is None:
             self._flushing = asyncio.create_task(self._flush_all(), name="token log")
+
+    async def _ask(self) -> None:
+        """While turns are open: let those that stand still ask."""
+        while self._open:
+            await asyncio.sleep(ASK_EVERY_S)
+            for log in [log for log in self._open if log.ask_if_still()]:
+                self._wake(log)
+        self._asking = None
 
     async def _flush_all(self) -> None:
         try:
@@ -185,6 +227,8 @@ class TokenLog:
     async def _flush(self) -> None:
         logs, self._news = list(self._news), {}
         sending = [(log, entry) for log in logs if (entry := log.to_send()) is not None]
+        if not sending:
+            return
         ids = ",".join(entry.id for _, entry in sending)
         answers: Sequence[SeamountError | None]
         failpoints.reached("router.append", ids)

@@ -89,6 +89,8 @@ async def run_turn(turn: Turn, parts: TurnParts) -> bool:
         turn.stream.close()
         return True
     except (SeamountError, TimeoutError, asyncio.CancelledError) as error:
+        if turn.log.error is not None:
+            return await end_without_commit(turn, turn.log.error, parts)
         if isinstance(error, asyncio.CancelledError) and not turn.cancelled_by_client:
             return await hand_over(turn, parts)
         return await end_without_commit(turn, _reason(error), parts)

@@ -238,6 +238,7 @@ class Turns:
         begun = turn.begun
         task = asyncio.create_task(self._run(turn), name=f"turn {begun.turn_id}")
         running = self._running[begun.turn_id] = _Running(turn=turn, task=task)
+        turn.log.on_refused = lambda: self._refused(running)
         if start.on_disconnect == session_pb2.DISCONNECT_POLICY_CANCEL:
             turn.stream.on_left = lambda: self._left(running)
         return turn.stream
@@ -259,6 +260,11 @@ class Turns:
                 del self._running[begun.turn_id]
         if not is_over:
             self.followed.go_on(begun.tenant, begun.session_id, begun.turn_id, turn.stream)
+
+    def _refused(self, running: _Running) -> None:
+        """Its log is closed to this router: the turn was cancelled, deleted or taken over elsewhere."""
+        if not running.turn.is_ending:
+            running.task.cancel()
 
     def _left(self, running: _Running) -> None:
         """The last client went away from a turn that is to end with it."""

@@ -17,9 +17,10 @@ from harness.recording import RecordingClient, Told
 from harness.recoveries import Promise
 from harness.redis_proxy import Command
 from harness.requests import LONG, NUM_TOKENS, SEEDED
-from harness.system import Answer, FaultSystem, Request
+from harness.system import CHUNK_TOKENS, Answer, FaultSystem, Request
 from seamount.router.client import user
 from seamount.v1 import session_pb2, worker_pb2, worker_pb2_grpc
+from seamount.wire.errors import NotFound
 
 pytestmark = [pytest.mark.asyncio(loop_scope="session"), pytest.mark.cluster]
 
@@ -239,3 +240,25 @@ async def test_a_client_that_leaves_frees_its_pages(system: FaultSystem) -> None
         left_at = time.monotonic()
         await system.check_caches()
         system.recoveries.note(Promise.CLIENT_GONE, time.monotonic() - left_at)
+
+
+@pytest.mark.faults
+@pytest.mark.parametrize("end", ["cancel", "delete"])
+async def test_an_end_elsewhere_frees_what_stands_still(system: FaultSystem, end: str) -> None:
+    """The turn is in its prefill, its router has nothing to log, and so nothing to be refused for."""
+    asked = await system.afresh(SEEDED)
+    async with RecordingClient(system.addresses(0)) as client, RecordingClient(system.addresses(1)) as other:
+        trap = system.listener.stop_at("rank.frame", lambda reached: reached.at == f"0:{CHUNK_TOKENS}")
+        answer = await system.begin(client, asked)
+        paused = await trap.wait()
+        await asyncio.sleep(0.2)
+        ended_at = time.monotonic()
+        if end == "cancel":
+            assert await other.cancel_turn(answer.session.id, await turn_id_of(system, answer))
+        else:
+            await other.delete_session(answer.session.id)
+        await asyncio.wait({answer.task})
+        assert answer.task.exception() is None or isinstance(answer.task.exception(), NotFound)
+        paused.go_on()
+        await system.check_caches()
+        system.recoveries.note(Promise.CLIENT_GONE, time.monotonic() - ended_at)

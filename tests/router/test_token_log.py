@@ -11,7 +11,7 @@ import pytest
 from seamount.router.session_turns import BegunTurn
 from seamount.router.sessions import Sessions
 from seamount.router.store import Store
-from seamount.router.token_log import MAX_WAITING_TOKENS, START_ID, TokenLog, TurnLog, entry_id
+from seamount.router.token_log import ASK_EVERY_S, MAX_WAITING_TOKENS, START_ID, TokenLog, TurnLog, entry_id
 from seamount.v1 import events_pb2, record_pb2, session_pb2
 from seamount.wire.errors import Aborted, SeamountError, Unavailable
 from seamount.wire.ids import RankId, RouterId, SessionId, TenantId
@@ -178,3 +178,25 @@ async def test_a_turn_waits_where_too_much_of_it_waits(sessions: Sessions, monke
     slow.gate.set()
     await waiting
     await token_log.close()
+
+
+async def test_a_turn_that_stands_still_hears_that_it_was_ended_elsewhere(sessions: Sessions, store: Store) -> None:
+    token_log, turn = TokenLog(sessions), await begun(sessions)
+    refused = asyncio.Event()
+    log = token_log.open(turn, lambda events: None)
+    log.on_refused = refused.set
+    log.add_prompt(3, [event(1)])
+    await log.is_logged()
+    await asyncio.sleep(2.5 * ASK_EVERY_S)
+    assert not refused.is_set()
+    assert log.error is None
+    assert await logged(sessions, turn) == [(entry_id(0), [])], "to ask writes nothing"
+    elsewhere = Sessions(store, secret=bytes(32), router_id=RouterId("router-2"))
+    cancelled = event(2)
+    cancelled.finished.SetInParent()
+    await elsewhere.fail_turn(ALICE, turn.session_id, turn, cancelled, log_end=log.end)
+    async with asyncio.timeout(5):
+        await refused.wait()
+    assert isinstance(log.error, Aborted)
+    await token_log.close()
+    await asyncio.gather(sessions.close(), elsewhere.close())
