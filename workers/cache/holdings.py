@@ -27,7 +27,7 @@ from seamount.workers.cache.lower import EvictionAge
 from seamount.workers.cache.pages import PagePool
 from seamount.workers.cache.prefix import PageNode, PrefixTree
 from seamount.workers.cache.reservation import Reservation, common_prefix_len
-from seamount.workers.cache.retention import TIERS, Candidate, Tier, eviction_key
+from seamount.workers.cache.retention import PERSON, TIERS, Candidate, Tier, eviction_key
 from seamount.workers.cache.sessions import SessionBook, Tail
 
 COLD_AFTER_S = 300.0
@@ -79,6 +79,7 @@ class Holdings:
         if reservation.session_id:
             record = self.sessions.touch(reservation.session_id)
             record.live_id = record.latest_id = reservation.id
+            record.wait = PERSON
             record.salt = reservation.salt
 
     def remember(self, reservation: Reservation, end: int) -> None:
@@ -227,7 +228,9 @@ class Holdings:
         tail = self.sessions.tail_at(page)
         first = 0 if tail.parent is None else (tail.parent.depth + 1) * self.page_size
         end, idle_s = first + len(tail.token_ids), self._clock() - self.pool.idle_since(page)
-        return eviction_key(Candidate(first=first, end=end, num_sessions=1, is_superseded=False, idle_s=idle_s))
+        record = self.sessions.get(tail.session_id)
+        waits = (PERSON if record is None else record.wait,)
+        return eviction_key(Candidate(first=first, end=end, waits=waits, is_superseded=False, idle_s=idle_s))
 
     def _tier_key(self, node: PageNode, tier: Tier) -> tuple[int, float]:
         """What the page's copy in the tier is worth, there or to come."""
@@ -239,7 +242,7 @@ class Holdings:
             Candidate(
                 first=node.depth * self.page_size,
                 end=(node.depth + 1) * self.page_size,
-                num_sessions=node.num_sessions,
+                waits=self.sessions.waits(node),
                 is_superseded=self._is_superseded(node),
                 idle_s=0.0 if is_used else self._clock() - node.used_at,
                 tier=tier,
@@ -379,11 +382,13 @@ class Holdings:
     def give_back(self, reservation: Reservation, end: int) -> None:
         """Give all pages back, deepest first; entries before ``end`` stay cached, those beyond if others share them.
 
-        The page that ``end`` cuts becomes the session's tail, unless it stays in the tree or the session has gone on.
+        The page that ``end`` cuts becomes the session's tail, unless it stays in the tree, the session has gone on, or
+        its next turn does not reach that far: what lies behind ``num_reused_pages`` is superseded from now on.
         """
         record = self.sessions.get(reservation.session_id)
         is_latest = record is not None and record.latest_id == reservation.id
         num_full = end // self.page_size
+        has_tail = is_latest and (reservation.num_reused_pages is None or num_full < reservation.num_reused_pages)
         chain = reservation.nodes[:num_full]
         if end == len(reservation.nodes) * self.page_size:
             chain += reservation.not_restored  # still the session's, further down
@@ -394,9 +399,9 @@ class Holdings:
                     page = record.tail.page
                     self._drop_tail(record.tail)
                     self.pool.free_idle(page)
-                self.sessions.pass_through(reservation.session_id, chain)
+                self.sessions.pass_through(reservation.session_id, chain[: reservation.num_reused_pages])
         for index in range(len(reservation.pages) - 1, -1, -1):
-            is_tail = is_latest and index == num_full < end / self.page_size and index <= len(reservation.nodes)
+            is_tail = has_tail and index == num_full < end / self.page_size and index <= len(reservation.nodes)
             self._give_back_page(reservation, index, end if is_tail else None, is_kept=index < num_full)
         reservation.pages, reservation.nodes, reservation.not_restored = [], [], []
         reservation.num_found = reservation.computed_len = 0

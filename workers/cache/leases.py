@@ -15,6 +15,7 @@ from seamount.workers.cache.retention import (
     Tier,
     TierRoom,
     decide,
+    tool_wait,
 )
 from seamount.workers.cache.sessions import Lease
 
@@ -36,12 +37,15 @@ class Leases:
         prefill_tokens_per_s: float,
         now: float,
     ) -> LeaseDecision:
-        """Decide, and where a lease is given, let it take the place of the session's present one.
+        """Decide, and where a lease is given, let it take the place of the session's present one. What it waits for is
+        noted in any case: pages without a lease go in the order of their return.
 
         live: the session's reservation in force: the lease then holds what that one leaves.
         """
         holdings, pool, sessions = self._holdings, self._holdings.pool, self._holdings.sessions
         record, present = sessions.get(session_id), sessions.leases.get(session_id)
+        if record is not None:
+            record.wait = tool_wait(duration_s)
         nodes, num_pages, num_tokens = list[PageNode](), 0, 0
         if live is not None:
             nodes, num_pages, num_tokens = [*live.nodes, *live.to_restore], len(live.pages), live.present_len

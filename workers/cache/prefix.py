@@ -27,7 +27,8 @@ class PageNode:
     page: where it is on the device, None if it is not; copies: where else it is.
     token_ids: its ids packed as native uint32: compared on every hit, so that equal hashes alone never serve a page.
     depth: pages before it; num_children: nodes right behind it by tier, session tails counted on the device;
-    num_sessions: whose last turn here went through it; num_leases, leased_in: leases of the page, and the highest tier
+    num_sessions: whose last turn here went through it; last_session: the last of these, empty for none;
+    num_leases, leased_in: leases of the page, and the highest tier
     that one of them names; num_wanted: restores that need it and copies being made of it: its copies stay.
     session_id: who brought it here; empty for stateless requests. root: root hash of its chain.
     used_at: when it was last given back, seconds of the owner's clock. num_stays: how often it has left the device.
@@ -43,6 +44,7 @@ class PageNode:
     copies: dict[Tier, StoredCopy] = field(default_factory=dict)
     num_children: Counter[Tier] = field(default_factory=Counter)
     num_sessions: int = 0
+    last_session: str = ""
     num_leases: int = 0
     leased_in: Tier | None = None
     num_wanted: int = 0

@@ -43,9 +43,11 @@ class Reservation:
     nodes: pinned pages of the tree, for the leading tokens; ``pages[i]`` is ``nodes[i].page``, or an own copy where
     another sequence computed the same page first. num_found: leading nodes that were cached when pages were assigned.
     to_restore: pages of the tree behind ``nodes`` that are on their way into ``pages``: nobody computes, sends or
-    receives meanwhile; not_restored: those that were left when it ended; restored: done when none is left to wait for.
+    receives meanwhile; restored_from: the tiers in which they and those that have come were found; not_restored: those
+    that were left when it ended; restored: done when there is nothing to wait for. is_ahead: it only restores.
     receive: [first, end) of the receive in flight; num_uses: receive, steps and sends that still touch the pages;
-    keep_len: how far to keep the entries once those are over.
+    keep_len: how far to keep the entries once those are over; num_reused_pages: pages that the session's next turn can
+    go through at the most, None for all.
     """
 
     id: str
@@ -82,6 +84,7 @@ class Reservation:
     receive: tuple[int, int] | None = None
     num_uses: int = 0
     keep_len: int | None = None
+    num_reused_pages: int | None = None
 
     @property
     def key(self) -> ReservationKey:

@@ -254,19 +254,23 @@ class Reservations:
                 reservation.time_to_live_s = time_to_live_s
             reservation.expires_at = self._clock() + reservation.time_to_live_s
 
-    def release(self, reservation_id: str, keep_len: int | None = None) -> None:
+    def release(self, reservation_id: str, keep_len: int | None = None, *, reuse_len: int | None = None) -> None:
         """End it; idempotent: an unknown or ended one is left alone.
 
         Entries before ``keep_len`` (None = all that are present) stay cached: full pages in the tree, the partly filled
         last page as the session's tail. Pages beyond that this reservation computed are freed; those that it found
         here, or that others use or lease, stay. With ``keep_len`` the session has come back, and a lease that was given
-        before this reservation ends. Raises InvalidArgument if ``keep_len`` is negative.
+        before this reservation ends. reuse_len: tokens that the session's next prompt can begin with at the most (None
+        = all): pages beyond are the first to be evicted. Raises InvalidArgument if either is negative.
         """
-        if keep_len is not None and keep_len < 0:
-            raise InvalidArgument(f"keep_len is {keep_len}; it must be at least 0", field="keep_len")
+        for name, length in (("keep_len", keep_len), ("reuse_len", reuse_len)):
+            if length is not None and length < 0:
+                raise InvalidArgument(f"{name} is {length}; it must be at least 0", field=name)
         with self._lock:
             reservation = self._live.get(reservation_id)
             if reservation is not None:
+                if reuse_len is not None and reuse_len < len(reservation.token_ids):
+                    reservation.num_reused_pages = reuse_len // self.page_size
                 self._end(reservation, keep_len)
                 if keep_len is not None:
                     self._leases.came_back(reservation)

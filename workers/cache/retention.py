@@ -4,11 +4,14 @@ A lease is a promise: the pages of a session that waits for the results of its t
 end; they may move down a tier. ``decide`` says whether one is given, where, and for how long. ``eviction_key`` orders
 the pages of each tier:
 
-    superseded pages first; then the least  cost without this copy - cost with it  x  chance of return  goes
+    superseded pages first; then the least  cost without this copy - cost with it  x  rate of return  goes
 """
 
 from __future__ import annotations
 
+import functools
+import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import Enum
 
@@ -23,8 +26,6 @@ INDEXER_PARITY_TOKENS = 74_000
 
 At V3.2's sizes: 2 x 37e9 operations a token against 61 layers x 64 heads x 128 x 2 for each earlier token.
 """
-TYPICAL_WAIT_S = 2.5
-"""Of T / (T + idle): four of five come back within 4 T, and of programs' requests that is 10 s (arXiv 2506.02634)."""
 MAX_EVICTION_AGES = 2.0
 """A lease much longer than unleased pages live here takes more from others than it saves."""
 
@@ -171,15 +172,16 @@ def _longest_in(room: TierRoom, request: LeaseRequest) -> float:
 class Candidate:
     """A page that could go from a tier, or come to it: nothing behind it is in that tier.
 
-    first, end: the positions whose entries it holds; num_sessions: whose last turn went through it; is_superseded: a
-    session brought it, and none that is remembered goes through it any more; idle_s: since it was last used; tier:
+    first, end: the positions whose entries it holds; waits: of the sessions whose last turn went through it, how long
+    they stay away; is_superseded: a session brought it, and no turn that is remembered, or is to come, goes through it
+    any more; idle_s: since it was last used; tier:
     which copy could go; copy: the fastest one that would be left, None for none; is_leased: a lease keeps it in this
     tier, or in one above.
     """
 
     first: int
     end: int
-    num_sessions: int
+    waits: tuple[Wait, ...]
     is_superseded: bool
     idle_s: float
     tier: Tier = Tier.DEVICE
@@ -190,13 +192,13 @@ class Candidate:
 def eviction_key(page: Candidate) -> tuple[int, float]:
     """The least goes first, and a page is copied into a full tier if the least there is less than it.
 
-    (0 superseded, 1, 2 leased; what the copy saves, in tokens computed at an empty context, x chance of return).
+    (0 superseded, 1, 2 leased; what the copy saves, in tokens computed at an empty context, x rate of return).
     """
     num_tokens = page.end - page.first
     without = rebuild_cost(page.first, page.end) if page.copy is None else BRING_BACK[page.copy] * num_tokens
     saved = max(0.0, without - BRING_BACK[page.tier] * num_tokens)
     order = 2 if page.is_leased else 0 if page.is_superseded else 1
-    return order, saved * chance_of_return(page.num_sessions, page.idle_s)
+    return order, saved * return_rate(page.waits, page.idle_s)
 
 
 def rebuild_cost(first: int, end: int) -> float:
@@ -204,10 +206,61 @@ def rebuild_cost(first: int, end: int) -> float:
     return (end - first) * (1 + (first + end) / 2 / INDEXER_PARITY_TOKENS)
 
 
-def chance_of_return(num_sessions: int, idle_s: float) -> float:
-    """That the page is asked for again: waits are heavy-tailed, so p = T / (T + idle) for each session by itself.
+@dataclass(frozen=True, slots=True)
+class Wait:
+    """How long a session stays away: log-normal, or for ever. sigma: of the logarithm; lost: share of the latter."""
 
-    A page that no session went through (of stateless requests) counts as one session's.
+    median_s: float
+    sigma: float
+    lost: float
+
+
+PERSON = Wait(600.0, 1.6, 0.1)
+"""Until a person's next message: two of three take over 5 minutes, as coding agents do; one of ten requests is a
+session's last (arXiv 2606.30560)."""
+PROGRAM = Wait(2.5, 1.65, 0.01)
+"""Until a program's next request, of a page that no session went through: 80% come within 10 s (arXiv 2506.02634)."""
+TOOL_SIGMA = 1.2
+TOOL_LOST = 0.01
+HORIZONS_S = tuple(4.0**power for power in range(9))
+
+
+def tool_wait(expected_s: float) -> Wait:
+    """expected_s: nine of ten waits are shorter."""
+    return Wait(expected_s / math.exp(1.2816 * TOOL_SIGMA), TOOL_SIGMA, TOOL_LOST)
+
+
+def return_rate(waits: Sequence[Wait], idle_s: float) -> float:
+    """Returns a second that keeping a page would see, given that its sessions, idle for ``idle_s``, are not back yet.
+
+    For each session the best over horizons h of  P(T < t + h | T > t) / E[min(T - t, h) | T > t],  the hits that
+    keeping it for at most h gives for each second that it takes room (Beckmann et al., "LHD", NSDI 2018). Sessions add
+    up.
     """
-    return_of_one = TYPICAL_WAIT_S / (TYPICAL_WAIT_S + max(0.0, idle_s))
-    return float(1 - (1 - return_of_one) ** max(1, num_sessions))
+    rounded_s = round(max(0.01, idle_s), 2)  # pages that were left together are looked up, not computed anew
+    return sum(_return_rate(wait, rounded_s) for wait in waits)
+
+
+@functools.lru_cache(maxsize=4_096)
+def _return_rate(wait: Wait, idle_s: float) -> float:
+    before, held_s, best = _share_back(wait, idle_s), _mean_up_to(wait, idle_s), 0.0
+    for horizon_s in HORIZONS_S:
+        back = _share_back(wait, idle_s + horizon_s) - before
+        best = max(best, back / (_mean_up_to(wait, idle_s + horizon_s) - held_s))
+    return best
+
+
+def _share_back(wait: Wait, limit_s: float) -> float:
+    """P(T < limit)."""
+    return (1 - wait.lost) * _normal(math.log(limit_s / wait.median_s) / wait.sigma)
+
+
+def _mean_up_to(wait: Wait, limit_s: float) -> float:
+    """E[min(T, limit)]."""
+    z = math.log(limit_s / wait.median_s) / wait.sigma
+    known_s = wait.median_s * math.exp(wait.sigma**2 / 2) * _normal(z - wait.sigma) + limit_s * _normal(-z)
+    return (1 - wait.lost) * known_s + wait.lost * limit_s
+
+
+def _normal(z: float) -> float:
+    return 0.5 * math.erfc(-z / math.sqrt(2))

@@ -8,10 +8,13 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 from seamount.workers.cache.prefix import PageNode
-from seamount.workers.cache.retention import Tier
+from seamount.workers.cache.retention import PERSON, PROGRAM, Tier, Wait
 
 MAX_RECORDS = 4_096
 """Sessions whose left ids are remembered."""
+
+MAX_OTHERS = 4
+"""Sessions of one page, beside those that it knows, that are counted for its return."""
 
 
 @dataclass(slots=True, eq=False, repr=False, kw_only=True)
@@ -56,8 +59,8 @@ class SessionRecord:
     salt: what that is made of.
 
     left_at: when that was, seconds of the owner's clock, or None. chain: the full pages of it, some of which may have
-    been evicted since. live_id: the reservation in force or None; latest_id: the last one ever made: only that one may
-    leave a tail.
+    been evicted since, as far as the next turn is expected to go through them. wait: until then. live_id: the
+    reservation in force or None; latest_id: the last one ever made: only that one may leave a tail.
     """
 
     left: array[int] = field(default_factory=lambda: array("I"))
@@ -68,6 +71,7 @@ class SessionRecord:
     tail: Tail | None = None
     live_id: str | None = None
     latest_id: str = ""
+    wait: Wait = PERSON
 
 
 class SessionBook:
@@ -87,6 +91,14 @@ class SessionBook:
 
     def get(self, session_id: str) -> SessionRecord | None:
         return self._records.get(session_id)
+
+    def waits(self, node: PageNode) -> tuple[Wait, ...]:
+        """How long the sessions stay away whose last turn went through the page: its first one and its last one as far
+        as they are remembered, the others like persons. A page that no session went through is a program's."""
+        found = {name: self._records.get(name) for name in (node.session_id, node.last_session) if name}
+        known = [record.wait for record in found.values() if record is not None]
+        num_others = min(node.num_sessions - len(known), MAX_OTHERS)
+        return (*known, *[PERSON] * num_others) or (PROGRAM,)
 
     def touch(self, session_id: str) -> SessionRecord:
         """The session's record, made if absent, now the most recently used."""
@@ -131,6 +143,7 @@ class SessionBook:
             node.num_sessions -= 1
         for node in chain:
             node.num_sessions += 1
+            node.last_session = session_id
         record.chain = chain
 
     def trim(self) -> list[Tail]:

@@ -40,10 +40,11 @@ def press(cache: SmallCache, num_tokens: int) -> None:
 def test_the_same_trace_evicts_others_with_a_lease(make_cache: MakeCache, leased: bool, survivor: str) -> None:
     cache = make_cache(6)
     cache.leave(A, session="old")
-    if leased:
-        assert retain(cache, "old", 180.0).outcome is LeaseOutcome.ACCEPTED
+    given = retain(cache, "old", 180.0, Importance.HIGH if leased else Importance.LOW)
+    assert given.outcome is (LeaseOutcome.ACCEPTED if leased else LeaseOutcome.DENIED)
     cache.clock.now += 150.0
     cache.leave(B, session="new")
+    assert retain(cache, "new", 2.0, Importance.LOW).outcome is LeaseOutcome.DENIED
     cache.clock.now += 1.0
     press(cache, 11)
     found = {"old": cached_len(cache, A, "old"), "new": cached_len(cache, B, "new")}
@@ -186,6 +187,7 @@ def test_where_pages_live_short_leases_are_short(make_cache: MakeCache) -> None:
     cache = make_cache(6)
     for turn in range(40):  # 3 pages each: whoever comes takes those of the one before the last
         cache.leave([turn + 1] * 10, session=f"s{turn}")
+        assert retain(cache, f"s{turn}", 0.5, Importance.LOW).outcome is LeaseOutcome.DENIED  # but noted
         cache.clock.now += 5.0
     clipped = retain(cache, "s39", 300.0)
     assert clipped.outcome is LeaseOutcome.CLIPPED

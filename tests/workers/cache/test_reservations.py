@@ -582,7 +582,7 @@ def test_the_least_recently_used_sessions_go_first_deepest_page_first(make_cache
     cache = make_cache(9)
     for session in ("a", "b", "c"):
         cache.leave([ord(session)] * 10, session=session)  # 3 pages each, one of them a tail
-        cache.clock.now += 1000.0 if session == "b" else 1.0
+        cache.clock.now += {"a": 1.0, "b": 1e5, "c": 1e3}[session]
     cache.leave([ord("a")] * 10, session="a", epoch=2)
     big = cache.reserve(list(range(8)), session="d")  # 3 pages: all of b's, and none else's
     assert cache.caches.sessions() == ["d", "a", "c"]

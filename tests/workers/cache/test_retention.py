@@ -3,27 +3,32 @@
 from __future__ import annotations
 
 import math
+import random
 from dataclasses import replace
 
 import pytest
 
 from seamount.workers.cache.retention import (
+    HORIZONS_S,
     INDEXER_PARITY_TOKENS,
     MAX_EVICTION_AGES,
     MAX_LEASE_S,
     MAX_LEASES,
     MIN_LEASE_S,
-    TYPICAL_WAIT_S,
+    PERSON,
+    PROGRAM,
     Candidate,
     Importance,
     LeaseOutcome,
     LeaseRequest,
     Pressure,
     Tier,
-    chance_of_return,
+    Wait,
     decide,
     eviction_key,
     rebuild_cost,
+    return_rate,
+    tool_wait,
 )
 
 ASKED = LeaseRequest(num_tokens=640, num_new_pages=10, duration_s=30.0, importance=Importance.NORMAL)
@@ -100,18 +105,44 @@ def test_rebuilding_takes_longer_the_deeper_the_tokens_lie() -> None:
     assert decide(request, CALM).rebuild_s == pytest.approx(whole / 1000.0)
 
 
-def test_the_longer_a_session_waits_the_less_likely_it_comes_back() -> None:
-    assert chance_of_return(1, 0.0) == 1.0
-    assert chance_of_return(1, TYPICAL_WAIT_S) == 0.5
-    assert chance_of_return(2, TYPICAL_WAIT_S) == 0.75
-    assert chance_of_return(0, TYPICAL_WAIT_S) == 0.5
-    assert chance_of_return(1, -1.0) == 1.0, "a clock that was read before the page was given back"
+@pytest.mark.parametrize("idle", [0.0, 0.5, 2.0])
+@pytest.mark.parametrize("wait", [PERSON, PROGRAM, tool_wait(60.0)])
+def test_the_rate_of_return_is_that_of_waits_drawn_at_random(wait: Wait, idle: float) -> None:
+    rng, idle_s = random.Random(5), idle * wait.median_s
+    draws = [
+        math.inf if rng.random() < wait.lost else wait.median_s * math.exp(wait.sigma * rng.gauss(0.0, 1.0))
+        for _ in range(100_000)
+    ]
+    left = [draw - idle_s for draw in draws if draw > idle_s]
+    rates = [
+        sum(one < horizon_s for one in left) / sum(min(one, horizon_s) for one in left) for horizon_s in HORIZONS_S
+    ]
+    assert return_rate((wait,), idle_s) == pytest.approx(max(rates), rel=0.08)
+
+
+def test_nine_of_ten_waits_for_a_tool_are_as_expected() -> None:
+    rng, wait = random.Random(6), tool_wait(30.0)
+    draws = [wait.median_s * math.exp(wait.sigma * rng.gauss(0.0, 1.0)) for _ in range(50_000)]
+    assert sum(draw < 30.0 for draw in draws) / len(draws) == pytest.approx(0.9, abs=0.01)
+
+
+@pytest.mark.parametrize("wait", [PERSON, PROGRAM, tool_wait(0.25), tool_wait(3600.0)])
+def test_the_rate_is_finite_at_any_age_and_falls_in_the_end(wait: Wait) -> None:
+    rates = [return_rate((wait,), idle_s) for idle_s in (-1.0, 0.0, 1e-9, 1.0, 1e3, 1e6, 1e9)]
+    assert all(0 <= rate < 1e3 for rate in rates)
+    assert rates[-1] <= rates[-2] < max(rates) / 100
+    assert return_rate((wait, wait), 5.0) == pytest.approx(2 * return_rate((wait,), 5.0))
 
 
 def page(
-    first: int = 0, num: int = 64, *, sessions: int = 1, superseded: bool = False, idle_s: float = 10.0
+    first: int = 0,
+    num: int = 64,
+    *,
+    waits: tuple[Wait, ...] = (PROGRAM,),
+    superseded: bool = False,
+    idle_s: float = 10.0,
 ) -> Candidate:
-    return Candidate(first=first, end=first + num, num_sessions=sessions, is_superseded=superseded, idle_s=idle_s)
+    return Candidate(first=first, end=first + num, waits=waits, is_superseded=superseded, idle_s=idle_s)
 
 
 @pytest.mark.parametrize(
@@ -121,9 +152,13 @@ def page(
         (page(0, idle_s=11.0), page(0, idle_s=10.0)),
         (page(0), page(64)),
         (page(0, num=3, idle_s=0.0), page(0, num=64, idle_s=30.0)),
-        (page(0, sessions=1), page(0, sessions=2)),
+        (page(0, waits=(PROGRAM,)), page(0, waits=(PROGRAM, PERSON))),
         (page(0, idle_s=60.0), page(INDEXER_PARITY_TOKENS, idle_s=100.0)),
         (page(0, superseded=True, idle_s=11.0), page(0, superseded=True, idle_s=10.0)),
+        (page(0, waits=(PERSON,), idle_s=1.0), page(0, waits=(tool_wait(30.0),), idle_s=20.0)),
+        (page(0, waits=(tool_wait(600.0),)), page(0, waits=(tool_wait(10.0),))),
+        (page(0, waits=(PERSON,), idle_s=3_600.0), page(0, waits=(PERSON,), idle_s=600.0)),
+        (page(0, waits=(tool_wait(2.0),), idle_s=900.0), page(0, waits=(tool_wait(900.0),), idle_s=500.0)),
     ],
 )
 def test_order_of_eviction(first: Candidate, then: Candidate) -> None:
