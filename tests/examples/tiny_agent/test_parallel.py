@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,12 +13,13 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import distributed, multiprocessing
 
-from examples.tiny_agent import feeding, indexing, objectives
+from examples.tiny_agent import feeding, indexing, objectives, reinforce
 from examples.tiny_agent.config import model_config
 from examples.tiny_agent.data import Batch
 from examples.tiny_agent.documents import SHORT
 from examples.tiny_agent.model import Model
 from examples.tiny_agent.parallel import Ranks
+from examples.tiny_agent.reinforce import Reinforcement
 from examples.tiny_agent.stages import Kind, Stage
 from examples.tiny_agent.training import Training
 
@@ -79,32 +81,92 @@ def _trained(kind: Kind, ranks: Ranks) -> tuple[dict[str, torch.Tensor], dict[st
     return dict(model.state_dict()), lines[-1]
 
 
-def _one_of_two(rank: int, folder: Path, kind: Kind) -> None:
+class _Asking:
+    """One question; the even tokens of its answer are rewarded."""
+
+    def __init__(self, first: int) -> None:
+        self.said: list[int] = []
+        self._first = first
+
+    @property
+    def done(self) -> bool:
+        return bool(self.said)
+
+    def prompt(self) -> list[int]:
+        return [3, 4, self._first]
+
+    def take(self, token_ids: Sequence[int]) -> None:
+        self.said = list(token_ids)
+
+
+def _reinforced(ranks: Ranks) -> tuple[dict[str, torch.Tensor], list[dict[str, float]]]:
+    objectives.HEAD_ROWS = 64
+    reinforce.TASKS, reinforce.GROUP, reinforce.MAX_NEW, reinforce.ROWS, reinforce.DENSE_LENGTH = 4, 4, 6, 2, 64
+    torch.manual_seed(3)
+    model = Model(model_config(**SMALL), torch.float32)
+    learner = Reinforcement(model, seed=1, ranks=ranks)
+    lines = []
+    for step in range(2):
+        # The second rank's groups are all alike in the second step: it has nothing to learn from and must keep step.
+        alike = ranks.rank == 1 and step == 1
+        tried = [_Asking(10 + 2 * ranks.rank + task) for task in range(2) for _ in range(4)]
+        lines.append(learner.step(tried, lambda one, a=alike: 1.0 if a else float(one.said[0] % 2 == 0)))
+    return dict(model.state_dict()), lines
+
+
+def _one_of_two(rank: int, folder: Path) -> None:
     torch.set_num_threads(1)
     store = distributed.FileStore(str(folder / "store"), 2)
     distributed.init_process_group("gloo", store=store, rank=rank, world_size=2)
-    weights, metrics = _trained(kind, Ranks(rank, 2))
-    save_file(weights, folder / f"{rank}.safetensors")
-    (folder / f"{rank}.json").write_text(json.dumps(metrics))
+    ranks = Ranks(rank, 2)
+    for name, (weights, told) in (
+        *((kind.value, _trained(kind, ranks)) for kind in Kind),
+        ("reinforced", _reinforced(ranks)),
+    ):
+        save_file(weights, folder / f"{name}-{rank}.safetensors")
+        (folder / f"{name}-{rank}.json").write_text(json.dumps(told))
     distributed.destroy_process_group()
 
 
+@pytest.fixture(scope="module")
+def two(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What two ranks have trained."""
+    folder = tmp_path_factory.mktemp("two")
+    multiprocessing.spawn(_one_of_two, (folder,), nprocs=2)
+    return folder
+
+
+def _read(folder: Path, name: str, rank: int) -> tuple[dict[str, torch.Tensor], Any]:
+    told = json.loads((folder / f"{name}-{rank}.json").read_text())
+    return load_file(folder / f"{name}-{rank}.safetensors"), told
+
+
 @pytest.mark.parametrize("kind", list(Kind))
-def test_two_ranks_are_one_process_with_their_sequences(
-    kind: Kind, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_two_ranks_are_one_process_with_their_sequences(kind: Kind, two: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for module, name in ((indexing, "ROW_STRIDE"), (feeding, "HEAD_ROWS"), (objectives, "HEAD_ROWS")):
-        monkeypatch.setattr(module, name, getattr(module, name))  # set below, put back at the end
+        monkeypatch.setattr(module, name, getattr(module, name))  # set by _trained, put back at the end
     alone, metrics = _trained(kind, Ranks())
-    multiprocessing.spawn(_one_of_two, (tmp_path, kind), nprocs=2)
     for rank in range(2):
-        weights = load_file(tmp_path / f"{rank}.safetensors")
-        told = json.loads((tmp_path / f"{rank}.json").read_text())
+        weights, told = _read(two, kind.value, rank)
         assert weights.keys() == alone.keys()
         for name, weight in weights.items():
             assert torch.allclose(weight, alone[name], rtol=1e-4, atol=1e-6), name
         for name in metrics.keys() - {"tokens_per_s", "mfu", "seconds"}:
             assert told[name] == pytest.approx(metrics[name], abs=2e-5), name
+
+
+def test_ranks_reinforce_the_same_model_with_tasks_of_their_own(two: Path) -> None:
+    (first, lines), (second, told) = (_read(two, "reinforced", rank) for rank in range(2))
+    torch.manual_seed(3)
+    start = Model(model_config(**SMALL), torch.float32).state_dict()
+    assert not torch.equal(first["lm_head"], start["lm_head"])
+    for name, weight in first.items():
+        assert torch.equal(weight, second[name]), name
+    for line, other in zip(lines, told, strict=True):
+        assert 0 < line["reward"] < 1
+        assert line["learnt_tokens"] > 0
+        assert line.keys() == other.keys()
+        assert all(other[name] == value for name, value in line.items() if name != "sampling_s")
 
 
 def test_sequences_that_cannot_be_shared_are_refused() -> None:
