@@ -19,7 +19,6 @@ import socket
 import sys
 import tempfile
 from contextlib import suppress
-from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 
@@ -29,18 +28,19 @@ from seamount.wire.errors import Unavailable
 _START_TIMEOUT_S = 120.0
 
 
-@dataclass(slots=True, kw_only=True)
 class ForkedProcess:
-    """What ``LocalCluster`` needs of ``asyncio.subprocess.Process``."""
+    """What ``LocalCluster`` needs of ``asyncio.subprocess.Process``. It has ended when its connection does: nobody else
+    holds it."""
 
-    pid: int
-    stdout: asyncio.StreamReader
-    _writer: asyncio.StreamWriter
+    def __init__(self, pid: int, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        self.pid = pid
+        self.stdout = asyncio.StreamReader()
+        self._following = asyncio.create_task(self._follow(reader, writer), name=f"process {pid}")
 
     @property
     def returncode(self) -> int | None:
         """None while it runs; that it has ended is known, its status is not: always -1."""
-        return -1 if self.stdout.at_eof() else None
+        return -1 if self._following.done() else None
 
     def send_signal(self, number: int) -> None:
         """Raises ``ProcessLookupError`` where it has ended."""
@@ -53,10 +53,15 @@ class ForkedProcess:
         self.send_signal(signal.SIGKILL)
 
     async def wait(self) -> None:
-        """Return when it has ended: nobody else holds its end of the connection."""
-        while await self.stdout.read(1 << 16):
-            pass
-        self._writer.close()
+        """Return when it has ended."""
+        await asyncio.wait({self._following})
+
+    async def _follow(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        with suppress(ConnectionError):
+            while told := await reader.read(1 << 16):
+                self.stdout.feed_data(told)
+        self.stdout.feed_eof()
+        writer.close()
 
 
 class Parent:
@@ -105,7 +110,7 @@ class Parent:
         first = await reader.readline()
         if not first:
             raise Unavailable(f"a process did not start; see {log}", reason="START_FAILED")
-        return ForkedProcess(pid=json.loads(first)["pid"], stdout=reader, _writer=writer)
+        return ForkedProcess(json.loads(first)["pid"], reader, writer)
 
 
 def main() -> None:

@@ -1,9 +1,9 @@
 """Turns that ranks die of: found by what was in a dying rank's own last batch, refused after two such deaths.
 
-A death counts against a turn only if the rank's own process ended while its steps computed the turn. One that falls
-silent, stops for a drain, ends because a peer of its gang was lost, or goes down together with others of its node says
-nothing about the turn. After the first death that may count, the turn is computed in steps of its own, so that the next
-one takes no other turn with it and is known to be this one's.
+A death counts against a turn only if the rank's own process ended, or its engine said to hang, while its steps computed
+the turn. One that falls silent, stops for a drain, ends or hangs because of a peer of its gang, or goes down together
+with others of its node says nothing about the turn. After the first death that may count, the turn is computed in steps
+of its own, so that the next one takes no other turn with it and is known to be this one's.
 """
 
 from __future__ import annotations

@@ -34,13 +34,14 @@ _LOST_CODES = frozenset(
         grpc.StatusCode.PERMISSION_DENIED,
     }
 )
+_ENGINE_IS_GONE = frozenset({"ENGINE_FAILED", "ENGINE_STALLED"})
 
 
 class RankLost(Unavailable):
     """Place the work anew, at another rank.
 
     cause: the rank's own typed error, where it gave one; None where it died, hangs or left. died: its process ended, or
-    its engine did and the process will.
+    its engine failed or hangs, and the process will end.
     """
 
     cause: SeamountError | None = None
@@ -191,7 +192,7 @@ class RankClient:
         lost = self._lost(typed.message)
         if typed.reason != typed.code.name:  # gRPC's own errors have no reason but their code
             lost.cause = typed
-            lost.died = typed.reason == "ENGINE_FAILED"
+            lost.died = typed.reason in _ENGINE_IS_GONE
         else:
             lost.died = isinstance(typed, Unavailable)  # the connection broke: a closed one does not speak of a process
         return lost

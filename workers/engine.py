@@ -176,6 +176,12 @@ class Engine:
                 self._gang.ring()
             return now - self._probed_at < self._health_timeout_s
 
+    def stalled(self) -> Unavailable:
+        """What requests fail with when the loop does not live. In a gang any rank may be the one that hangs: only alone
+        it is this one's batch that it hangs in."""
+        reason = "ENGINE_STALLED" if self._gang.size == 1 else "GANG_STALLED"
+        return Unavailable("the engine does not step", reason=reason, retry_after_s=1.0)
+
     def state(self) -> EngineState:
         """A snapshot; fields may be a step apart from each other."""
         submitted = [sequence for sequence in self._inbox.waiting() if not sequence.request.is_background]

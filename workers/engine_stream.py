@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncGenerator, Callable
 
-from seamount.wire.errors import Unavailable
 from seamount.workers.engine import Engine
 from seamount.workers.events import EngineEvent, Failed, Finished, Progress
 from seamount.workers.requests import EngineRequest
@@ -36,7 +35,7 @@ async def run_request(
                     event = await events.get()
             except TimeoutError:
                 if not engine.healthy():
-                    raise Unavailable("the engine does not step", reason="ENGINE_STALLED", retry_after_s=1.0) from None
+                    raise engine.stalled() from None
                 event = progress
             if isinstance(event, Failed):
                 finished = True

@@ -12,6 +12,7 @@ from harness.recoveries import Promise
 from harness.requests import NAMES, NUM_TOKENS, SEEDED, request
 from harness.system import CHUNK_TOKENS, FaultSystem
 from seamount.router.tokenizer import Tokenizer
+from seamount.wire.errors import Internal
 
 pytestmark = [pytest.mark.asyncio(loop_scope="session"), pytest.mark.cluster]
 
@@ -67,3 +68,19 @@ async def test_stopped_at_a_token_and_continued(system: FaultSystem, index: int)
         system.recoveries.note(Promise.DECODE_HUNG, client.told.first_new_after(stopped_at) - stopped_at)
         assert client.told.events[-1].finished.receipt.num_retries == 1
         await system.check(answer, SEEDED)
+
+
+@pytest.mark.faults
+async def test_a_turn_that_two_engines_hang_in_is_refused_for_good(system: FaultSystem) -> None:
+    """Their processes live and say that no step ends: whatever it is, it is in the batch."""
+    async with RecordingClient(system.addresses()) as client:
+        first, second = (system.listener.stop_at("rank.token", lambda reached: reached.at == "3") for _ in range(2))
+        answer = await system.begin(client, SEEDED)
+        hung = [await first.wait(), await second.wait()]
+        with pytest.raises(Internal) as caught:
+            await answer.task
+        assert caught.value.reason == "REQUEST_QUARANTINED"
+        for paused in hung:
+            paused.go_on()
+        assert len({paused.pid for paused in hung}) == 2
+        assert (await client.get_session(answer.session.id)).head == 0
