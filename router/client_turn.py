@@ -105,6 +105,7 @@ class TurnStream:
         """seen: what was told of the turn before this stream."""
         self._open_frames = open_frames
         self._retries = retries
+        self._first_seen = seen
         self._collected = _Collected(seen)
         self._events = self._follow()
 
@@ -142,6 +143,8 @@ class TurnStream:
                         moved_at = time.monotonic()
                         for event in self._collected.take(events, token_ids):
                             yield event
+                if not self._collected.ended and seen.sequence and seen == self._first_seen:
+                    return  # whoever resumes behind the last event is told nothing more
                 if not self._collected.ended:
                     raise Unavailable("the stream ended before the turn did", reason="STREAM_CUT", retry_after_s=0.0)
             except SeamountError as error:

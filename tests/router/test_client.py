@@ -234,6 +234,12 @@ async def test_a_turn_is_resumed_by_its_id() -> None:
     assert [request.after_sequence for request in script.requests] == [5, 7]
 
 
+async def test_to_resume_behind_the_last_event_is_the_end() -> None:
+    async with scripted() as (script, client):
+        assert [event async for event in client.resume_turn("s", "t", after_sequence=len(EVENTS))] == []
+    assert len(script.requests) == 1
+
+
 def test_no_address_is_an_error() -> None:
     async def make() -> None:
         AsyncClient(" , ")
