@@ -78,6 +78,13 @@ class CacheSettings(_Section):
     layout: Literal["fp8", "bf16", "exact"] = Field(default="bf16", description="How a token's entries are stored")
     dtype: Literal["float32", "float64", "bfloat16"] = Field(default="float32", description="Compute type of the model")
     num_pages: int = Field(default=512, ge=2, description=f"Pages of {PAGE_SIZE} tokens on each rank")
+    host_cache_bytes: int = Field(
+        default=1 << 30, ge=0, description="Host memory of each rank for pages that left the device; 0 = none"
+    )
+    disk_cache_dir: LocalPath | None = Field(
+        default=None, description="Folder on each node for pages that outlive their rank; absent = none"
+    )
+    disk_cache_bytes: int = Field(default=16 << 30, ge=0, description="Of each rank's files there")
 
 
 class EngineSettings(_Section):

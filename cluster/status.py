@@ -49,7 +49,7 @@ def to_json(status: ClusterStatus) -> str:
 
 def print_tables(status: ClusterStatus, console: Console) -> None:
     pools = Table(title=f"Pools behind {status.address}", title_justify="left")
-    for column in ("pool", "gangs", "ranks", "healthy", "pages", "free", "running", "waiting"):
+    for column in ("pool", "gangs", "ranks", "healthy", "pages", "free", "host", "disk", "running", "waiting"):
         pools.add_column(column, justify="left" if column == "pool" else "right")
     for pool in status.pools:
         figures = (
@@ -58,6 +58,8 @@ def print_tables(status: ClusterStatus, console: Console) -> None:
             pool.num_healthy_ranks,
             pool.num_pages,
             pool.num_free_pages,
+            pool.num_host_cached_pages,
+            pool.num_disk_cached_pages,
             pool.num_running,
             pool.num_waiting,
         )
@@ -68,6 +70,8 @@ def print_tables(status: ClusterStatus, console: Console) -> None:
         "state",
         "address",
         "free / cached / all pages",
+        "host",
+        "disk",
         "running",
         "computed",
         "sampled",
@@ -81,6 +85,8 @@ def print_tables(status: ClusterStatus, console: Console) -> None:
             _condition(rank),
             rank.address,
             f"{state.num_free_pages} / {state.num_cached_pages} / {state.num_pages}",
+            f"{state.num_host_cached_pages} / {state.num_host_pages}",
+            f"{state.num_disk_cached_pages} / {state.num_disk_pages}",
             f"{state.num_running} + {state.num_waiting}",
             str(state.num_computed_tokens),
             str(state.num_sampled_tokens),

@@ -18,6 +18,8 @@ class Account:
     started: float
     before: SessionBefore | None = None
     num_cached: int = 0
+    num_from_host: int = 0
+    num_from_disk: int = 0
     num_decode_computed: int = 0
     num_prefill_computed: int = 0
     num_pulled: int = 0
@@ -43,6 +45,8 @@ class Account:
         receipt = events_pb2.Receipt(
             num_prompt_tokens=num_prompt,
             num_cached_tokens=self.num_cached,
+            num_host_tokens=self.num_from_host,
+            num_disk_tokens=self.num_from_disk,
             num_decode_computed_tokens=self.num_decode_computed,
             num_prefill_computed_tokens=self.num_prefill_computed,
             num_pulled_tokens=self.num_pulled,
@@ -89,6 +93,7 @@ class Account:
         """A decode rank took the answer; what the first one found is what the turn found."""
         if not self.decode_rank:
             self.num_cached = reserved.cached_len
+            self.num_from_host, self.num_from_disk = reserved.num_host_tokens, reserved.num_disk_tokens
             self.num_prepared = reserved.num_prepared_tokens
             self.common_len = reserved.common_len
             idle_s = reserved.idle_time.ToTimedelta().total_seconds()

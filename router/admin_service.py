@@ -63,6 +63,10 @@ class AdminService(admin_pb2_grpc.AdminServiceServicer):
             num_free_pages=sum(state.num_free_pages for state in states),
             num_running=sum(state.num_running for state in states),
             num_waiting=sum(state.num_waiting for state in states),
+            num_host_pages=sum(state.num_host_pages for state in states),
+            num_host_cached_pages=sum(state.num_host_cached_pages for state in states),
+            num_disk_pages=sum(state.num_disk_pages for state in states),
+            num_disk_cached_pages=sum(state.num_disk_cached_pages for state in states),
         )
 
 

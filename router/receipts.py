@@ -13,6 +13,8 @@ from seamount.wire.hashes import PAGE_SIZE
 _COUNTS = (
     "num_prompt_tokens",
     "num_cached_tokens",
+    "num_host_tokens",
+    "num_disk_tokens",
     "num_decode_computed_tokens",
     "num_prefill_computed_tokens",
     "num_pulled_tokens",

@@ -21,6 +21,7 @@ from seamount.wire.hashes import SALT_BYTES
 from seamount.wire.ids import RankId
 from seamount.workers.cache.reservation import Reservation
 from seamount.workers.cache.reservations import Reservations
+from seamount.workers.cache.waiting import until_restored
 from seamount.workers.engine import Engine
 from seamount.workers.engine_stream import KEEP_ALIVE_S, run_request
 from seamount.workers.events import Finished, Progress
@@ -116,7 +117,11 @@ class Prefill:
     async def _run(
         self, request: worker_pb2.PrefillRequest, reservation: Reservation
     ) -> AsyncGenerator[worker_pb2.PrefillResponse, None]:
-        account = _Account(num_cached=reservation.cached_len)
+        account = _Account()
+        async with aclosing(self._waiting(until_restored(reservation), account, reservation)) as frames:
+            async for frame in frames:
+                yield frame
+        account.num_cached = reservation.cached_len
         end = len(request.token_ids) - 1
         if request.cached_len > reservation.cached_len and self._pull_pays(request.cached_len - reservation.cached_len):
             pull = self._pull(request, reservation, account)

@@ -57,7 +57,7 @@ class Sequence:
     @property
     def first_missing(self) -> int:
         """A sequence that samples computes its last token always, for its logits."""
-        computed_len = self.request.reservation.computed_len
+        computed_len = self.request.reservation.present_len
         return min(computed_len, self.target_len - 1) if self.samples else computed_len
 
     @property
@@ -235,7 +235,7 @@ class Scheduler:
 
     def schedule(self) -> Schedule:
         """Decode first, then prompts in order of arrival, within the limits; one that is on probation by itself, while
-        the others wait. Empty if nothing can move now."""
+        the others wait. Who waits for pages from a tier below sits out. Empty if nothing can move now."""
         lost: list[tuple[Sequence, SeamountError]] = []
         dropped = self._drop_background()
         stalled, preempted = self._make_room(lost)
@@ -244,7 +244,7 @@ class Scheduler:
         decode: list[Chunk] = []
         prompts: list[Sequence] = []
         complete: list[Sequence] = []
-        able = [sequence for sequence in self.running if sequence not in stalled]
+        able = [s for s in self.running if s not in stalled and not s.request.reservation.is_restoring]
         for sequence in _chosen(able):
             first, end = sequence.first_missing, sequence.target_len
             if sequence.samples and end - first == 1:

@@ -21,6 +21,7 @@ from seamount.wire.errors import InvalidArgument, SeamountError
 from seamount.wire.interceptors import listening, rank_interceptors
 from seamount.workers.ahead import Ahead
 from seamount.workers.cache.reservations import Reservations
+from seamount.workers.cache.retention import Tier
 from seamount.workers.draining import Draining
 from seamount.workers.engine import Engine
 from seamount.workers.experts.dispatch import ExpertParallel, GangExperts, LocalExperts
@@ -35,6 +36,8 @@ from seamount.workers.prefill import Prefill
 from seamount.workers.scheduler import EngineLimits
 from seamount.workers.service import WorkerService
 from seamount.workers.spec import RankSpec
+from seamount.workers.tiers.mover import Mover
+from seamount.workers.tiers.opening import open_tiers
 from seamount.workers.transfer.service import Transfer
 from seamount.workers.vocabulary import vocabulary_size
 
@@ -42,6 +45,8 @@ _LOG = logging.getLogger(__name__)
 _POOLS = {"prefill": worker_pb2.POOL_PREFILL, "decode": worker_pb2.POOL_DECODE}
 WATCH_EVERY_S = 0.1
 HOUSEKEEPING_S = 1.0
+TIERS_GRACE_S = 2.0
+"""What copies to disk that wait get when the rank stops."""
 DTYPES = {"float32": torch.float32, "float64": torch.float64, "bfloat16": torch.bfloat16}
 
 
@@ -63,6 +68,7 @@ class _Core:
     fingerprint: str
     reservations: Reservations
     engine: Engine
+    mover: Mover
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -135,6 +141,7 @@ class RankServer:
             await self._idle(grace_s)
             await parts.service.ahead.stop()
             await asyncio.to_thread(parts.core.engine.stop)
+            await asyncio.to_thread(parts.core.mover.stop, TIERS_GRACE_S)
             await parts.transfer.close()
         if self._server is not None:
             await self._server.stop(0.5)
@@ -150,6 +157,7 @@ class RankServer:
         assert self._parts is not None
         spec, core, transfer = self.spec, self._parts.core, self._parts.transfer
         cache, engine = core.reservations.state(), core.engine.state()
+        host, disk = core.reservations.tiers.state(Tier.HOST), core.reservations.tiers.state(Tier.DISK)
         return worker_pb2.RankState(
             rank_id=spec.rank_id,
             gang_id=spec.gang_id,
@@ -178,6 +186,12 @@ class RankServer:
             process_id=os.getpid(),
             kv_bytes_per_token=transfer.kv_bytes_per_token,
             num_leased_pages=cache.num_leased,
+            num_host_pages=host.num_pages,
+            num_host_cached_pages=host.num_cached,
+            num_disk_pages=disk.num_pages,
+            num_disk_cached_pages=disk.num_cached,
+            host_bytes_per_s=core.mover.rates.host,
+            disk_bytes_per_s=core.mover.rates.disk,
             num_blocked=engine.num_blocked,
             answer_s=engine.answer_s,
             num_prepared_tokens=engine.num_background_tokens,
@@ -217,7 +231,18 @@ class RankServer:
         )
         fingerprint = model_fingerprint(spec.model_path)
         planes = model.layout.allocate(config.num_hidden_layers, spec.num_pages, device)
-        reservations = Reservations(num_pages=spec.num_pages, fingerprint=fingerprint, layout=model.layout.signature)
+        host, disk = open_tiers(spec, planes, fingerprint=fingerprint, layout=model.layout.signature)
+        reservations = Reservations(
+            num_pages=spec.num_pages,
+            fingerprint=fingerprint,
+            layout=model.layout.signature,
+            num_below={
+                Tier.HOST: 0 if host is None else host.num_pages,
+                Tier.DISK: 0 if disk is None else disk.num_pages,
+            },
+        )
+        mover = Mover(reservations.tiers, planes, host=host, disk=disk)
+        mover.start()
         engine = Engine(
             model=model,
             planes=planes,
@@ -234,7 +259,14 @@ class RankServer:
             health_timeout_s=spec.step_timeout_s,
             on_fatal=self._on_fatal,
         )
-        return _Core(model=model, planes=planes, fingerprint=fingerprint, reservations=reservations, engine=engine)
+        return _Core(
+            model=model,
+            planes=planes,
+            fingerprint=fingerprint,
+            reservations=reservations,
+            engine=engine,
+            mover=mover,
+        )
 
     def _compose(self, core: _Core) -> _Parts:
         spec = self.spec
@@ -268,6 +300,7 @@ class RankServer:
             engine=core.engine,
             prefill=prefill,
             transfer=transfer,
+            rates=core.mover.rates,
             migration=Migration(spec=spec, reservations=core.reservations, transfer=transfer),
             ahead=Ahead(reservations=core.reservations, engine=core.engine),
             draining=Draining(spec=spec, reservations=core.reservations, metadata=bearer(spec.worker_token)),

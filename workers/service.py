@@ -7,6 +7,7 @@ from contextlib import aclosing, contextmanager, suppress
 from dataclasses import dataclass, field
 
 import grpc
+from google.protobuf import duration_pb2
 
 from seamount.v1 import common_pb2, worker_pb2, worker_pb2_grpc
 from seamount.wire import failpoints, limits
@@ -16,6 +17,7 @@ from seamount.workers.ahead import Ahead
 from seamount.workers.cache.reservation import Reservation
 from seamount.workers.cache.reservations import Reservations
 from seamount.workers.cache.retention import Importance, LeaseOutcome, Tier
+from seamount.workers.cache.waiting import until_restored
 from seamount.workers.draining import Draining
 from seamount.workers.engine import Engine
 from seamount.workers.engine_stream import run_request
@@ -24,8 +26,12 @@ from seamount.workers.migration import Migration
 from seamount.workers.prefill import Prefill, check_work
 from seamount.workers.requests import EngineRequest, SamplingParams
 from seamount.workers.spec import RankSpec
+from seamount.workers.tiers.mover import RestoreRates
 from seamount.workers.transfer.service import Transfer
 
+RESTORE_ANSWER_S = 0.5
+"""How long Reserve waits for pages from the tiers below: an answer before that tells what has really come. What takes
+longer is restored while the router goes on, and the engine waits for it."""
 ORPHAN_TIME_TO_LIVE_S = 1.0
 """Of a reservation whose Generate was broken off, or failed."""
 
@@ -47,7 +53,12 @@ _OUTCOMES = {
     LeaseOutcome.CLIPPED: common_pb2.LEASE_OUTCOME_CLIPPED,
     LeaseOutcome.DENIED: common_pb2.LEASE_OUTCOME_DENIED,
 }
-_TIERS = {Tier.DEVICE: common_pb2.CACHE_TIER_DEVICE, None: common_pb2.CACHE_TIER_UNSPECIFIED}
+_TIERS = {
+    None: common_pb2.CACHE_TIER_UNSPECIFIED,
+    Tier.DEVICE: common_pb2.CACHE_TIER_DEVICE,
+    Tier.HOST: common_pb2.CACHE_TIER_HOST,
+    Tier.DISK: common_pb2.CACHE_TIER_DISK,
+}
 
 Context = grpc.aio.ServicerContext[object, object]
 
@@ -68,6 +79,9 @@ class WorkerService(worker_pb2_grpc.WorkerServiceServicer):
     active: set[str] = field(default_factory=set)
     """Reservations with a Generate in progress here; they are renewed while it lasts."""
 
+    rates: RestoreRates = field(default_factory=RestoreRates)
+    """At which pages come from the tiers below."""
+
     num_streams: int = 0
     """Calls of Prefill and Generate in progress."""
 
@@ -82,6 +96,7 @@ class WorkerService(worker_pb2_grpc.WorkerServiceServicer):
             if not await self.ahead.yield_pages():
                 raise
             reservation = self._reserve(request)
+        await until_restored(reservation, RESTORE_ANSWER_S)
         reservation.num_prepared += self.ahead.came(request.session_id)
         return worker_pb2.ReserveResponse(
             reservation_id=reservation.id,
@@ -90,6 +105,9 @@ class WorkerService(worker_pb2_grpc.WorkerServiceServicer):
             left_len=reservation.left_len,
             idle_time=duration(reservation.idle_s),
             is_leased=reservation.is_leased,
+            num_host_tokens=reservation.num_tokens_from(Tier.HOST),
+            num_disk_tokens=reservation.num_tokens_from(Tier.DISK),
+            restore_time=self._restore_time(reservation),
             num_prepared_tokens=reservation.num_prepared,
         )
 
@@ -129,7 +147,11 @@ class WorkerService(worker_pb2_grpc.WorkerServiceServicer):
 
     async def Release(self, request: worker_pb2.ReleaseRequest, context: Context) -> worker_pb2.ReleaseResponse:
         self.engine.abort(request.reservation_id)
-        self.reservations.release(request.reservation_id, request.keep_len if request.HasField("keep_len") else None)
+        self.reservations.release(
+            request.reservation_id,
+            request.keep_len if request.HasField("keep_len") else None,
+            reuse_len=request.reuse_len if request.HasField("reuse_len") else None,
+        )
         return worker_pb2.ReleaseResponse()
 
     async def Retain(self, request: worker_pb2.RetainRequest, context: Context) -> worker_pb2.RetainResponse:
@@ -148,6 +170,10 @@ class WorkerService(worker_pb2_grpc.WorkerServiceServicer):
             num_rebuild_tokens=decision.rebuild_tokens,
             rebuild_time=duration(decision.rebuild_s),
         )
+
+    async def Restore(self, request: worker_pb2.RestoreRequest, context: Context) -> worker_pb2.RestoreResponse:
+        self.reservations.restore_ahead(request.session_id)
+        return worker_pb2.RestoreResponse()
 
     async def Migrate(
         self, request: worker_pb2.MigrateRequest, context: Context
@@ -220,6 +246,17 @@ class WorkerService(worker_pb2_grpc.WorkerServiceServicer):
             yield
         finally:
             self.num_streams -= 1
+
+    def _restore_time(self, reservation: Reservation) -> duration_pb2.Duration | None:
+        """What bringing up its tokens takes at the rates that were measured here; None: nothing to tell."""
+        seconds = 0.0
+        for tier, bytes_per_s in ((Tier.HOST, self.rates.host), (Tier.DISK, self.rates.disk)):
+            num_tokens = reservation.num_tokens_from(tier)
+            if num_tokens and bytes_per_s <= 0:
+                return None
+            if num_tokens:
+                seconds += num_tokens * self.transfer.kv_bytes_per_token / bytes_per_s
+        return duration(seconds) if seconds else None
 
     def _check_generate(self, reservation: Reservation, request: worker_pb2.WorkerServiceGenerateRequest) -> None:
         if request.epoch != reservation.epoch:

@@ -16,8 +16,9 @@ class RankSpec:
     """One rank: one process, on GPU one device.
 
     host: the one address that every listener of the rank binds to; port 0 = any free one. ``worker_token``: shared by
-    routers and ranks; None only on loopback. ``allow_forced_tokens``: tests of plain processes may dictate the sampled
-    ids; refused off loopback.
+    routers and ranks; None only on loopback. ``host_cache_bytes``, ``disk_cache_bytes``: of the tiers below the device,
+    0 = none; ``disk_cache_dir`` None = no disk. ``allow_forced_tokens``: tests of plain processes may dictate the
+    sampled ids; refused off loopback.
     """
 
     rank_id: RankId
@@ -29,6 +30,9 @@ class RankSpec:
     layout: str
     dtype: str
     num_pages: int
+    host_cache_bytes: int = 0
+    disk_cache_dir: Path | None = None
+    disk_cache_bytes: int = 0
     max_batch_tokens: int
     prefill_chunk_tokens: int
     max_running: int

@@ -105,6 +105,10 @@ class Leases:
         if lease is not None and lease.given_during != reservation.id:
             self._holdings.leases.end(reservation.session_id)
 
+    def ending(self, until: float) -> list[str]:
+        """Sessions whose lease ends by then."""
+        return [name for name, lease in self._holdings.sessions.leases.items() if lease.expires_at <= until]
+
     def end_expired(self, now: float) -> None:
         expired = [name for name, lease in self._holdings.sessions.leases.items() if lease.expires_at <= now]
         for session_id in expired:

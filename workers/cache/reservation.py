@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from enum import Enum
 
 from seamount.workers.cache.prefix import PageNode
+from seamount.workers.cache.retention import Tier
 
 ReservationKey = tuple[str, str, int, int]
 """session, turn, epoch, attempt."""
@@ -39,7 +40,6 @@ class Reservation:
     cached_len_at_first: ``cached_len`` when made;
     expires_at, time_to_live_s: seconds of the owner's monotonic clock.
 
-    num_host_tokens, num_disk_tokens: of the prompt, found below the device when this was made.
     nodes: pinned pages of the tree, for the leading tokens; ``pages[i]`` is ``nodes[i].page``, or an own copy where
     another sequence computed the same page first. num_found: leading nodes that were cached when pages were assigned.
     to_restore: pages of the tree behind ``nodes`` that are on their way into ``pages``: nobody computes, sends or
@@ -74,11 +74,11 @@ class Reservation:
     pages: list[int] = field(default_factory=list)
     nodes: list[PageNode] = field(default_factory=list, repr=False)
     num_found: int = 0
-    num_host_tokens: int = 0
-    num_disk_tokens: int = 0
     to_restore: deque[PageNode] = field(default_factory=deque, repr=False)
+    restored_from: list[Tier] = field(default_factory=list, repr=False)
     not_restored: list[PageNode] = field(default_factory=list, repr=False)
     restored: Future[None] | None = field(default=None, repr=False)
+    is_ahead: bool = False
     computed_len: int = 0
     cached_len_at_first: int = 0
     receive: tuple[int, int] | None = None
@@ -104,6 +104,10 @@ class Reservation:
         """Prompt tokens whose entries are here, in any tier; at most ``prompt_len - 1``: the last one is always
         computed."""
         return min(self.present_len, self.prompt_len - 1)
+
+    def num_tokens_from(self, tier: Tier) -> int:
+        """Tokens that were found in a tier below the device, and have come from there or are on their way."""
+        return self.restored_from.count(tier) * self.page_size
 
     @property
     def kept_len(self) -> int:

@@ -27,6 +27,11 @@ from seamount.workers.cache.restores import Restores
 from seamount.workers.cache.retention import Importance, LeaseDecision, Tier
 from seamount.workers.cache.tier_door import TierDoor
 
+AHEAD_S = 2.0
+"""Before a lease ends its pages are brought up: its end is when the session is expected."""
+AHEAD_SHARE = 0.5
+"""Of the pages that are available: more are not taken ahead of need."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CacheState:
@@ -79,7 +84,7 @@ class Reservations:
         self._fingerprint, self._layout, self._clock = fingerprint, layout, clock
         self._lock = threading.RLock()
         self._holdings = Holdings(num_pages=num_pages, page_size=page_size, clock=clock, num_below=num_below)
-        self._restores = Restores(self._holdings, on_end=self._end_use)
+        self._restores = Restores(self._holdings, on_end=self._end_restore)
         self.tiers = TierDoor(self._lock, self._holdings, self._restores)
         self._leases = Leases(self._holdings)
         self._fences = EpochFences()
@@ -300,12 +305,30 @@ class Reservations:
                 now=now,
             )
 
+    def restore_ahead(self, session_id: str) -> bool:
+        """Bring what the session left here up to the device, because it is about to come back.
+
+        Whether anything is on its way: not where the session is at work, or most pages that are available would go.
+        """
+        with self._lock:
+            reservation = self._ahead(session_id)
+            if reservation is None or not self._assign(reservation, array("I", reservation.token_ids)):
+                return False
+            reservation.expires_at = self._clock() + reservation.time_to_live_s
+            self._live[reservation.id] = self._by_key[reservation.key] = reservation
+            if not reservation.is_restoring:
+                self._end(reservation, None)
+            return True
+
     def expire(self, now: float | None = None) -> list[str]:
         """End those whose time is over, as ``release`` does, and leases; returns the ids of the reservations after
-        ``on_abort`` had each."""
+        ``on_abort`` had each. Sessions whose lease ends soon are restored."""
         aborted: list[str] = []
         with self._lock:
-            self._end_expired(self._clock() if now is None else now, aborted)
+            now = self._clock() if now is None else now
+            self._end_expired(now, aborted)
+            for session_id in self._leases.ending(now + AHEAD_S):
+                self.restore_ahead(session_id)
         self._report(aborted)
         return aborted
 
@@ -521,6 +544,36 @@ class Reservations:
             self._restores.begin(reservation)
         self.tiers.wake()
         return True
+
+    def _ahead(self, session_id: str) -> Reservation | None:
+        record = self._holdings.sessions.get(session_id)
+        key = ("", f"ahead/{session_id}", 0, 0)
+        if record is None or record.live_id is not None or key in self._by_key:
+            return None
+        nodes, _ = self._holdings.leases.left(record)
+        num_below = sum(1 for node in nodes if node.page is None)
+        if not 0 < num_below <= AHEAD_SHARE * self._holdings.pool.num_available:
+            return None
+        return Reservation(
+            id=secrets.token_hex(16),
+            session_id=key[0],
+            turn_id=key[1],
+            epoch=key[2],
+            attempt=key[3],
+            root=record.left_root,
+            token_ids=[*record.left[: len(nodes) * self.page_size], 0],  # the last token is never restored
+            prompt_len=len(nodes) * self.page_size + 1,
+            prompt_digest=b"",
+            digests=[node.digest for node in nodes],
+            page_size=self.page_size,
+            time_to_live_s=MAX_RESERVATION_S,
+            is_ahead=True,
+        )
+
+    def _end_restore(self, reservation: Reservation) -> None:
+        self._end_use(reservation)
+        if reservation.is_ahead and reservation.id in self._live:
+            self._end(reservation, None)
 
     def _is_live(self, session_id: str) -> bool:
         record = self._holdings.sessions.get(session_id)

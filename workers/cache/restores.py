@@ -50,10 +50,8 @@ class Restores:
 
     def begin(self, reservation: Reservation) -> None:
         """Pages were assigned to it, some of which are to be restored."""
-        size = self._holdings.page_size
-        tiers = [node.best_copy for node in reservation.to_restore]
-        reservation.num_host_tokens = size * tiers.count(Tier.HOST)
-        reservation.num_disk_tokens = size * tiers.count(Tier.DISK)
+        found = [node.best_copy for node in reservation.to_restore]
+        reservation.restored_from = [tier for tier in found if tier is not None]
         reservation.restored = Future()
         reservation.num_uses += 1
         self._queue.append(reservation)
@@ -74,7 +72,9 @@ class Restores:
         """The first ``num_good`` pages are there and verified; damaged: the one behind them, where that is why."""
         reservation, self._reading = restore.reservation, None
         if reservation.state is ReservationState.ACTIVE:
-            for _ in range(num_good):
+            for fetch in restore.fetches[:num_good]:
+                if fetch.node.copies.get(fetch.tier) is not fetch.copy:
+                    break  # its slot may have been another page's while it was read
                 self._settle(reservation)
         if damaged is not None and damaged.node.copies.get(damaged.tier) is damaged.copy:
             self._holdings.lose_copy(damaged.node, damaged.tier)
@@ -129,6 +129,7 @@ class Restores:
         for node in reservation.to_restore:
             node.num_wanted -= 1
         reservation.not_restored = [node for node in reservation.to_restore if node.copies or node.page is not None]
+        del reservation.restored_from[len(reservation.restored_from) - len(reservation.to_restore) :]
         reservation.to_restore.clear()
         if reservation.restored is not None:
             reservation.restored.set_result(None)

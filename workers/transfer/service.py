@@ -29,6 +29,7 @@ from seamount.wire.hashes import ROOT_BYTES
 from seamount.wire.ids import RankId
 from seamount.workers.cache.reservation import Reservation
 from seamount.workers.cache.reservations import Reservations
+from seamount.workers.cache.waiting import until_restored
 from seamount.workers.transfer.frames import FrameShape
 from seamount.workers.transfer.link import Inbound, Outbound, complete
 from seamount.workers.transfer.links import Agreement, Connect, Links, OpenedLink
@@ -246,6 +247,7 @@ class Transfer(transfer_pb2_grpc.TransferServiceServicer):
         link = await self._links.accepted(request.link_id)
         reservation = self._reservations.begin_use(request.reservation_id)
         try:
+            await until_restored(reservation, self._timeout_s)
             if not request.first < request.end <= reservation.computed_len:
                 raise OutOfRange(
                     f"positions [{request.first}, {request.end}) were asked for; those before "
@@ -274,6 +276,7 @@ class Transfer(transfer_pb2_grpc.TransferServiceServicer):
                 metadata={"epoch": str(reservation.epoch)},
             )
         await self._end_earlier_push(reservation)
+        await until_restored(reservation, self._timeout_s)
         receive = self._begin_receive(reservation.id, request.first, request.end)
         inbound: Inbound | None = None
         try:

@@ -78,15 +78,19 @@ class CacheMachine(RuleBasedStateMachine):
     # ---- the simulated planes
 
     def _entry(self, reservation: Reservation, position: int) -> tuple[bytes, tuple[int, ...]]:
-        return (self.salts[reservation.id], tuple(reservation.token_ids[: position + 1]))
+        (salt,) = [salt for salt in SALTS if root_hash(salt, "f", "l") == reservation.root]
+        return (salt, tuple(reservation.token_ids[: position + 1]))
 
     def _write(self, reservation: Reservation, first: int, end: int, *, spoilt: bool = False) -> None:
         for position, slot in zip(range(first, end), reservation.slots(first, end), strict=True):
             self.memory[slot] = object() if spoilt else self._entry(reservation, position)
 
     def _live(self, pick: int) -> Reservation:
-        live = list(self.caches._live.values())
+        live = self._of_turns()
         return live[pick % len(live)]
+
+    def _of_turns(self) -> list[Reservation]:
+        return [reservation for reservation in self.caches._live.values() if not reservation.is_ahead]
 
     # ---- rules
 
@@ -186,7 +190,7 @@ class CacheMachine(RuleBasedStateMachine):
         if reservation is not None:
             self._release(reservation, None)
 
-    @precondition(lambda self: self.caches._live)
+    @precondition(lambda self: self._of_turns())
     @rule(pick=picks, change=st.booleans())
     def repeat(self, pick: int, change: bool) -> None:
         reservation = self._live(pick)
@@ -210,7 +214,7 @@ class CacheMachine(RuleBasedStateMachine):
         assert not change
         assert again.expires_at == self.now + 5
 
-    @precondition(lambda self: self.caches._live)
+    @precondition(lambda self: self._of_turns())
     @rule(pick=picks, count=st.sampled_from([1, 5, 26]))
     def compute(self, pick: int, count: int) -> None:
         reservation = self._live(pick)
@@ -222,7 +226,7 @@ class CacheMachine(RuleBasedStateMachine):
         self.caches.advance(reservation.id, end)
         assert reservation.computed_len == end
 
-    @precondition(lambda self: self.caches._live)
+    @precondition(lambda self: self._of_turns())
     @rule(pick=picks, token_id=st.integers(0, 1))
     def append(self, pick: int, token_id: int) -> None:
         reservation = self._live(pick)
@@ -234,20 +238,20 @@ class CacheMachine(RuleBasedStateMachine):
             state = self.caches.state()
             assert state.num_free + state.num_cached == state.num_leased
 
-    @precondition(lambda self: self.caches._live)
+    @precondition(lambda self: self._of_turns())
     @rule(pick=picks)
     def preempt(self, pick: int) -> None:
         reservation = self._live(pick)
         assert self.caches.preempt(reservation.id) == (reservation.num_uses == 0)
 
-    @precondition(lambda self: self.caches._live)
+    @precondition(lambda self: self._of_turns())
     @rule(pick=picks)
     def resume(self, pick: int) -> None:
         reservation = self._live(pick)
         if self.caches.resume(reservation.id):
             assert reservation.capacity > len(reservation.token_ids) - 1
 
-    @precondition(lambda self: self.caches._live)
+    @precondition(lambda self: self._of_turns())
     @rule(pick=picks, first=st.integers(-3, 2), length=st.integers(1, 12))
     def begin_receive(self, pick: int, first: int, length: int) -> None:
         reservation = self._live(pick)
@@ -276,7 +280,7 @@ class CacheMachine(RuleBasedStateMachine):
         self._write(reservation, first, verified)
         self.caches.end_receive(reservation.id, verified)
 
-    @precondition(lambda self: self.caches._live)
+    @precondition(lambda self: self._of_turns())
     @rule(pick=picks)
     def begin_step(self, pick: int) -> None:
         reservation = self._live(pick)
@@ -299,7 +303,7 @@ class CacheMachine(RuleBasedStateMachine):
             self.caches.advance(reservation.id, end)
         self.caches.end_use(reservation.id)
 
-    @precondition(lambda self: self.caches._live)
+    @precondition(lambda self: self._of_turns())
     @rule(pick=picks, cut=st.none() | st.integers(-2, 9))
     def release(self, pick: int, cut: int | None) -> None:
         self._release(self._live(pick), cut)
