@@ -102,14 +102,15 @@ class Generation:
                 self.num_left = self._num_tokens
                 await self.release(None)
 
-    async def release(self, keep_len: int | None) -> None:
-        """End the reservation, keeping the first ``keep_len`` cached tokens. Best effort: a reservation expires."""
+    async def release(self, keep_len: int | None, *, reuse_len: int | None = None) -> None:
+        """End the reservation, keeping the first ``keep_len`` cached tokens, of which the session's next prompt can
+        begin with ``reuse_len`` at the most. Best effort: a reservation expires."""
         try:
             with suppress(SeamountError):
                 if self._unclaimed is not None:
                     self._reservation_id = ReservationId((await self._unclaimed).reservation_id)
                 if self._decode is not None and self._reservation_id is not None:
-                    await self._decode.release(self._reservation_id, keep_len=keep_len)
+                    await self._decode.release(self._reservation_id, keep_len=keep_len, reuse_len=reuse_len)
         finally:
             self._unclaimed = None
             self._forget_reservation()

@@ -161,10 +161,16 @@ class History:
             token_ids.extend(segment)
         return token_ids
 
+    def context(self, records: Sequence[record_pb2.TurnRecord], mode: ThinkingMode) -> array[int]:
+        """What the next prompt begins with of committed turns: with their last reasoning while calls wait."""
+        token_ids = array("I", [self._tokenizer.control_id(Control.BOS)])
+        for segment in self._segments(records, mode, user_follows=rests(records), discards=discards_of(records)):
+            token_ids.extend(segment)
+        return token_ids
+
     def num_context_tokens(self, records: Sequence[record_pb2.TurnRecord], mode: ThinkingMode) -> int:
-        """Tokens that the committed turns take in the next prompt: with their last reasoning while calls wait."""
-        segments = self._segments(records, mode, user_follows=rests(records), discards=discards_of(records))
-        return 1 + sum(map(len, segments))
+        """Length of ``context``."""
+        return len(self.context(records, mode))
 
     def unknown(
         self, records: Sequence[record_pb2.TurnRecord], mode: ThinkingMode, *, user_follows: bool, discards: Discards
@@ -243,6 +249,18 @@ class History:
             if token_ids[i] == end_think:
                 return token_ids[i + 1 :]
         return token_ids[output.num_reasoning_tokens :]  # the thought was ended by EOS
+
+
+def common_len(one: array[int], other: array[int]) -> int:
+    """Length of the longest common prefix; by halves, as slices compare fast."""
+    low, high = 0, min(len(one), len(other))
+    while low < high:
+        middle = (low + high + 1) // 2
+        if one[low:middle] == other[low:middle]:
+            low = middle
+        else:
+            high = middle - 1
+    return low
 
 
 def rests(records: Sequence[record_pb2.TurnRecord]) -> bool:

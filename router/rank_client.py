@@ -100,9 +100,11 @@ class RankClient:
         with self._typed():
             return await self._stub.Reserve(request, timeout=self._call_timeout_s, metadata=self._metadata)
 
-    async def release(self, reservation_id: ReservationId, *, keep_len: int | None) -> None:
+    async def release(
+        self, reservation_id: ReservationId, *, keep_len: int | None, reuse_len: int | None = None
+    ) -> None:
         """End a reservation. Raises as ``reserve`` does."""
-        request = worker_pb2.ReleaseRequest(reservation_id=reservation_id, keep_len=keep_len)
+        request = worker_pb2.ReleaseRequest(reservation_id=reservation_id, keep_len=keep_len, reuse_len=reuse_len)
         with self._typed():
             await self._stub.Release(request, timeout=self._call_timeout_s, metadata=self._metadata)
 

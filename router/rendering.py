@@ -7,6 +7,7 @@ large one the thread encodes what is not remembered yet, with nothing shared, an
 from __future__ import annotations
 
 import asyncio
+from array import array
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import TypeVar
@@ -56,8 +57,12 @@ class Rendering:
 
     async def num_context_tokens(self, records: Sequence[record_pb2.TurnRecord], mode: ThinkingMode) -> int:
         """``History.num_context_tokens``."""
+        return len(await self.context(records, mode))
+
+    async def context(self, records: Sequence[record_pb2.TurnRecord], mode: ThinkingMode) -> array[int]:
+        """``History.context``."""
         await self._ahead(records, (), mode, user_follows=rests(records), discards=discards_of(records), num_bytes=0)
-        return self.history.num_context_tokens(records, mode)
+        return self.history.context(records, mode)
 
     async def settled(self, records: Sequence[record_pb2.TurnRecord], mode: ThinkingMode) -> list[int]:
         """``History.settled``."""

@@ -6,6 +6,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
+from array import array
 from collections.abc import Sequence
 from contextlib import aclosing, suppress
 from dataclasses import dataclass, field
@@ -13,7 +14,7 @@ from dataclasses import dataclass, field
 from seamount.router.context_policy import NOTHING, Discards
 from seamount.router.events import TurnEvents, status_of
 from seamount.router.generation import Generation, deadline_passed
-from seamount.router.history import pending_after, sampled_message
+from seamount.router.history import common_len, pending_after, sampled_message
 from seamount.router.messages import ThinkingMode, TurnPlan, tool_calls_to_proto
 from seamount.router.rendering import Rendering
 from seamount.router.retention import Retention
@@ -46,7 +47,8 @@ class TurnParts:
 class Turn:
     """One turn in the making; owned by its task. ``discards``: what its prompt leaves out; ``generation``: None where
     it only records; ``deadline``: by ``time.monotonic()``; ``is_ending``: its outcome is being stored, to cancel it is
-    too late. A turn that was taken over has its logged tokens in ``generation``, ``events`` and ``stream`` already."""
+    too late; ``reuse_len``: of its tokens, what the next prompt can begin with. A turn that was taken over has its
+    logged tokens in ``generation``, ``events`` and ``stream`` already."""
 
     begun: BegunTurn
     input: Sequence[common_pb2.Message]
@@ -62,6 +64,7 @@ class Turn:
     log: TurnLog
     stream: TurnStream
     logprobs: list[common_pb2.TokenLogprobs] = field(default_factory=list)
+    reuse_len: int | None = None
     cancelled_by_client: bool = False
     is_ending: bool = False
     told_when_committed: Sequence[events_pb2.TurnEvent] = ()
@@ -100,7 +103,7 @@ async def run_turn(turn: Turn, parts: TurnParts) -> bool:
     finally:
         turn.log.drop()
         if turn.generation is not None:
-            await turn.generation.release(keep_len)
+            await turn.generation.release(keep_len, reuse_len=turn.reuse_len)
 
 
 async def generate(turn: Turn) -> common_pb2.FinishReason:
@@ -163,11 +166,14 @@ async def commit(turn: Turn, record: record_pb2.TurnRecord, parts: TurnParts) ->
     if rank is not None and calls:
         lease = await parts.retention.while_tools_run(begun.tenant, begun.session_id, rank, calls)
     failpoints.reached("router.commit", len(record.output.token_ids))
+    context = await parts.rendering.context((*begun.records, record), turn.mode)
+    if turn.generation is not None:
+        turn.reuse_len = common_len(context, array("I", [*turn.generation.prompt, *record.output.token_ids]))
     await parts.sessions.commit_turn(
         begun,
         record,
         rank=rank or begun.view.last_rank,
-        num_context_tokens=await parts.rendering.num_context_tokens((*begun.records, record), turn.mode),
+        num_context_tokens=len(context),
         lease=lease,
         budget_s=COMMIT_BUDGET_S,
     )

@@ -159,6 +159,26 @@ async def test_a_commit_without_an_answer_has_one_outcome(
     assert (await turns.sessions.get(ALICE, session_id)).session.head == 1
 
 
+@pytest.mark.parametrize("mode", [common_pb2.THINKING_MODE_CHAT, common_pb2.THINKING_MODE_THINKING])
+async def test_the_rank_hears_what_the_next_question_cuts(
+    turns: Turns, system: Any, mode: common_pb2.ThinkingMode
+) -> None:
+    rank = await system.add("decode-a")
+    made = session_pb2.CreateSessionRequest(
+        thinking_mode=mode, defaults=common_pb2.SamplingParameters(max_output_tokens=5)
+    )
+    session_id = SessionId((await turns.sessions.create(ALICE, made, model="m")).id)
+    await events(turns, request(session_id))
+    await system.until(lambda: rank.released)
+    released = rank.released[-1]
+    await events(turns, request(session_id, "again"))
+    first, second = (list(one.token_ids) for one in rank.reserved)
+    fed = [*first, *range(rank.TOKENS, rank.TOKENS + 5)]
+    same = next((i for i, one in enumerate(fed) if one != second[i]), len(fed))
+    assert (released.keep_len, released.reuse_len) == (len(fed), same)
+    assert (same < len(first)) == (mode == common_pb2.THINKING_MODE_THINKING), "reasoning is cut with its tag"
+
+
 async def test_where_the_store_says_nothing_the_client_is_told_to_retry(
     turns: Turns, system: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:

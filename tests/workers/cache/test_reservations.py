@@ -595,6 +595,23 @@ def test_the_least_recently_used_sessions_go_first_deepest_page_first(make_cache
     cache.release(filler)
 
 
+def test_what_the_next_turn_does_not_reach_goes_first(make_cache: MakeCache) -> None:
+    cache = make_cache(6)
+    reservation = cache.reserve([1] * 10, session="a")
+    cache.caches.advance(reservation.id, 10)
+    cache.caches.release(reservation.id, 10, reuse_len=6)  # of 2 full pages and a tail, the first page
+    assert cache.caches.state().num_free == 4, "no tail is kept"
+    cache.clock.now += 1e6
+    cache.leave([2] * 10, session="b")
+    cache.clock.now += 1.0
+    cache.release(cache.reserve([3] * 7, session="c"), keep_len=0)  # 2 pages: a free one and a's second
+    found = cache.reserve([1] * 11, session="a", epoch=2)
+    assert (found.cached_len, found.common_len, found.left_len) == (4, 10, 10), "what it left is still known"
+    cache.release(found, keep_len=0)
+    with pytest.raises(InvalidArgument, match="reuse_len"):
+        cache.caches.release("r", reuse_len=-1)
+
+
 def test_eviction_never_orphans_a_page(make_cache: MakeCache, rng: random.Random) -> None:
     cache = make_cache(12)
     for turn in range(200):
