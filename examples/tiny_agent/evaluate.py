@@ -155,7 +155,7 @@ def main(
         journal = Journal(out, subject)
     except ValueError as error:
         raise typer.BadParameter(str(error), param_hint="--out") from None
-    console = Console()
+    console, failure = Console(), ""
     columns = (TextColumn("{task.description:24}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     with Progress(*columns, console=console, transient=True) as progress, tempfile.TemporaryDirectory() as scratch:
         keep = Keeper(
@@ -175,11 +175,17 @@ def main(
             jobs: list[Job] = []
             if missing and "dense" in names:
                 jobs.append(partial(measure_recall, missing, seed, checkpoint, devices[-1]))
-            run_jobs([*jobs, *play_jobs(lanes, forms, devices, deadline)], keep)
+            try:
+                run_jobs([*jobs, *play_jobs(lanes, forms, devices, deadline)], keep)
+            except RuntimeError as error:  # what was played is reported all the same
+                failure = str(error)
     report = Report.of(journal.results, subject)
     report.print(console)
     write_json(report, out)
     console.print(f"{out}/evaluation.json; python -m examples.tiny_agent.report {out} draws a plot")
+    if failure:
+        console.print(failure, style="red", markup=False, highlight=False)
+        raise typer.Exit(1)
 
 
 if __name__ == "__main__":

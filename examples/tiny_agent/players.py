@@ -92,29 +92,47 @@ Take = Callable[[int], int | None]
 def play_lanes(
     lanes: Sequence[Lane], checkpoints: Checkpoints, device: str, take: Take, tell: Callable[[Told], None]
 ) -> None:
-    """Play what ``take`` gives, lane after lane."""
+    """Play what ``take`` gives, lane after lane. One that fails does not keep the others from being played.
+
+    Raises RuntimeError with the errors of those that failed.
+    """
     tokenizer = Tokenizer.load(checkpoints.plain)
-    models: dict[str, Transformer] = {}
+    errors = []
     for number, lane in enumerate(lanes):
-        first = take(number)
-        if first is None:
-            continue
-        began = time.monotonic()
-        if lane.model not in models:
-            models[lane.model] = checkpoints.load(lane.model, device)
-        rollouts = Rollouts(models[lane.model], num_conversations=lane.num_conversations, max_tokens=lane.max_tokens)
-        for group, outcomes in play_groups(_taken(lane, number, first, take), rollouts, tokenizer):
-            tell(Played(model=lane.model, group=group, outcomes=outcomes))
-        seconds = time.monotonic() - began
-        tell(Pace(model=lane.model, max_tokens=lane.max_tokens, work=rollouts.work, seconds=seconds))
-        del rollouts  # its caches: the next ones need the memory
+        try:
+            _play_lane(lane, checkpoints, device, tokenizer, partial(take, number), tell)
+        except Exception:
+            errors.append(traceback.format_exc())
+    if errors:
+        raise RuntimeError("\n".join(errors))
 
 
-def _taken(lane: Lane, number: int, first: int, take: Take) -> Iterator[Group]:
+def _play_lane(
+    lane: Lane,
+    checkpoints: Checkpoints,
+    device: str,
+    tokenizer: Tokenizer,
+    take: Callable[[], int | None],
+    tell: Callable[[Told], None],
+) -> None:
+    first = take()
+    if first is None:
+        return
+    began = time.monotonic()
+    rollouts = Rollouts(
+        checkpoints.load(lane.model, device), num_conversations=lane.num_conversations, max_tokens=lane.max_tokens
+    )
+    for group, outcomes in play_groups(_taken(lane, first, take), rollouts, tokenizer):
+        tell(Played(model=lane.model, group=group, outcomes=outcomes))
+    seconds = time.monotonic() - began
+    tell(Pace(model=lane.model, max_tokens=lane.max_tokens, work=rollouts.work, seconds=seconds))
+
+
+def _taken(lane: Lane, first: int, take: Callable[[], int | None]) -> Iterator[Group]:
     at: int | None = first
     while at is not None:
         yield lane.groups[at]
-        at = take(number)
+        at = take()
 
 
 @dataclass(slots=True)

@@ -17,6 +17,7 @@ LENGTHS = (1024, 2048, 4096, 8192, 16384)
 DEPTHS = (0.0, 0.25, 0.5, 0.75, 1.0)
 SHORT_CONTEXT, ROOM = 2560, 512
 """Tokens: contexts of all tasks but needles; what a needle's context has beyond its document."""
+_NEEDLES_OF_A_GROUP = 16
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -95,7 +96,8 @@ class Suite:
                     yield replace(group, row="plan, cut", given=True, keeps_reasoning=False)
 
     def _needles(self) -> Iterator[Group]:
-        for first in range(0, self.num_needles, self.group_size):
+        size = min(self.group_size, _NEEDLES_OF_A_GROUP)
+        for first in range(0, self.num_needles, size):
             for length in sorted(self.lengths, reverse=True):
                 for depth in self.depths:
                     yield Group(
@@ -103,7 +105,7 @@ class Suite:
                         kind=TaskKind.NEEDLE,
                         seed=self.seed,
                         first=first,
-                        num_tasks=min(self.group_size, self.num_needles - first),
+                        num_tasks=min(size, self.num_needles - first),
                         length=length,
                         depth=depth,
                     )

@@ -277,8 +277,11 @@ def test_processes_share_the_tasks_and_play_them_as_one_would(
     assert sampled == sum(one.num_output_tokens for made in outcomes.values() for one in made)
 
 
-def test_a_process_that_fails_is_reported() -> None:
-    lane = Lane(model="sparse", groups=Suite(seed=1, num_tasks=1, num_needles=0).groups()[:1], num_conversations=1)
-    nowhere = Checkpoints(plain=Path("/nowhere"), fp8=Path("/nowhere"))
+def test_a_lane_that_fails_is_reported_and_the_others_are_played(forms: Checkpoints) -> None:
+    groups = tuple(Suite(seed=1, num_tasks=1, num_needles=0, kinds=(TaskKind.NO_TOOL,)).groups())
+    lanes = [Lane(model=model, groups=groups, num_conversations=1) for model in ("fp8", "sparse")]
+    told: list[Played | Pace] = []
+    without = Checkpoints(plain=forms.plain, fp8=Path("/nowhere"))
     with pytest.raises(RuntimeError, match="nowhere"):
-        run_jobs(play_jobs([lane], nowhere, ["cpu"], time.time() + 600), lambda told: None)
+        run_jobs(play_jobs(lanes, without, ["cpu"], time.time() + 600), told.append)
+    assert [one.model for one in told if isinstance(one, Played)] == ["sparse"]
