@@ -222,9 +222,9 @@ async def run(num_turns: int, num_turns_many: int, num_rounds: int, folder: Path
                 }
                 results = {name: Measured() for name in ways}
                 for way in ways.values():
-                    await measure(way, num_streams, num_streams * 2, Measured())  # warm
+                    await measure(way, num_streams, num_streams, Measured())  # warm
                 wanted = num_turns if num_streams == 1 else num_turns_many
-                per_round = max(2 * num_streams, wanted // num_rounds)
+                per_round = max(num_streams, wanted // num_rounds)
                 for _ in range(num_rounds):
                     for name, way in ways.items():
                         await measure(way, num_streams, per_round, results[name])
@@ -259,12 +259,12 @@ def row(name: str, num_streams: int, num_output: int, results: dict[str, Measure
 
 
 def main(
-    turns: Annotated[int, typer.Option(min=1, help="Turns of each way with one stream.")] = 200,
-    turns_many: Annotated[int, typer.Option(min=1, help="Turns of each way with several streams.")] = 64,
-    rounds: Annotated[int, typer.Option(min=1, help="The ways alternate this often.")] = 4,
+    turns: Annotated[int, typer.Option(min=1, help="Turns of each way with one stream.")] = 60,
+    turns_many: Annotated[int, typer.Option(min=1, help="Turns of each way with several streams.")] = 32,
+    rounds: Annotated[int, typer.Option(min=1, help="The ways alternate this often.")] = 2,
     json: Annotated[bool, typer.Option("--json", help="JSON lines instead of a table.")] = False,
 ) -> None:
-    """Measure on this machine; a few minutes.
+    """Measure on this machine; four minutes.
 
     Examples: python -m benchmarks.latency --turns 20 --turns-many 1 --rounds 2 · python -m benchmarks.latency --json
     """

@@ -1,127 +1,221 @@
-"""What logging a token before its events are told adds to it: from the rank's frame to the client's event.
+"""What the token log costs: the same turns through a router that logs each token before it tells it, and through one
+that does not, on the same ranks and the same Redis, which syncs its file before every answer.
 
-The log's writer alone, with a real server that syncs its file before every answer. Each turn adds a token every 20 ms,
-at a moment of its own; the delay is from ``TurnLog.add`` to the delivery of the events. No rank, no model: what they do
-to the same cores is in benchmarks.latency.
+Both routers begin and commit their turns alike. With one stream, turns go to the two in turn. With many, the two take
+short rounds in turn, and each pair of rounds gives one ratio of token rates: what else the machine does meets both. First
+tokens of many streams are compared in rounds where each stream's turns alternate. Beside the clock stands the processor
+time of router, Redis and ranks, which other work on the machine changes least.
 
-    python -m benchmarks.token_log                    the table of docs/performance.md
-    python -m benchmarks.token_log --seconds 2        a quick look
+    python -m benchmarks.token_log                                    the table of docs/performance.md
+    python -m benchmarks.token_log --turns 10 --pairs 1               a quick look
 """
 
 from __future__ import annotations
 
 import asyncio
-import random
+import json
+import os
+import sys
 import tempfile
 import time
-from collections.abc import Sequence
+import uuid
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated
 
+import grpc
 import typer
 
 from benchmarks._report import Row, load_average, percentile, publish
+from seamount.cluster.checkpoint import init_checkpoint
+from seamount.cluster.local import LocalCluster
+from seamount.cluster.process import RouterStart
 from seamount.cluster.redis_server import RedisServer
-from seamount.router.session_turns import BegunTurn
-from seamount.router.sessions import Sessions
-from seamount.router.store import Store
-from seamount.router.stored import AppendArguments
-from seamount.router.token_log import TokenLog
-from seamount.v1 import events_pb2, record_pb2, session_pb2
-from seamount.wire.errors import SeamountError
-from seamount.wire.ids import RankId, RouterId, SessionId, TenantId
+from seamount.cluster.settings import validate
+from seamount.router.session_service import FORCED_TOKENS_KEY
+from seamount.router.tokenizer import Tokenizer
+from seamount.v1 import common_pb2, session_pb2, session_pb2_grpc
 
-PACE_S = 0.02
-TURNS = (1, 32, 128)
-TENANT = TenantId("bench")
+NUM_STREAMS = 32
+OUTPUT_TOKENS = 48
+"""Of each turn of many streams; those of one stream are for first tokens, and have few."""
+FEW_TOKENS = 8
+PROMPT_WORDS = 4
 
 
-class Flushes:
-    """Counts the round trips of a ``Sessions``."""
+@dataclass(slots=True, kw_only=True)
+class Way:
+    """One router, and what was measured there: seconds to the first token, alone and of many; tokens a second;
+    processor seconds a token of ``pids``, the processes that serve its turns."""
 
-    def __init__(self, sessions: Sessions) -> None:
-        self.num = 0
-        self._append = sessions.append_tokens
-        sessions.append_tokens = self  # type: ignore[method-assign,assignment]
-
-    async def __call__(self, appends: Sequence[AppendArguments]) -> list[SeamountError | None]:
-        self.num += 1
-        return await self._append(appends)
-
-
-async def begun(sessions: Sessions) -> BegunTurn:
-    session = await sessions.create(TENANT, session_pb2.CreateSessionRequest(), model="m")
-    turn = await sessions.begin_turn(
-        TENANT,
-        SessionId(session.id),
-        key="k",
-        body_hash=bytes(32),
-        start=record_pb2.TurnStart(),
-        time_to_live_s=600.0,
-    )
-    assert isinstance(turn, BegunTurn)
-    return turn
+    name: str
+    sessions: session_pb2_grpc.SessionServiceStub
+    pids: tuple[int, ...]
+    first_alone: list[float] = field(default_factory=list)
+    first_of_many: list[float] = field(default_factory=list)
+    rates: list[float] = field(default_factory=list)
+    cpu_s: list[float] = field(default_factory=list)
 
 
-async def one_turn(token_log: TokenLog, turn: BegunTurn, until: float, delays: list[float]) -> None:
-    added: list[float] = []
-
-    def deliver(events: Sequence[events_pb2.TurnEvent]) -> None:
-        now = time.perf_counter()
-        delays.extend(now - added[event.sequence] for event in events)
-
-    log = token_log.open(turn, deliver)
-    await asyncio.sleep(random.uniform(0, PACE_S))
-    while time.perf_counter() < until:
-        event = events_pb2.TurnEvent(turn_id=turn.turn_id, sequence=len(added))
-        event.content_delta.text = "word"
-        added.append(time.perf_counter())
-        log.add([len(added)], (), [event], decode_rank=RankId("decode-0.0"))
-        await asyncio.sleep(PACE_S)
-    await log.is_logged()
-
-
-async def measure(store: Store, num_turns: int, seconds: float) -> Row:
-    sessions = Sessions(store, secret=bytes(32), router_id=RouterId("bench"))
-    token_log, flushes, delays = TokenLog(sessions), Flushes(sessions), list[float]()
-    turns = [await begun(sessions) for _ in range(num_turns)]
+async def turn(way: Way, forced: list[int]) -> float:
+    """A turn of a fresh session, made beforehand; returns the seconds to its first token."""
+    chat = session_pb2.CreateSessionRequest(thinking_mode=common_pb2.THINKING_MODE_CHAT)
+    created = await way.sessions.CreateSession(chat)
+    request = session_pb2.RunTurnRequest(session_id=created.session.id, idempotency_key="1")
+    text = " ".join(uuid.uuid4().hex[:4] for _ in range(PROMPT_WORDS))
+    request.messages.add(role=common_pb2.ROLE_USER, content=text)
+    request.sampling.max_output_tokens = len(forced)
+    metadata = ((FORCED_TOKENS_KEY, ",".join(map(str, forced))),)
+    first, num_tokens = 0.0, 0
     began = time.perf_counter()
-    until = began + seconds
-    await asyncio.gather(*(one_turn(token_log, turn, until, delays) for turn in turns))
-    took_s = time.perf_counter() - began
-    await sessions.close()
+    async for response in way.sessions.RunTurn(request, metadata=metadata):
+        # One printable character a token: each token is one content event.
+        told = sum(event.WhichOneof("event") == "content_delta" for event in response.events)
+        first = first or (time.perf_counter() - began if told else 0.0)
+        num_tokens += told
+    assert num_tokens == len(forced), num_tokens
+    return first
+
+
+async def alone(ways: list[Way], num_turns: int, forced: list[int]) -> None:
+    for number in range(num_turns):
+        for way in ways if number % 2 else reversed(ways):
+            way.first_alone.append(await turn(way, forced))
+
+
+async def mixed(ways: list[Way], forced: list[int]) -> None:
+    """Every stream has a turn at each router, half of the streams at the one first."""
+
+    async def stream(number: int) -> None:
+        for way in ways if number % 2 else reversed(ways):
+            way.first_of_many.append(await turn(way, forced))
+
+    await asyncio.gather(*map(stream, range(NUM_STREAMS)))
+
+
+async def round_of(way: Way, forced: list[int]) -> None:
+    num_tokens = NUM_STREAMS * len(forced)
+    began, cpu_s = time.perf_counter(), processor_s(way.pids)
+    await asyncio.gather(*(turn(way, forced) for _ in range(NUM_STREAMS)))
+    way.rates.append(num_tokens / (time.perf_counter() - began))
+    way.cpu_s.append((processor_s(way.pids) - cpu_s) / num_tokens)
+
+
+def processor_s(pids: tuple[int, ...]) -> float:
+    """Of these processes since their starts (Linux)."""
+    fields = [Path(f"/proc/{pid}/stat").read_text(encoding="utf-8").rpartition(")")[2].split() for pid in pids]
+    return sum(int(field[11]) + int(field[12]) for field in fields) / os.sysconf("SC_CLK_TCK")
+
+
+@asynccontextmanager
+async def unlogged(start: RouterStart) -> AsyncIterator[tuple[str, int]]:
+    """The address and process of a second router, without a log."""
+    process = await asyncio.create_subprocess_exec(
+        sys.executable,
+        "-m",
+        "benchmarks.unlogged_router",
+        stdin=asyncio.subprocess.PIPE,
+        stdout=asyncio.subprocess.PIPE,
+        stderr=asyncio.subprocess.DEVNULL,
+    )
+    assert process.stdin is not None
+    assert process.stdout is not None
+    process.stdin.write(start.model_dump_json().encode())
+    process.stdin.close()
+    told = (await process.stdout.readline()).decode()
+    try:
+        yield json.loads(told)["address"], process.pid
+    finally:
+        process.terminate()
+        await process.wait()
+
+
+async def run(num_turns: int, num_pairs: int, folder: Path, redis: RedisServer) -> list[Row]:
+    checkpoint = folder / "checkpoint"
+    init_checkpoint(checkpoint, seed=1, geometry="demo")
+    settings = validate(
+        {
+            "run_dir": str(folder / "run"),
+            "redis_url": redis.url,
+            "model": {"path": str(checkpoint)},
+            "router": {"port": 0},
+            "placement": {"path": "local"},
+            "cache": {"num_pages": 1024},
+        }
+    )
+    letters = Tokenizer.load(checkpoint).encode("abcdefghijklmnopqrstuvwxyz")
+    forced = [letters[index % len(letters)] for index in range(OUTPUT_TOKENS)]
+    async with LocalCluster(settings=settings, allow_forced_tokens=True) as cluster:
+        start = cluster.processes["router-0"].start
+        assert isinstance(start, RouterStart)
+        async with (
+            unlogged(start) as (address, pid),
+            grpc.aio.insecure_channel(cluster.address) as here,
+            grpc.aio.insecure_channel(address) as there,
+        ):
+            shared = (redis.pid, *(p.pid for name, p in cluster.processes.items() if name.startswith("decode")))
+            logging, plain = cluster.processes["router-0"].pid, pid
+            ways = [
+                Way(name="logged", sessions=stub(here), pids=(*shared, logging)),
+                Way(name="not logged", sessions=stub(there), pids=(*shared, plain)),
+            ]
+            for way in ways:  # warm
+                await asyncio.gather(*(turn(way, forced[:FEW_TOKENS]) for _ in range(NUM_STREAMS)))
+            await alone(ways, num_turns, forced[:FEW_TOKENS])
+            for pair in range(num_pairs):
+                for way in ways if pair % 2 else reversed(ways):
+                    await round_of(way, forced)
+                await mixed(ways, forced[:FEW_TOKENS])
+    return [row(way, *ways) for way in ways]
+
+
+stub = session_pb2_grpc.SessionServiceStub
+
+
+def row(way: Way, logged: Way, plain: Way) -> Row:
+    """One line; the columns ``log_…`` are what the log costs: milliseconds to the first token, shares of rate and of
+    processor time."""
+    ratios = [one / other for one, other in zip(logged.rates, plain.rates, strict=True)]
     return {
-        "turns": num_turns,
-        "tokens": len(delays),
-        "tokens_per_s": len(delays) / took_s,
-        "flushes_per_s": flushes.num / took_s,
-        "delay_ms_p50": percentile(delays, 0.5) * 1e3,
-        "delay_ms_p99": percentile(delays, 0.99) * 1e3,
-        "delay_over_pace_p50": percentile(delays, 0.5) / PACE_S,
+        "router": way.name,
+        "turns": len(way.first_alone),
+        "first_ms_p50": percentile(way.first_alone, 0.5) * 1e3,
+        "pairs_of_rounds": len(way.rates),
+        "streams": NUM_STREAMS,
+        "tokens_per_s": percentile(way.rates, 0.5),
+        "first_of_many_ms_p50": percentile(way.first_of_many, 0.5) * 1e3,
+        "log_first_ms_p50": added_ms(logged.first_alone, plain.first_alone),
+        "log_first_of_many_ms_p50": added_ms(logged.first_of_many, plain.first_of_many),
+        "log_share_of_rate_p50": 1 - percentile(ratios, 0.5),
+        "log_share_least": 1 - max(ratios),
+        "log_share_most": 1 - min(ratios),
+        "cpu_us_per_token": percentile(way.cpu_s, 0.5) * 1e6,
+        "log_share_of_cpu_p50": 1 - percentile(plain.cpu_s, 0.5) / percentile(logged.cpu_s, 0.5),
     }
 
 
-async def run(seconds: float, folder: Path) -> list[Row]:
-    with RedisServer() as server:
-        store = await Store.open(server.start(folder))
-        try:
-            return [await measure(store, num_turns, seconds) for num_turns in TURNS]
-        finally:
-            await store.close()
+def added_ms(logged: list[float], plain: list[float]) -> float:
+    """Median of the differences of turns that were taken one after the other."""
+    return percentile([one - other for one, other in zip(logged, plain, strict=True)], 0.5) * 1e3
 
 
 def main(
-    seconds: Annotated[float, typer.Option(min=0.1, help="Of each number of turns.")] = 10.0,
-    json: Annotated[bool, typer.Option("--json", help="JSON lines instead of a table.")] = False,
+    turns: Annotated[int, typer.Option(min=1, help="Turns of each router with one stream.")] = 100,
+    pairs: Annotated[int, typer.Option(min=1, help="Pairs of rounds with many streams.")] = 10,
+    as_json: Annotated[bool, typer.Option("--json", help="JSON lines instead of a table.")] = False,
 ) -> None:
-    """Measure on this machine; half a minute.
+    """Measure on this machine; four minutes.
 
-    Examples: python -m benchmarks.token_log --seconds 2 · python -m benchmarks.token_log --json
+    Examples: python -m benchmarks.token_log --turns 10 --pairs 1 · python -m benchmarks.token_log --json
     """
     load = load_average()
-    with tempfile.TemporaryDirectory() as name:
-        rows = asyncio.run(run(seconds, Path(name)))
-    publish("token_log", rows, as_json=json, load=load)
+    os.environ.setdefault("GRPC_VERBOSITY", "ERROR")
+    with tempfile.TemporaryDirectory() as name, RedisServer() as redis:
+        redis.start(Path(name) / "redis")
+        rows = asyncio.run(run(turns, pairs, Path(name), redis))
+    publish("token_log", rows, as_json=as_json, load=load)
 
 
 if __name__ == "__main__":
