@@ -60,6 +60,8 @@ class Generation:
     num_left: int = 0
     forced_token_ids: Sequence[int] = ()
     token_ids: list[int] = field(default_factory=list)
+    num_below: int = 0
+    """Of what the preferred rank has: in a tier below its device, as it said when it was asked."""
     _attempt: int = 0
     _decode: RankClient | None = None
     _reservation_id: ReservationId | None = None
@@ -144,6 +146,8 @@ class Generation:
         """Returns how many tokens' entries are at the decode rank now."""
         full: set[RankId] = set()
         may_choose_again = True
+        if self.preferred is not None and self.ranks.source(self.preferred) is None:
+            self.preferred = self.ranks.holder(self.session_id) or self.preferred
         while True:
             placed = await self._place(full)
             rank_id = placed.rank.rank_id
@@ -159,6 +163,7 @@ class Generation:
             if rank_id == self.preferred and may_choose_again:
                 may_choose_again = False
                 believed, self.num_left = self._need(), reserved.cached_len
+                self.num_below = reserved.num_host_tokens + reserved.num_disk_tokens
                 again = self._chosen(full) if is_far_worse(believed, reserved.cached_len, self.rules) else None
                 if again is not None and again.rank.rank_id != rank_id:
                     await self.release(None)
@@ -230,6 +235,7 @@ class Generation:
             num_tokens=self._num_tokens,
             home=self.preferred,
             num_home=min(self.num_left, self._num_tokens),
+            num_below=self.num_below,
             tenant_weight=self.ranks.tenant_weight(self.cache_salt),
         )
 

@@ -19,7 +19,7 @@ from seamount.router.watcher import DirectoryWatcher, Peer
 from seamount.v1 import worker_pb2, worker_pb2_grpc
 from seamount.wire import limits
 from seamount.wire.credentials import bearer
-from seamount.wire.ids import RankId
+from seamount.wire.ids import RankId, SessionId
 
 _LOG = logging.getLogger(__name__)
 _RECONNECT_S = 0.25
@@ -96,6 +96,11 @@ class Ranks:
     def source(self, rank_id: RankId | None) -> RankLoad | None:
         """The load of a decode rank whose caches can be fetched: alive and healthy, leaving or not."""
         return next((load for load, _ in self._alive(Role.DECODE) if load.rank_id == rank_id), None)
+
+    def holder(self, session_id: SessionId) -> RankId | None:
+        """A live decode rank that says it has caches of the session: one that took over a dead one's disk, say."""
+        alive = self._alive(Role.DECODE)
+        return next((load.rank_id for load, state in alive if session_id in state.session_ids), None)
 
     def is_leaving(self, rank_id: RankId) -> bool:
         """Whether the rank is alive and hands over its sessions."""
@@ -195,6 +200,7 @@ class Ranks:
             pull_bytes_per_s=state.pull_bytes_per_s,
             push_bytes_per_s=state.push_bytes_per_s,
             kv_bytes_per_token=state.kv_bytes_per_token,
+            restore_bytes_per_s=state.host_bytes_per_s or state.disk_bytes_per_s,
         )
 
     async def _follow(self) -> None:
