@@ -31,6 +31,8 @@ class Ranks:
         if device == "cuda":
             torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
         distributed.init_process_group("cpu:gloo,cuda:nccl" if device == "cuda" else "gloo")
+        # GPUs that cannot reach each other say so here, not after a minute of compilation.
+        distributed.all_reduce(torch.zeros(1, device=device))
         return cls(distributed.get_rank(), size)
 
     def leave(self) -> None:
@@ -51,9 +53,13 @@ class Ranks:
         distributed.all_reduce(summed)
         return [float(value) for value in summed]
 
-    def any(self, one: bool) -> bool:
-        """Whether it is so on any rank: all get the same answer, so that all stop at the same step."""
-        return self.totals(float(one))[0] > 0
+    def first(self, *values: float) -> list[float]:
+        """The first rank's: what depends on the clock is the same for all."""
+        if self.size == 1:
+            return list(values)
+        told = torch.tensor(values, dtype=torch.float64)
+        distributed.broadcast(told, 0)
+        return [float(value) for value in told]
 
     def sum(self, tensors: Sequence[Tensor]) -> None:
         """Replace float32 tensors, of the same shapes on all ranks, by their sums: one transfer for all of them."""

@@ -50,15 +50,15 @@ class Recorder:
             file.write(json.dumps(values) + "\n")
         self._bar.update(self._task, completed=self._step, figures=_figures(values))
         if time.monotonic() - self._saved > SAVE_EVERY_S:
-            self._save([*self._runs, self._entry()])
+            self._save([*self._runs, self._entry()], self._step == self._total)
 
-    def end(self, step: int) -> None:
+    def end(self, step: int, *, done: bool) -> None:
         """The run leaves the stage at ``step``."""
         self._step = step
         self._runs.append(self._entry())
         if not self._writes:
             return
-        self._save(self._runs)
+        self._save(self._runs, done)
         self._bar.console.print(f"{self._stage}: {step} of {self._total} steps; saved in {self._out}")
 
     def _entry(self) -> dict[str, Any]:
@@ -67,9 +67,8 @@ class Recorder:
         ranks = self._num_ranks
         return {"stage": self._stage, "steps": steps, "seed": self._seed, "ranks": ranks, "seconds": seconds}
 
-    def _save(self, runs: list[dict[str, Any]]) -> None:
+    def _save(self, runs: list[dict[str, Any]], done: bool) -> None:
         save_checkpoint(self._model, self._out, TOKENIZER)
-        done = self._step == self._total
         write_json(self._out / STATE, {"stage": self._stage, "step": self._step, "done": done, "runs": runs})
         self._saved = time.monotonic()
 

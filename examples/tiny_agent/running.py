@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import time
+from collections.abc import Mapping
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,11 +31,12 @@ ORDER = (*STAGES, REINFORCE)
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Limits:
-    """seed: of batches, drawn rows, tasks and samples. deadline: on the monotonic clock. steps: of a stage in this run
-    at the most. workers: processes that make batches, for each rank."""
+    """seed: of batches, drawn rows, tasks and samples. deadline: on the monotonic clock; ends: when stages are to be
+    done, by name. steps: of a stage in this run at the most. workers: processes that make batches, for each rank."""
 
     seed: int
     deadline: float
+    ends: Mapping[str, float]
     steps: int
     workers: int
 
@@ -69,9 +71,9 @@ def run(out: Path, resume: Path | None, stage: str | None, limits: Limits, devic
         for name in ORDER[ORDER.index(standing.stage) :]:
             total = _total(name)
             recorder.begin(name, step, total)
-            step = _run_stage(model, name, step, limits, ranks, recorder.metrics)
-            recorder.end(step)
-            if stage is not None or step < total:
+            step, done = _run_stage(model, name, step, limits, ranks, recorder.metrics)
+            recorder.end(step, done=done)
+            if stage is not None or not done:
                 break
             step = 0
     ranks.leave()
@@ -81,8 +83,10 @@ def _total(stage: str) -> int:
     return STEPS if stage == REINFORCE else STAGES[stage].steps
 
 
-def _run_stage(model: Model, stage: str, step: int, limits: Limits, ranks: Ranks, on_metrics: OnMetrics) -> int:
-    """From a step of the stage on; returns the step reached."""
+def _run_stage(
+    model: Model, stage: str, step: int, limits: Limits, ranks: Ranks, on_metrics: OnMetrics
+) -> tuple[int, bool]:
+    """From a step of the stage on; returns the step reached, and whether the stage is done."""
     if stage == REINFORCE:
         return _reinforce(model, step, limits, ranks, on_metrics)
     plan = STAGES[stage]
@@ -97,21 +101,33 @@ def _run_stage(model: Model, stage: str, step: int, limits: Limits, ranks: Ranks
         stride=ranks.size,
     )
     with closing(feeding):
-        training.run(feeding, deadline=limits.deadline, max_steps=limits.steps, on_metrics=on_metrics)
-    return training.step
+        training.run(
+            feeding,
+            deadline=limits.deadline,
+            max_steps=limits.steps,
+            end=limits.ends.get(stage),
+            on_metrics=on_metrics,
+        )
+    return training.step, training.done
 
 
-def _reinforce(model: Model, step: int, limits: Limits, ranks: Ranks, on_metrics: OnMetrics) -> int:
+def _reinforce(model: Model, step: int, limits: Limits, ranks: Ranks, on_metrics: OnMetrics) -> tuple[int, bool]:
     tokenizer = Tokenizer.load(TOKENIZER)
     reinforcement = Reinforcement(model, seed=limits.seed * 1_000_003 + step, ranks=ranks)
-    last = min(STEPS, step + limits.steps)
-    while step < last and not ranks.any(time.monotonic() >= limits.deadline):
+    last, first = min(STEPS, step + limits.steps), time.monotonic()
+    end = limits.ends.get(REINFORCE, float("inf"))
+    while step < last:
         began = time.monotonic()
+        progress, over = ranks.first(
+            max(step / STEPS, (began - first) / max(1e-3, end - first)), float(began >= limits.deadline)
+        )
+        if progress >= 1 or over:
+            return step, progress >= 1
         attempts = draw_attempts(step, seed=limits.seed, tokenizer=tokenizer, ranks=ranks)
-        metrics = reinforcement.step(attempts, reward, lr_factor=1 - step / STEPS)
+        metrics = reinforcement.step(attempts, reward, lr_factor=1 - progress)
         step += 1
         on_metrics({"stage": REINFORCE, "step": step, **metrics, "seconds": round(time.monotonic() - began, 2)})
-    return step
+    return step, step == STEPS
 
 
 def _resumed(model: Model, folder: Path) -> Standing:

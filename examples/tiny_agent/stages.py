@@ -28,7 +28,7 @@ class Kind(enum.Enum):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Stage:
-    """steps: of the whole stage, however many runs it takes. decay_share: of the steps, at the end, over which the
+    """steps: of the whole stage, however many runs it takes. decay_share: of the stage, at the end, over which the
     learning rates fall linearly to a tenth; before it they stay. A run starts with ``warm_up`` rising steps, because
     moments are not saved. mtp_weight: of the prediction of the token after the next; 0 leaves its layer as it is, which
     takes a fifth less time."""
@@ -49,9 +49,9 @@ class Stage:
     def batch_tokens(self) -> int:
         return self.sequence_length * self.batch_size
 
-    def lr_factor(self, step: int, step_of_run: int) -> float:
-        """step: of the stage, from 0; step_of_run: the same since this run began."""
-        left = (self.steps - step) / max(1.0, self.decay_share * self.steps)
+    def lr_factor(self, progress: float, step_of_run: int) -> float:
+        """progress: share of the stage that is behind, from 0 to 1; step_of_run: steps since this run began."""
+        left = (1 - progress) / max(1 / self.steps, self.decay_share)
         return min(1.0, (step_of_run + 1) / self.warm_up) * max(0.1, min(1.0, left))
 
 

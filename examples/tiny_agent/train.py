@@ -48,16 +48,29 @@ def main(
     resume: Annotated[Path | None, typer.Option(help="Folder to resume from instead, written by another run.")] = None,
     minutes: Annotated[float, typer.Option(help="Stop after so long, start-up included.")] = 9.0,
     steps: Annotated[int, typer.Option(help="Stop after so many steps of a stage.")] = 1_000_000,
+    until: Annotated[
+        list[str] | None,
+        typer.Option(help="STAGE=MINUTES: be done with it by then, after fewer steps if need be; repeat for others."),
+    ] = None,
     seed: Annotated[int, typer.Option(help="Of the initial weights, the batches and whatever is drawn.")] = 1,
     workers: Annotated[int, typer.Option(help="Processes that make batches, for each GPU; 0: none but this one.")] = 14,
     device: Annotated[str, typer.Option(help="cuda or cpu.")] = "cuda",
 ) -> None:
-    deadline = time.monotonic() + 60 * minutes
+    began = time.monotonic()
+    ends = dict(_until(text, began) for text in until or ())
     # Here, because the processes that make batches import this module, and should not have to import torch.
     from examples.tiny_agent.running import Limits, run
 
-    limits = Limits(seed=seed, deadline=deadline, steps=steps, workers=workers)
+    limits = Limits(seed=seed, deadline=began + 60 * minutes, ends=ends, steps=steps, workers=workers)
     run(out, resume, None if stage is None else stage.value, limits, device)
+
+
+def _until(text: str, began: float) -> tuple[str, float]:
+    name, _, minutes = text.partition("=")
+    try:
+        return StageName(name).value, began + 60 * float(minutes)
+    except ValueError:
+        raise typer.BadParameter(f"{text!r} is no STAGE=MINUTES; for example dense=4.5", param_hint="--until") from None
 
 
 if __name__ == "__main__":

@@ -60,6 +60,7 @@ class Training:
         self._generator = torch.Generator(device=self._device)
         self._seed = seed
         self._sums = Sums()
+        self.done = step >= stage.steps
 
     def run(
         self,
@@ -67,19 +68,47 @@ class Training:
         *,
         deadline: float,
         max_steps: int | None = None,
+        end: float | None = None,
         on_metrics: Callable[[dict[str, Any]], None],
     ) -> None:
-        """Train until the stage is done, ``max_steps`` were made, or ``time.monotonic()`` reaches ``deadline``."""
+        """Train until the stage is done, ``max_steps`` were made, or ``time.monotonic()`` reaches ``deadline``.
+
+        end: when the stage is to be done; one that is too slow for its steps is done after fewer, its learning rates
+        fallen as if they had been all. Its first step, which compiles, is not counted.
+        """
+        began: float | None = None
         last = self.stage.steps if max_steps is None else min(self.stage.steps, self.step + max_steps)
         logged = time.monotonic()
-        while self.step < last and not self._ranks.any(time.monotonic() >= deadline):
-            self.train(feed(next(batches), self._device))
-            if self.step % LOG_EVERY == 0 or self.step == last:
+        while self.step < last:
+            now = time.monotonic()
+            progress, over = self._ranks.first(self._progress(now, began, end), float(now >= deadline))
+            self.done = progress >= 1
+            if self.done or over:
+                break
+            self.train(feed(next(batches), self._device), progress)
+            if began is None:
+                began = self._finished()
+            if self.step % LOG_EVERY == 0:
                 on_metrics(self._metrics(logged))
                 logged = time.monotonic()
+        if self._sums.totals:
+            on_metrics(self._metrics(logged))
+        self.done = self.done or self.step == self.stage.steps
 
-    def train(self, batch: Fed) -> None:
-        """One step."""
+    def _progress(self, now: float, began: float | None, end: float | None) -> float:
+        by_steps = self.step / self.stage.steps
+        if began is None or end is None:
+            return by_steps
+        return max(by_steps, (now - began) / (end - began) if end > began else 1.0)
+
+    def _finished(self) -> float:
+        """When the device has done all that it was given."""
+        if self._device.type == "cuda":
+            torch.cuda.synchronize()
+        return time.monotonic()
+
+    def train(self, batch: Fed, progress: float | None = None) -> None:
+        """One step. progress: share of the stage that is behind; None for that of its steps."""
         self._generator.manual_seed(self._seed * 1_000_003 + self.step)
         angles = self.model.angles(batch.positions)
         if self.stage.kind is Kind.INDEXER:
@@ -87,9 +116,11 @@ class Training:
         else:
             self._train_model(batch, angles)
         self._ranks.sum_gradients(self._trained)
-        factor = self.stage.lr_factor(self.step, self.step - self._first_step)
+        share = self.step / self.stage.steps if progress is None else progress
+        factor = self.stage.lr_factor(share, self.step - self._first_step)
         self._optimizer.step(factor * self.stage.matrix_lr, factor * self.stage.other_lr)
         flops = training_flops(self.model.config, self.stage.kind, batch)
+        self._sums.add(lr=factor * self.stage.matrix_lr / self._ranks.size)
         self._sums.add(steps=1.0 / self._ranks.size, tokens=float(batch.num_tokens), flops=flops)
         self.step += 1
 
@@ -147,7 +178,7 @@ class Training:
         return {
             "stage": self.stage.name,
             "step": self.step,
-            **{name: round(value, 5) for name, value in means.items()},
+            **{name: round(value, 7 if name == "lr" else 5) for name, value in means.items()},
             "tokens_per_s": round(tokens / seconds),
             "mfu": round(flops / seconds / (self._ranks.size * H100_BF16_FLOPS), 4),
             "seconds": round(seconds, 3),

@@ -138,6 +138,16 @@ def test_a_deadline_stops_a_run_that_can_go_on(tmp_path: Path) -> None:
     assert _run(tmp_path, "--stage", "dense")["done"]
 
 
+def test_stages_may_be_done_early(tmp_path: Path) -> None:
+    state = _run(tmp_path, "--until", "dense=0", "--until", "anneal=0.0", "--stage", "dense")
+    assert (state["stage"], state["step"], state["done"]) == ("dense", 1, True)  # no less than a step
+    assert _run(tmp_path, "--stage", "anneal", "--until", "anneal=-1")["step"] == 1
+    for wrong in ("dense", "dense=soon", "wrong=3"):
+        result = _invoke("--out", tmp_path, "--until", wrong)
+        assert result.exit_code == 2
+        assert "is no STAGE=MINUTES" in " ".join(result.output.replace("│", " ").split())
+
+
 def test_a_damaged_folder_is_refused(tmp_path: Path) -> None:
     _run(tmp_path / "a", "--minutes", 0)
     (tmp_path / "a" / export.INDEX).unlink()

@@ -1,16 +1,18 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
-from examples.tiny_agent import feeding, objectives
+from examples.tiny_agent import feeding, objectives, training
 from examples.tiny_agent.config import model_config
 from examples.tiny_agent.data import Batch
 from examples.tiny_agent.documents import SHORT
@@ -80,10 +82,10 @@ def _batches() -> Iterator[Batch]:
         yield Batch(tokens=tokens, loss_mask=positions >= 13, document_ids=ids, positions=positions)
 
 
-def _run(training: Training, steps: int) -> list[dict[str, Any]]:
+def _run(trained: Training, steps: int) -> list[dict[str, Any]]:
     lines: list[dict[str, Any]] = []
     deadline = time.monotonic() + 300
-    training.run(_batches(), deadline=deadline, max_steps=steps, on_metrics=lines.append)
+    trained.run(_batches(), deadline=deadline, max_steps=steps, on_metrics=lines.append)
     return lines
 
 
@@ -162,12 +164,40 @@ def test_a_resumed_run_takes_the_same_next_step(stage: str, tmp_path: Path) -> N
 
 def test_learning_rates() -> None:
     stage = _stage("dense", steps=1000, warm_up=10, decay_share=0.4)
-    assert stage.lr_factor(0, 0) == 0.1
-    assert stage.lr_factor(300, 9) == stage.lr_factor(600, 400) == 1.0
-    assert stage.lr_factor(800, 400) == pytest.approx(0.5)
-    assert stage.lr_factor(800, 4) == pytest.approx(0.25)
-    assert stage.lr_factor(999, 400) == 0.1
+    assert stage.lr_factor(0.0, 0) == 0.1
+    assert stage.lr_factor(0.3, 9) == stage.lr_factor(0.6, 400) == 1.0
+    assert stage.lr_factor(0.8, 400) == pytest.approx(0.5)
+    assert stage.lr_factor(0.8, 4) == pytest.approx(0.25)
+    assert stage.lr_factor(0.999, 400) == 0.1
+    assert _stage("dense", decay_share=0.0).lr_factor(0.98, 400) == 1.0
     assert sum(plan.batch_tokens * plan.steps for plan in STAGES.values()) < 2.2e9
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each look at the time is a second after the one before."""
+    seconds = itertools.count()
+    monkeypatch.setattr(training, "time", SimpleNamespace(monotonic=lambda: float(next(seconds))))
+
+
+@pytest.mark.usefixtures("clock")
+def test_a_stage_that_is_too_slow_is_done_in_time() -> None:
+    """It makes fewer steps, and its learning rates fall over those."""
+    slow = Training(_model(), _stage("dense", steps=1000, decay_share=1.0), seed=1)
+    lines: list[dict[str, Any]] = []
+    slow.run(_batches(), deadline=1000, end=24, on_metrics=lines.append)
+    assert slow.done
+    assert 15 < slow.step < 25
+    assert [line["step"] for line in lines] == [10, slow.step]
+    assert 0.9 * slow.stage.matrix_lr > lines[0]["lr"] > 2 * lines[1]["lr"]
+
+
+@pytest.mark.usefixtures("clock")
+def test_a_deadline_leaves_a_stage_undone() -> None:
+    cut = Training(_model(), _stage("dense", steps=1000), seed=1)
+    cut.run(_batches(), deadline=10, end=100, on_metrics=lambda line: None)
+    assert not cut.done
+    assert 5 < cut.step < 10
 
 
 def test_balance_pulls_towards_equal_loads() -> None:
