@@ -2,9 +2,9 @@
 that does not, on the same ranks and the same Redis, which syncs its file before every answer.
 
 Both routers begin and commit their turns alike. With one stream, turns go to the two in turn. With many, the two take
-short rounds in turn, and each pair of rounds gives one ratio of token rates: what else the machine does meets both. First
-tokens of many streams are compared in rounds where each stream's turns alternate. Beside the clock stands the processor
-time of router, Redis and ranks, which other work on the machine changes least.
+short rounds in turn, and each pair of rounds gives one ratio of token rates: what else the machine does meets both.
+First tokens of many streams are compared in rounds where each stream's turns alternate. Beside the clock stands the
+processor time of router, Redis and ranks, which other work on the machine changes least.
 
     python -m benchmarks.token_log                                    the table of docs/performance.md
     python -m benchmarks.token_log --turns 10 --pairs 1               a quick look

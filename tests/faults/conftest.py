@@ -45,8 +45,15 @@ def tokenizer(fault_checkpoint: Path) -> Tokenizer:
 
 
 @pytest_asyncio.fixture(scope="session", loop_scope="session")
+async def parent(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Parent]:
+    """What all processes of these tests are forked from."""
+    async with Parent(tmp_path_factory.mktemp("parent")) as started:
+        yield started
+
+
+@pytest_asyncio.fixture(scope="session", loop_scope="session")
 async def running(
-    fault_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory, pytestconfig: pytest.Config
+    fault_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory, pytestconfig: pytest.Config, parent: Parent
 ) -> AsyncIterator[FaultSystem]:
     """Timeouts as they are by default: what is promised is promised of them."""
     run_dir = tmp_path_factory.mktemp("run")
@@ -62,10 +69,7 @@ async def running(
             "redis": {"data_dir": str(run_dir / "redis")},
         }
     )
-    async with (
-        Parent(run_dir) as parent,
-        fault_system(settings, parent, pytestconfig.stash[_recoveries]) as system,
-    ):
+    async with fault_system(settings, parent, pytestconfig.stash[_recoveries]) as system:
         yield system
 
 
