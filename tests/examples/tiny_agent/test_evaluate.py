@@ -233,7 +233,9 @@ def forms(tmp_path_factory: pytest.TempPathFactory) -> Checkpoints:
     folder = tmp_path_factory.mktemp("forms")
     sizes = {"hidden_size": 128, "moe_intermediate_size": 128, "kv_lora_rank": 128, "index_n_heads": 4}
     torch.manual_seed(8)
-    save_checkpoint(Model(model_config(**sizes), torch.float32), folder / "plain", TOKENIZER)
+    model = Model(model_config(**sizes), torch.float32)
+    model.lm_head.data[Tokenizer.load(TOKENIZER).eos_token_id] *= 4  # outputs end soon
+    save_checkpoint(model, folder / "plain", TOKENIZER)
     write_config(folder / "plain" / "config.json", {**CONFIG, **sizes})
     quantize_checkpoint(folder / "plain", folder / "fp8")
     return Checkpoints(plain=folder / "plain", fp8=folder / "fp8")
