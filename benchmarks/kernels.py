@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks._gpu import Row, compared, copies, deep_gemm_module, publish_gpu, time_us, times_in_turn
+from benchmarks._gpu import Row, compared, copies, deep_gemm_module, publish_gpu, random_fp8, time_us, times_in_turn
 from seamount.kernels.indexer import paged_mqa_logits, paged_topk_indices
 from seamount.kernels.layout import CacheLayout, pack_latent
 from seamount.kernels.sparse_mla import sparse_mla_decode, sparse_mla_prefill
@@ -198,13 +198,18 @@ def spread_indices(queries: int, context: int) -> Tensor:
     return (first + torch.rand((queries, TOPK), device="cuda") * (end - first)).int().clamp_max(context - 1)
 
 
+def index_pages(num_pages: int) -> Tensor:
+    """Random index pages, no two alike: equal ones would give top-k ties that a model's scores do not have."""
+    plane = torch.empty((num_pages, 64 * 132), dtype=torch.uint8, device="cuda")
+    plane[:, :8192] = random_fp8(num_pages, 8192).view(torch.uint8)
+    plane[:, 8192:] = (torch.rand((num_pages, 64), device="cuda") + 0.5).view(torch.uint8).view(num_pages, 256)
+    return plane
+
+
 def indexer_rows(quick: bool) -> Iterator[Row]:
     deep_gemm = deep_gemm_module()
     num_pages = 128 * 131072 // 64
-    template = torch.empty((1024, 64 * 132), dtype=torch.uint8, device="cuda")
-    template[:, :8192] = torch.randn((1024, 8192), device="cuda").to(torch.float8_e4m3fn).view(torch.uint8)
-    template[:, 8192:] = (torch.rand((1024, 64), device="cuda") + 0.5).view(torch.uint8).view(1024, 256)
-    plane = tiled_pages(template, num_pages)
+    plane = index_pages(num_pages)
     shapes = [(b, 1, c) for c in (32768, 131072) for b in (1, 32, 128)]
     if not quick:
         shapes += [(1, 1, 4096), (32, 1, 4096), (128, 1, 4096), (8, 1, 131072), (64, 1, 131072)]
