@@ -34,7 +34,7 @@ async def test_killed_at_a_token(system: FaultSystem, tokenizer: Tokenizer, name
         killed_at = time.monotonic()
         await answer.task
         assert killed.startswith("decode")
-        system.recoveries.note(Promise.DECODE_KILLED, client.told.first_new_after(killed_at) - killed_at)
+        system.recoveries.note(Promise.DECODE_KILLED, client.told.silence_s(killed_at))
         receipt = client.told.events[-1].finished.receipt
         assert receipt.num_retries == 1
         missing = receipt.num_prompt_tokens + index
@@ -65,7 +65,7 @@ async def test_stopped_at_a_token_and_continued(system: FaultSystem, index: int)
             stopped_at = time.monotonic()
             await answer.task
         paused.go_on()
-        system.recoveries.note(Promise.DECODE_HUNG, client.told.first_new_after(stopped_at) - stopped_at)
+        system.recoveries.note(Promise.DECODE_HUNG, client.told.silence_s(stopped_at))
         assert client.told.events[-1].finished.receipt.num_retries == 1
         await system.check(answer, SEEDED)
 

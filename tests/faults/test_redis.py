@@ -60,7 +60,7 @@ async def one_turn(system: FaultSystem, step: AtStep, promise: Promise) -> None:
         answer = await system.begin(client, asked)
         await answer.task
         assert step.reached_at
-        system.recoveries.note(promise, client.told.first_new_after(step.reached_at) - step.over_at)
+        system.recoveries.note(promise, client.told.silence_s(step.over_at))
         assert client.told.events[-1].finished.receipt.num_retries == 0
         assert not taken_over(system)
         await system.check(answer, asked)

@@ -6,14 +6,13 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Callable
-from itertools import pairwise
 
 import grpc
 import pytest
 
 from harness.listener import Reached
 from harness.points import points, sample
-from harness.recording import RecordingClient, Told
+from harness.recording import RecordingClient
 from harness.recoveries import Promise
 from harness.redis_proxy import Command
 from harness.requests import LONG, NUM_TOKENS, SEEDED
@@ -62,7 +61,7 @@ async def test_killed_at_a_step(system: FaultSystem, point: str, num_tokens: int
         assert (await system.kill(paused.pid)) == "router-0"
         killed_at = time.monotonic()
         await answer.task
-        system.recoveries.note(Promise.ROUTER_KILLED, client.told.first_new_after(killed_at) - killed_at)
+        system.recoveries.note(Promise.ROUTER_KILLED, client.told.silence_s(killed_at))
         if num_tokens:  # the decode rank lives, and has all of it but what was not logged
             assert await system.num_computed_since(before) <= 2 * NUM_TOKENS
         await system.check(answer, asked)
@@ -101,11 +100,10 @@ async def test_stopped_before_a_write_and_continued(system: FaultSystem, point: 
             stopped_at = time.monotonic()
             elsewhere = other.resume_turn(answer.session.id, await turn_id_of(system, answer))
             assert [event async for event in elsewhere][-1].finished.receipt.num_retries >= 1
-            system.recoveries.note(Promise.ROUTER_HUNG, going_on(other.told) - stopped_at)
+            system.recoveries.note(Promise.ROUTER_HUNG, other.told.silence_s(stopped_at))
             await answer.task  # its router says nothing any more; the client finds the other one
             if num_tokens:
-                heard = client.told.first_new_after(stopped_at) - stopped_at
-                system.recoveries.note(Promise.ROUTER_HUNG_OWN, heard)
+                system.recoveries.note(Promise.ROUTER_HUNG_OWN, client.told.silence_s(stopped_at))
             await refused_by_ranks(system, answer, asked)
         paused.go_on()
         async with asyncio.timeout(10):
@@ -119,12 +117,6 @@ async def turn_id_of(system: FaultSystem, answer: Answer) -> str:
     session_id = answer.session.id.encode()
     found = [c for p in system.proxies.values() for c in p.seen if c.name == "begin_turn" and session_id in c.arguments]
     return found[0].arguments[_TURN].decode()
-
-
-def going_on(elsewhere: Told) -> float:
-    """When the other router told the first event behind those that had been logged: after its longest pause."""
-    times = [at for call in elsewhere.calls for at, _ in call]
-    return max(pairwise(times), key=lambda pair: pair[1] - pair[0])[1]
 
 
 async def refused_by_ranks(system: FaultSystem, answer: Answer, asked: Request) -> None:

@@ -35,10 +35,16 @@ class Told:
         assert list(known) == list(range(1, len(known) + 1)), f"events are missing: {sorted(known)}"
         return list(known.values())
 
-    def first_new_after(self, when: float) -> float:
-        """When the first event came that nobody had heard at ``when``; by ``time.monotonic()``."""
-        heard = {event.sequence for call in self.calls for at, event in call if at <= when}
-        return min(at for call in self.calls for at, event in call if at > when and event.sequence not in heard)
+    def silence_s(self, when: float) -> float:
+        """The longest time without a new event from ``when`` on: what was on its way then comes first."""
+        known: set[int] = set()
+        times = [when]
+        for call in self.calls:
+            for at, event in call:
+                if event.sequence not in known and at > when:
+                    times.append(at)
+                known.add(event.sequence)
+        return max((later - earlier for earlier, later in pairwise(times)), default=0.0)
 
     def first_token_after(self, when: float) -> float:
         """When the first event came that a token made."""
