@@ -233,12 +233,11 @@ def choose_path(
     measured = max(rank.prefill_tokens_per_s for rank in candidates)
     if decode.prefill_tokens_per_s <= 0 or measured <= 0:
         return best
-    num_others = max(decode.num_running, decode.num_gang_answers - 1)
     local_s = local_append_s(
         decode,
         num_missing,
         tokens_per_s=decode.prefill_tokens_per_s,
-        num_delayed=num_others,
+        num_delayed=max(0, decode.num_gang_answers - 1),
         tenant_weight=tenant_weight,
     )
 
@@ -281,7 +280,7 @@ def _compute_s(rank: RankLoad, num_cached: int, need: Need, fleet: _Fleet, rules
                 rank,
                 num_missing,
                 tokens_per_s=tokens_per_s,
-                num_delayed=max(rank.num_running, rank.num_gang_answers),
+                num_delayed=rank.num_gang_answers,
                 tenant_weight=need.tenant_weight,
             )
         )

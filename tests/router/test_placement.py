@@ -222,12 +222,11 @@ def test_short_appends_stay_local_at_the_threshold() -> None:
 def test_remote_pays_when_streams_wait_behind_an_append() -> None:
     remote = load("p", prefill_tokens_per_s=1000.0, push_bytes_per_s=1e5)  # 1 s to compute, 1 s to push
     assert path(prefills=(remote,)) is None, "1 s here against 2 s there"
-    assert path(prefills=(remote,), decode=replace(BASE, num_running=2)) == "p", "three streams would wait 1 s each"
     in_gang = replace(BASE, num_answers=1, num_gang_answers=3)
-    assert path(prefills=(remote,), decode=in_gang) == "p", "two streams of a peer of its gang wait, too"
+    assert path(prefills=(remote,), decode=in_gang) == "p", "it and two others of its gang would wait 1 s each"
     itself = replace(BASE, num_answers=1, num_gang_answers=1)
     assert path(prefills=(remote,), decode=itself) is None, "its own answer waits for nobody but itself"
-    assert path(prefills=(remote,), decode=replace(BASE, num_running=1), tenant_weight=3.0) == "p"
+    assert path(prefills=(remote,), decode=replace(BASE, num_gang_answers=2), tenant_weight=3.0) == "p"
 
 
 def test_unmeasured_speeds_send_long_prompts_away() -> None:
@@ -238,7 +237,7 @@ def test_unmeasured_speeds_send_long_prompts_away() -> None:
 def test_the_cheapest_prefill_rank_wins() -> None:
     busy = load("p", num_queued_prefill_tokens=5000)
     free = load("q")
-    crowded = replace(BASE, num_running=10)
+    crowded = replace(BASE, num_gang_answers=10)
     assert path(prefills=(busy, free), decode=crowded) == "q"
     assert path(prefills=(busy, free), decode=crowded, excluded=("q",)) == "p"
 

@@ -240,6 +240,11 @@ class Reservations:
                 )
             return sorted(found, key=lambda left: (left.leased_s == 0, -left.left_at))
 
+    def is_ending(self, reservation_id: str) -> bool:
+        """Whether it was released, and something still touches its pages."""
+        with self._lock:
+            return reservation_id in self._ending
+
     def has_turns(self) -> bool:
         """Whether a session's turn is in progress here."""
         with self._lock:

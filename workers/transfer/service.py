@@ -312,6 +312,7 @@ class Transfer(transfer_pb2_grpc.TransferServiceServicer):
     async def EndHold(self, request: transfer_pb2.EndHoldRequest, context: Context) -> transfer_pb2.EndHoldResponse:
         self._reservations.release(request.reservation_id)
         if request.is_moved:
+            await self._until_settled(request.reservation_id)
             self._reservations.give_up(request.session_id, request.epoch)
         return transfer_pb2.EndHoldResponse()
 
@@ -363,6 +364,12 @@ class Transfer(transfer_pb2_grpc.TransferServiceServicer):
         if reservation.receive is not None:
             self.abort(reservation.id)
         while reservation.receive is not None and time.monotonic() < until:  # noqa: ASYNC110 - bounded, and rare
+            await asyncio.sleep(_HANDOVER_POLL_S)
+
+    async def _until_settled(self, reservation_id: str) -> None:
+        """The peer may have all before the thread that sent it has let go of the pages."""
+        until = time.monotonic() + _HANDOVER_S
+        while self._reservations.is_ending(reservation_id) and time.monotonic() < until:  # noqa: ASYNC110 - bounded
             await asyncio.sleep(_HANDOVER_POLL_S)
 
     @contextmanager

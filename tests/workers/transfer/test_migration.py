@@ -93,6 +93,19 @@ async def test_a_session_moves_with_every_plane_and_the_source_is_free(new_rank:
     assert shared.cached_len == END, "the pages are in the tree"
 
 
+async def test_the_source_waits_for_its_own_sender_before_it_gives_up(
+    new_rank: NewRank, seed: int, monkeypatch: Any
+) -> None:
+    source, target = await new_rank("source"), await new_rank("target")
+    left(source, IDS, seed)
+    end_use = source.reservations.end_use
+    loop = asyncio.get_running_loop()
+    monkeypatch.setattr(source.reservations, "end_use", lambda one: loop.call_later(0.2, end_use, one))
+    ours = target.reserve([*IDS, 5], epoch=2)
+    assert (await moved(migration(target), source, ours)).is_complete
+    assert source.reservations.state().num_free == source.reservations.num_pages
+
+
 async def test_it_is_idempotent_alone_and_together(new_rank: NewRank, seed: int) -> None:
     source, target = await new_rank("source"), await new_rank("target")
     left(source, IDS, seed)
