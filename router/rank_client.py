@@ -108,6 +108,12 @@ class RankClient:
         with self._typed():
             await self._stub.Release(request, timeout=self._call_timeout_s, metadata=self._metadata)
 
+    async def end_lease(self, session_id: SessionId) -> None:
+        """The session is deleted: its pages are anybody's. Raises as ``reserve`` does."""
+        with self._typed():
+            request = worker_pb2.RetainRequest(session_id=session_id)
+            await self._stub.Retain(request, timeout=self._call_timeout_s, metadata=self._metadata)
+
     async def retain(
         self, session_id: SessionId, *, duration_s: float, importance: common_pb2.LeaseImportance
     ) -> worker_pb2.RetainResponse:

@@ -102,7 +102,12 @@ class Turns:
     async def delete(self, tenant: TenantId, session_id: SessionId) -> None:
         """Delete a session; a turn of it that runs here ends, one elsewhere is refused when it logs or commits."""
         async with self._alone(tenant, session_id):
+            view = None
+            with suppress(SeamountError):  # damaged ones can be deleted, too
+                view = await self.sessions.get(tenant, session_id)
             await self.sessions.delete(tenant, session_id)
+            if view is not None:
+                self.retention.session_deleted(view)
             self.admission.forget(tenant, session_id)
             scope = (tenant, session_id)
             doomed = [r for r in self._running.values() if (r.turn.begun.tenant, r.turn.begun.session_id) == scope]

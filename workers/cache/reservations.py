@@ -325,6 +325,12 @@ class Reservations:
                 self._end(reservation, None)
             return True
 
+    def end_lease(self, session_id: str) -> None:
+        """The session will not come back: what it left goes like any other pages. Harmless where it has no lease."""
+        with self._lock:
+            self._holdings.leases.end(session_id)
+            self._holdings.trim()
+
     def expire(self, now: float | None = None) -> list[str]:
         """End those whose time is over, as ``release`` does, and leases; returns the ids of the reservations after
         ``on_abort`` had each. Sessions whose lease ends soon are restored."""
