@@ -142,7 +142,7 @@ def known_at_prefill(num_prompt: int) -> int:
     return (num_prompt - 1) // 64 * 64
 
 
-async def test_a_conversation_with_a_tool_call(alice: AsyncClient, root: AsyncClient) -> None:
+async def test_a_conversation_with_a_tool_call(cluster: LocalCluster, alice: AsyncClient) -> None:
     session = await alice.create_session()
     await alice.run_turn(session.id, [system("Be brief.", tools=[WEATHER]), user("hello")], sampling=SHORT).result()
     call = Message(role=Role.ASSISTANT, reasoning_content="I need the weather.", tool_calls=(CALL,))
@@ -163,7 +163,7 @@ async def test_a_conversation_with_a_tool_call(alice: AsyncClient, root: AsyncCl
     with pytest.raises(FailedPrecondition):
         await alice.report_tool_wait(session.id, 20.0)
     history = await alice.get_history(session.id)
-    await gone_with_its_lease(alice, root)
+    await gone_with_its_lease(cluster, alice)
     roles = [message.role for message in history.messages]
     assert roles == [Role.SYSTEM, Role.USER, Role.ASSISTANT, Role.USER, Role.ASSISTANT, Role.TOOL, Role.ASSISTANT]
     assert history.session.head == 3
@@ -171,7 +171,7 @@ async def test_a_conversation_with_a_tool_call(alice: AsyncClient, root: AsyncCl
     assert len(history.receipts) == 2, "a turn that only records costs nothing"
 
 
-async def gone_with_its_lease(alice: AsyncClient, root: AsyncClient) -> None:
+async def gone_with_its_lease(cluster: LocalCluster, alice: AsyncClient) -> None:
     """A session that is deleted while it waits for a tool holds no pages any more."""
     session = await alice.create_session()
     call = Message(role=Role.ASSISTANT, tool_calls=(CALL,))
@@ -179,7 +179,7 @@ async def gone_with_its_lease(alice: AsyncClient, root: AsyncClient) -> None:
     await alice.run_turn(session.id, [user("How is Bergen?"), call]).result()
     assert (await alice.report_tool_wait(session.id, 60.0)).outcome == common_pb2.LEASE_OUTCOME_ACCEPTED
     await alice.delete_session(session.id)
-    async with asyncio.timeout(5):
+    async with AsyncClient(cluster.address, api_key=ADMIN_KEY) as root, asyncio.timeout(5):
         while sum(rank.state.num_leased_pages for rank in await root.list_ranks()):  # noqa: ASYNC110
             await asyncio.sleep(0.05)
 
