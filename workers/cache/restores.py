@@ -75,6 +75,7 @@ class Restores:
             for fetch in restore.fetches[:num_good]:
                 if fetch.node.copies.get(fetch.tier) is not fetch.copy:
                     break  # its slot may have been another page's while it was read
+                reservation.restored_from[-len(reservation.to_restore)] = fetch.tier
                 self._settle(reservation)
         if damaged is not None and damaged.node.copies.get(damaged.tier) is damaged.copy:
             self._holdings.lose_copy(damaged.node, damaged.tier)

@@ -36,7 +36,7 @@ from torch import Tensor
 from seamount.wire.errors import DataLoss, InvalidArgument
 from seamount.workers.cache.prefix import PageNode
 from seamount.workers.cache.tier_door import StoredPage
-from seamount.workers.tiers.images import as_bytes
+from seamount.workers.tiers.checksum import as_bytes
 
 _LOG = logging.getLogger("seamount.tiers")
 _MAGIC, _VERSION = b"SMPAGES\0", 1
@@ -60,7 +60,6 @@ class DiskFile:
         self, folder: Path, lock: int, *, identity: bytes, image_bytes: int, page_size: int, num_bytes: int
     ) -> None:
         self.folder = folder
-        self._lock = lock
         self._image_bytes, self._page_size = image_bytes, page_size
         self._stride = -(-image_bytes // _BLOCK) * _BLOCK
         self._record_bytes = _CRC.size + _RECORD.size + 4 * page_size
@@ -71,6 +70,7 @@ class DiskFile:
         flags = os.O_RDWR | os.O_CREAT | os.O_CLOEXEC
         self._index = os.open(folder / "index.dat", flags, 0o600)
         self._pages = os.open(folder / "pages.dat", flags, 0o600)
+        self._open = [lock, self._index, self._pages]
         if os.pread(self._index, len(self._header), 0) != self._header:
             self._begin_anew()
         os.ftruncate(self._index, _RECORDS_AT + self.num_pages * self._record_bytes)
@@ -112,8 +112,9 @@ class DiskFile:
         )
 
     def close(self) -> None:
-        for descriptor in (self._index, self._pages, self._lock):
-            os.close(descriptor)
+        """Give the folder up. Idempotent; nothing else may follow."""
+        while self._open:
+            os.close(self._open.pop())
 
     def stored(self) -> Iterator[StoredPage]:
         """What is there and whole as far as the index tells; images are checked as they are read."""

@@ -5,10 +5,8 @@ image:  latent of layer 0 | index of layer 0 | latent of layer 1 | …   (``kern
 
 from __future__ import annotations
 
-import ctypes
 from collections.abc import Iterator, Sequence
 
-import google_crc32c
 import torch
 from torch import Tensor
 
@@ -16,7 +14,6 @@ from seamount.kernels.layout import CachePlanes
 
 BATCH_PAGES = 16
 """Pages that go at once; a CUDA device keeps a buffer of so many for each direction."""
-_CRC_BYTES = 1 << 20
 
 
 class PageImages:
@@ -83,20 +80,3 @@ class PageImages:
 def image_bytes(planes: CachePlanes) -> int:
     """Of one page."""
     return sum(plane.shape[1] for plane in (*planes.latent, *planes.index))
-
-
-def as_bytes(image: Tensor) -> memoryview:
-    """Contiguous uint8 on the host as its bytes, which the tensor must outlive."""
-    assert image.is_contiguous(), "bytes that do not lie together"
-    return memoryview((ctypes.c_char * image.numel()).from_address(image.data_ptr())).cast("B")
-
-
-def crc32c(image: Tensor) -> int:
-    """CRC32C of contiguous uint8 on the host."""
-    assert image.is_contiguous(), "a checksum of bytes that do not lie together"
-    crc, address, left = 0, image.data_ptr(), image.numel()
-    while left > 0:  # in pieces: the interpreter's lock may be held meanwhile
-        size = min(left, _CRC_BYTES)
-        crc = google_crc32c.extend(crc, (ctypes.c_char * size).from_address(address))
-        address, left = address + size, left - size
-    return int(crc)

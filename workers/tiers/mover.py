@@ -21,9 +21,10 @@ from seamount.workers.cache.copies import Copy
 from seamount.workers.cache.restores import Fetch
 from seamount.workers.cache.retention import Tier
 from seamount.workers.cache.tier_door import TierDoor
+from seamount.workers.tiers.checksum import crc32c
 from seamount.workers.tiers.disk import DiskFile
 from seamount.workers.tiers.host import HostMemory
-from seamount.workers.tiers.images import BATCH_PAGES, PageImages, crc32c
+from seamount.workers.tiers.images import BATCH_PAGES, PageImages
 
 _LOG = logging.getLogger("seamount.tiers")
 _IDLE_S = 1.0
