@@ -114,6 +114,12 @@ class RankClient:
             request = worker_pb2.RetainRequest(session_id=session_id)
             await self._stub.Retain(request, timeout=self._call_timeout_s, metadata=self._metadata)
 
+    async def restore(self, session_id: SessionId) -> None:
+        """A turn of the session is about to come. Raises as ``reserve`` does."""
+        request = worker_pb2.RestoreRequest(session_id=session_id)
+        with self._typed():
+            await self._stub.Restore(request, timeout=self._call_timeout_s, metadata=self._metadata)
+
     async def retain(
         self, session_id: SessionId, *, duration_s: float, importance: common_pb2.LeaseImportance
     ) -> worker_pb2.RetainResponse:

@@ -19,6 +19,7 @@ from seamount.router.watcher import DirectoryWatcher, Peer
 from seamount.v1 import worker_pb2, worker_pb2_grpc
 from seamount.wire import limits
 from seamount.wire.credentials import bearer
+from seamount.wire.errors import SeamountError
 from seamount.wire.ids import RankId, SessionId
 
 _LOG = logging.getLogger(__name__)
@@ -61,6 +62,7 @@ class Ranks:
     _task: asyncio.Task[None] | None = None
     _changed: asyncio.Event = field(default_factory=asyncio.Event)
     _closing: set[asyncio.Task[None]] = field(default_factory=set)
+    _announcing: set[asyncio.Task[None]] = field(default_factory=set)
     deaths: Deaths = field(default_factory=Deaths)
     _num_assigned: Counter[RankId] = field(default_factory=Counter)
     _num_of_tenant: Counter[bytes] = field(default_factory=Counter)
@@ -80,10 +82,10 @@ class Ranks:
             with suppress(asyncio.CancelledError):
                 await self._task
             self._task = None
-        for retiring in self._closing:
+        for retiring in (*self._closing, *self._announcing):
             retiring.cancel()
         closing = [self._close(self._links.pop(rank_id)) for rank_id in list(self._links)]
-        await asyncio.gather(*closing, *self._closing, return_exceptions=True)
+        await asyncio.gather(*closing, *self._closing, *self._announcing, return_exceptions=True)
 
     def loads(self, pool: Role) -> list[RankLoad]:
         """Ranks of a pool (``PREFILL``, ``DECODE``) that are alive, healthy, not leaving, of known state; by id."""
@@ -101,6 +103,21 @@ class Ranks:
         """A live decode rank that says it has caches of the session: one that took over a dead one's disk, say."""
         alive = self._alive(Role.DECODE)
         return next((load.rank_id for load, state in alive if session_id in state.session_ids), None)
+
+    def announce(self, rank_id: RankId, session_id: SessionId) -> None:
+        """A turn of the session is about to come: the rank brings up what has left its device. Best effort."""
+        peers = self.watcher.peers(Role.DECODE)
+        state = next((self._state(peer) for peer in peers if peer.record.peer_id == rank_id), None)
+        if state is None or not state.num_host_cached_pages + state.num_disk_cached_pages:
+            return
+
+        async def tell() -> None:
+            with suppress(SeamountError):
+                await self.client(rank_id).restore(session_id)
+
+        task = asyncio.create_task(tell(), name=f"announce {session_id}")
+        self._announcing.add(task)
+        task.add_done_callback(self._announcing.discard)
 
     def is_leaving(self, rank_id: RankId) -> bool:
         """Whether the rank is alive and hands over its sessions."""

@@ -80,6 +80,8 @@ class TurnMaker:
         session = begun.view.session
         mode, sampling = thinking_mode_from_proto(session.thinking_mode), start.sampling
         plan = check_turn(tool_calls_from_proto(session.pending_tool_calls), messages)
+        if plan.generates and begun.view.last_rank:
+            self.ranks.announce(RankId(begun.view.last_rank), begun.session_id)
         prompt = await self._prompt(begun, messages, mode, num_bytes=start.ByteSize(), generates=plan.generates)
         num_prompt = len(prompt.token_ids)
         room = fit_context(sampling, num_prompt_tokens=num_prompt, max_context_tokens=self.spec.max_context_tokens)

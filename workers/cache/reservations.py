@@ -535,6 +535,9 @@ class Reservations:
         if session_id:
             self._fences.advance(session_id, reservation.turn_id, reservation.epoch, reservation.attempt)
             self._supersede(session_id, aborted)
+            ahead = self._by_key.get(_ahead_key(session_id))
+            if ahead is not None:  # its own restore takes over
+                self._end(ahead, None)
         reservation.is_leased = self._leases.is_held(session_id, self._clock())
         self._holdings.compare(reservation, packed, self._clock())
         if not self._assign(reservation, packed):
@@ -558,7 +561,7 @@ class Reservations:
 
     def _ahead(self, session_id: str) -> Reservation | None:
         record = self._holdings.sessions.get(session_id)
-        key = ("", f"ahead/{session_id}", 0, 0)
+        key = _ahead_key(session_id)
         if record is None or record.live_id is not None or key in self._by_key:
             return None
         nodes, _ = self._holdings.leases.left(record)
@@ -650,3 +653,8 @@ class Reservations:
         if self.on_abort is not None:
             for reservation_id in aborted:
                 self.on_abort(reservation_id)
+
+
+def _ahead_key(session_id: str) -> ReservationKey:
+    """Of the reservation that brings a session's pages up before its turn."""
+    return "", f"ahead/{session_id}", 0, 0

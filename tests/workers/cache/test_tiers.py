@@ -338,6 +338,26 @@ def test_pages_come_up_ahead_only_where_there_is_room(make_tiered: MakeTiered) -
     cache.release(held, keep_len=0)
 
 
+def test_a_turn_takes_over_what_is_brought_up_ahead_of_it(make_tiered: MakeTiered) -> None:
+    cache = make_tiered(12, host=16)
+    cache.leave([1] * 18, session="a")
+    cache.settle()
+    cache.press()
+    assert cache.caches.restore_ahead("a")
+    restore = cache.caches.tiers.next_restore(2)
+    assert restore is not None
+    cache.caches.tiers.restored(restore, 2)
+    under_way = cache.caches.tiers.next_restore(1)
+    assert under_way is not None
+    back = cache.reserve([1] * 18, session="a", epoch=2)
+    assert (back.computed_len, back.cached_len) == (8, 16)
+    cache.caches.tiers.restored(under_way, 1)
+    cache.settle()
+    assert back.computed_len == 16
+    assert cache.caches.state().num_reservations == 1
+    cache.release(back)
+
+
 def test_a_slot_that_cannot_be_written_is_not_used_again(make_tiered: MakeTiered) -> None:
     cache = make_tiered(8, disk=2)
     cache.leave(A)
