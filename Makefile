@@ -61,8 +61,8 @@ test-interpreter: $(READY)  ## the GPU kernels' tests on a CPU, in Triton's inte
 	@test -d $(INTERPRETER)/triton || $(BIN)/pip install -q --target $(INTERPRETER) triton==3.6.0 numpy==2.2.6
 	TRITON_INTERPRET=1 PYTHONPATH=$(INTERPRETER):gen $(BIN)/python -m pytest -q -rs --confcutdir=tests/kernels tests/kernels/gpu
 
-bench: $(READY)  ## run the CPU benchmarks (20 minutes on an idle machine)
-	@set -e; for name in context latency retention token_log transfer; do \
+bench: $(READY)  ## run the CPU benchmarks (25 minutes on an idle machine)
+	@set -e; for name in context cut_ahead latency retention token_log transfer; do \
 		echo "== benchmarks.$$name"; $(BIN)/python -m benchmarks.$$name; done
 
 bench-kernels:  ## measure the GPU kernels; needs a CUDA device

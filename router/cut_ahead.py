@@ -78,7 +78,7 @@ def will_be_cut(records: Sequence[record_pb2.TurnRecord]) -> bool:
     if not rests(records):
         return False
     for record in reversed(records):
-        if record.output.num_reasoning_tokens:
+        if record.output.num_reasoning_tokens or any(message.reasoning_content for message in record.input):
             return True
         if any(message.role in _ASKING_ROLE_NUMBERS for message in record.input):
             return False

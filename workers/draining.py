@@ -9,7 +9,6 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections import Counter
 from collections.abc import AsyncGenerator, Sequence
 from contextlib import AsyncExitStack, suppress
 from dataclasses import dataclass, field
@@ -62,12 +61,12 @@ class Draining:
         self.has_begun = True
         async with self._lock, AsyncExitStack() as stack:
             peers = [await self._connect(stack, peer) for peer in request.peers if peer.rank_id != self.spec.rank_id]
-            failed = Counter[str]()
+            refused: dict[str, set[str]] = {}  # by session: peers that did not take it
             told_at = time.monotonic()
             while True:
                 waiting = self.reservations.left_behind()
-                movable = [s for s in waiting if failed[s.session_id] < min(MAX_ATTEMPTS, len(peers))]
-                moved = await self._hand_over(movable[0], peers, failed) if movable else None
+                movable = [one for one in waiting if _fitting(one, peers, refused)]
+                moved = await self._hand_over(movable[0], peers, refused) if movable else None
                 if moved is not None:
                     yield moved
                 elif not movable:
@@ -86,22 +85,17 @@ class Draining:
         return _Peer(rank_id=peer.rank_id, stub=stub, num_usable_pages=peer.num_usable_pages)
 
     async def _hand_over(
-        self, left: LeftSession, peers: Sequence[_Peer], failed: Counter[str]
+        self, left: LeftSession, peers: Sequence[_Peer], refused: dict[str, set[str]]
     ) -> worker_pb2.DrainResponse | None:
         """To the peer with the most usable pages; None where it did not take the session."""
-        fitting = [peer for peer in peers if not peer.is_lost]
-        if not fitting:
-            failed[left.session_id] = MAX_ATTEMPTS
-            return None
-        peer = max(fitting, key=lambda one: one.num_usable_pages)
+        peer = max(_fitting(left, peers, refused), key=lambda one: one.num_usable_pages)
         try:
             num_tokens = await self._move(left, peer)
         except (grpc.aio.AioRpcError, SeamountError) as broken:
             error = broken if isinstance(broken, SeamountError) else from_rpc_error(broken)
             _LOG.info("session_not_handed_over", extra={"peer": peer.rank_id, "reason": error.reason})
             peer.is_lost = isinstance(error, Unavailable)
-            peer.num_usable_pages //= 2  # others first
-            failed[left.session_id] += 1
+            refused.setdefault(left.session_id, set()).add(peer.rank_id)
             return None
         peer.num_usable_pages -= num_tokens // PAGE_SIZE + 1
         return worker_pb2.DrainResponse(session_id=left.session_id, rank_id=peer.rank_id, num_tokens=num_tokens)
@@ -147,3 +141,9 @@ class Draining:
                     raise DataLoss("not all of it has arrived and verified", reason="MOVE_INCOMPLETE")
                 return frame.finished.cached_len
         raise Unavailable("the peer ended a move early", reason="LINK_LOST")
+
+
+def _fitting(left: LeftSession, peers: Sequence[_Peer], refused: dict[str, set[str]]) -> list[_Peer]:
+    """Who may still be asked."""
+    by = refused.get(left.session_id, set())
+    return [p for p in peers if not p.is_lost and p.rank_id not in by] if len(by) < MAX_ATTEMPTS else []
