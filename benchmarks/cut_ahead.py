@@ -1,9 +1,9 @@
 """First token of user turns after a tool's result, with and without the cut of reasoning ahead of time.
 
 Each session: a question, a recorded tool call, the tool's result, and a forced answer with thoughts. Then a person
-reads, for ``--pause`` seconds, and asks again. That question cuts the thoughts, so all behind the first of them, the tool's
-result among it, has to be computed again: either in that turn, or by the idle rank during the pause. Two routers of one
-cluster differ in ``router.cut_ahead`` alone; they take turns, one session at a time.
+reads, for ``--pause`` seconds, and asks again. That question cuts the thoughts, so all behind the first of them, the
+tool's result among it, has to be computed again: either in that turn, or by the idle rank during the pause. Two routers
+of one cluster differ in ``router.cut_ahead`` alone; they take turns, one session at a time.
 
     python -m benchmarks.cut_ahead                                 the table of docs/performance.md
     python -m benchmarks.cut_ahead --sessions 3 --pause 1          a quick look
