@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 
 from seamount.router.account import Account
 from seamount.router.directory import Role
+from seamount.router.fetching import fetched
 from seamount.router.placement import Need, PathRules, Placed, RankLoad, choose_decode_rank, choose_path, is_far_worse
 from seamount.router.quarantine import NODE_WINDOW_S, Suspicion, quarantined
 from seamount.router.rank_client import RESERVED_FOR_S, RankClient, RankLost, ReservationGone, Work
@@ -26,10 +27,6 @@ from seamount.wire.ids import Epoch, RankId, ReservationId, SessionId, TurnId
 
 PLACEMENT_TIMEOUT_S = 30.0
 """How long a turn waits for a live decode rank: a killed gang is replaced in a few seconds."""
-MIGRATE_TIMEOUT_S = 30.0
-"""How long pages may be on their way from another decode rank: what has not come is computed."""
-MIGRATE_STALL_S = 2.0
-"""How long nothing of them may arrive: the rank that has them may be hung."""
 PREFILL_STALL_S = 60.0
 """How long a prefill rank may queue or stand still, alive, before the work goes elsewhere."""
 RENEW_EVERY_S = RESERVED_FOR_S / 3
@@ -177,31 +174,17 @@ class Generation:
     async def _migrate(self, source: RankLoad, cached_len: int) -> int:
         """Let the decode rank fetch what ``source`` has; what does not come is computed. Returns the cached length."""
         assert self._decode is not None
-        request = worker_pb2.MigrateRequest(
-            reservation_id=self._reservation_id or "",
+        assert self._reservation_id is not None
+        finished = await fetched(
+            self._decode,
+            source,
+            reservation_id=self._reservation_id,
             epoch=self.epoch,
-            source_rank_id=source.rank_id,
-            source_address=source.address,
+            remaining_s=self._remaining_s(),
         )
-        progress, moved = worker_pb2.MigrateProgress(), time.monotonic()
-        try:
-            frames = self._decode.migrate(request, timeout_s=min(MIGRATE_TIMEOUT_S, self._remaining_s()))
-            async with aclosing(frames):
-                async for frame in frames:
-                    if frame.WhichOneof("event") == "finished":
-                        self.account.add_migration(frame.finished)
-                        return frame.finished.cached_len
-                    if frame.progress != progress:
-                        progress, moved = frame.progress, time.monotonic()
-                    elif time.monotonic() - moved > MIGRATE_STALL_S:
-                        break
-        except RankLost as lost:
-            if lost.cause is None:
-                raise  # the decode rank itself
-        except ReservationGone:
-            raise
-        except SeamountError:  # the source's trouble: it keeps what it has
-            pass
+        if finished is not None:
+            self.account.add_migration(finished)
+            return finished.cached_len
         now_cached = (await self._reserve()).cached_len
         self.account.num_migrated += max(0, now_cached - cached_len)
         return now_cached

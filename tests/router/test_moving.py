@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from seamount.router import generation as generation_module
+from seamount.router import fetching
 from seamount.router.account import Account
 from seamount.router.directory import Role
 from seamount.router.generation import Generation
@@ -121,7 +121,7 @@ async def test_what_cannot_be_fetched_is_computed(system: Any, home: Any, error:
 
 async def test_a_move_that_gets_nowhere_is_given_up(system: Any, home: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     other = await system.add("other")
-    monkeypatch.setattr(generation_module, "MIGRATE_STALL_S", 0.2)
+    monkeypatch.setattr(fetching, "MIGRATE_STALL_S", 0.2)
 
     async def stands(request: worker_pb2.MigrateRequest) -> AsyncIterator[Any]:
         while True:
