@@ -69,9 +69,14 @@ class Copies:
         self._making: dict[Tier, dict[PageNode, Copy]] = {tier: {} for tier in self.tiers}
 
     @property
+    def is_waiting(self) -> bool:
+        """Whether there is a copy to begin."""
+        return any(self._queues.values())
+
+    @property
     def is_busy(self) -> bool:
         """Whether a copy is in the making, or waits for that."""
-        return any(self._queues.values()) or any(self._making.values())
+        return self.is_waiting or any(self._making.values())
 
     def want(self, node: PageNode) -> None:
         """The page should have copies: in the fastest tier without one now, in those behind it afterwards."""

@@ -113,8 +113,8 @@ class TierDoor:
             return self._restores.is_busy or self._holdings.copies.is_busy
 
     def wake(self) -> None:
-        """There may be something to do."""
-        if self.on_work is not None:
+        """Call ``on_work`` if there is something to do: this follows every step of the engine."""
+        if self.on_work is not None and (self._restores.is_busy or self._holdings.copies.is_waiting):
             self.on_work()
 
     def _adopt(self, tier: Tier, page: StoredPage) -> PageNode | None:
