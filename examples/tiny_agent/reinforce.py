@@ -62,7 +62,7 @@ ROWS = 16
 MATRIX_LR, OTHER_LR = 2e-4, 2e-4
 """At the first step; they fall linearly to 0 behind the last one."""
 INVALID_CALL_COST = 0.2
-STEPS = 16
+STEPS = 40
 """Of the whole stage."""
 
 

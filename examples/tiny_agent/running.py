@@ -31,9 +31,11 @@ ORDER = (*STAGES, REINFORCE)
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Limits:
-    """seed: of batches, drawn rows, tasks and samples. deadline: on the monotonic clock; ends: when stages are to be
-    done, by name. steps: of a stage in this run at the most. workers: processes that make batches, for each rank."""
+    """last: the stage to stop behind. seed: of batches, drawn rows, tasks and samples. deadline: on the monotonic
+    clock; ends: when stages are to be done, by name. steps: of a stage in this run at the most. workers: processes that
+    make batches, for each rank."""
 
+    last: str
     seed: int
     deadline: float
     ends: Mapping[str, float]
@@ -73,7 +75,7 @@ def run(out: Path, resume: Path | None, stage: str | None, limits: Limits, devic
             recorder.begin(name, step, total)
             step, done = _run_stage(model, name, step, limits, ranks, recorder.metrics)
             recorder.end(step, done=done)
-            if stage is not None or not done:
+            if name == limits.last or not done:
                 break
             step = 0
     ranks.leave()

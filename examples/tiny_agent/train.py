@@ -45,6 +45,7 @@ class StageName(enum.Enum):
 def main(
     out: Annotated[Path, typer.Option(help="Folder to write to; a run that stands there is resumed.")],
     stage: Annotated[StageName | None, typer.Option(help="This one alone. Default: all that are left.")] = None,
+    last: Annotated[StageName, typer.Option(help="The last one to run.")] = StageName.REINFORCE,
     resume: Annotated[Path | None, typer.Option(help="Folder to resume from instead, written by another run.")] = None,
     minutes: Annotated[float, typer.Option(help="Stop after so long, start-up included.")] = 9.0,
     steps: Annotated[int, typer.Option(help="Stop after so many steps of a stage.")] = 1_000_000,
@@ -61,7 +62,9 @@ def main(
     # Here, because the processes that make batches import this module, and should not have to import torch.
     from examples.tiny_agent.running import Limits, run
 
-    limits = Limits(seed=seed, deadline=began + 60 * minutes, ends=ends, steps=steps, workers=workers)
+    limits = Limits(
+        last=(stage or last).value, seed=seed, deadline=began + 60 * minutes, ends=ends, steps=steps, workers=workers
+    )
     run(out, resume, None if stage is None else stage.value, limits, device)
 
 

@@ -83,7 +83,8 @@ def test_stages_follow_each_other(tmp_path: Path) -> None:
     assert (state["step"], state["done"]) == (3, True)
     assert [run["steps"] for run in state["runs"]] == [[0, 2], [2, 3]]
     assert [line["step"] for line in _lines(dense)] == [2, 3]
-    state = _run(rest, "--resume", dense)
+    assert _run(rest, "--resume", dense, "--last", "long")["stage"] == "long"
+    state = _run(rest)
     assert (state["stage"], state["done"]) == ("reinforce", True)
     assert [run["stage"] for run in state["runs"]] == [
         "dense",
