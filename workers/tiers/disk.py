@@ -30,13 +30,12 @@ from array import array
 from collections.abc import Iterator
 from pathlib import Path
 
-import google_crc32c
 from torch import Tensor
 
 from seamount.wire.errors import DataLoss, InvalidArgument
 from seamount.workers.cache.prefix import PageNode
 from seamount.workers.cache.tier_door import StoredPage
-from seamount.workers.tiers.checksum import as_bytes
+from seamount.workers.tiers.checksum import as_bytes, crc32c_of
 
 _LOG = logging.getLogger("seamount.tiers")
 _MAGIC, _VERSION = b"SMPAGES\0", 1
@@ -66,7 +65,7 @@ class DiskFile:
         self.num_pages = max(0, (num_bytes - _RECORDS_AT) // (self._stride + self._record_bytes))
         self._order = 0
         header = _HEADER.pack(_MAGIC, _VERSION, page_size, image_bytes, identity)
-        self._header = header + _CRC.pack(google_crc32c.value(header))
+        self._header = header + _CRC.pack(crc32c_of(header))
         flags = os.O_RDWR | os.O_CREAT | os.O_CLOEXEC
         self._index = os.open(folder / "index.dat", flags, 0o600)
         self._pages = os.open(folder / "pages.dat", flags, 0o600)
@@ -146,7 +145,7 @@ class DiskFile:
         record += struct.pack(f"<{self._page_size}I", *token_ids)
         self.clear(slot)
         _write(self._pages, as_bytes(image), slot * self._stride)
-        _write(self._index, memoryview(_CRC.pack(google_crc32c.value(record)) + record), self._record_at(slot))
+        _write(self._index, memoryview(_CRC.pack(crc32c_of(record)) + record), self._record_at(slot))
 
     def read(self, slot: int, image: Tensor) -> None:
         """Raises OSError, DataLoss (TRUNCATED)."""
@@ -179,7 +178,7 @@ class DiskFile:
 
     def _parse(self, slot: int, raw: bytes) -> StoredPage | None:
         (checksum,) = _CRC.unpack_from(raw)
-        if google_crc32c.value(raw[_CRC.size :]) != checksum:
+        if crc32c_of(raw[_CRC.size :]) != checksum:
             return None
         crc, order, depth, digest, parent, root, length, session = _RECORD.unpack_from(raw, _CRC.size)
         token_ids = struct.unpack_from(f"<{self._page_size}I", raw, _CRC.size + _RECORD.size)

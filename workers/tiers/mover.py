@@ -1,15 +1,18 @@
 """Moves pages between the device, host memory and disk, on threads of its own.
 
-Three of them, so that none waits for another: restores, copies to the host, copies to disk. What is to be done, and
-what counts of it, is decided behind ``TierDoor``. A page that does not match its checksum is reported and not used.
+Three of them, so that none waits for another: restores, copies to the host, copies to disk. A few more read and verify
+the pages of a restore. What is to be done, and what counts of it, is decided behind ``TierDoor``. A page that does not
+match its checksum is reported and not used.
 """
 
 from __future__ import annotations
 
 import logging
+import os
 import threading
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 import torch
@@ -29,6 +32,7 @@ from seamount.workers.tiers.images import BATCH_PAGES, PageImages
 _LOG = logging.getLogger("seamount.tiers")
 _IDLE_S = 1.0
 _DRAIN_POLL_S = 0.01
+_MAX_READERS = 8
 _RATE_WEIGHT = 0.2
 """Of the last batch, in a smoothed rate."""
 
@@ -59,6 +63,7 @@ class Mover:
             work["tiers-host"] = self._copy_to_host
         if disk is not None:
             work["tiers-disk"] = self._copy_to_disk
+        self._readers = ThreadPoolExecutor(min(_MAX_READERS, os.cpu_count() or 1), thread_name_prefix="tiers-read")
         self._is_stopping = False
         self._wakes = [threading.Event() for _ in work]
         self._threads: list[threading.Thread] = []
@@ -88,6 +93,7 @@ class Mover:
         for thread in self._threads:
             if thread.is_alive():
                 thread.join()
+        self._readers.shutdown()
         if self._disk is not None:
             self._disk.close()
             self._disk = None
@@ -125,8 +131,10 @@ class Mover:
         good: list[Tensor] = []
         damaged: Fetch | None = None
         try:
-            for place, fetch in enumerate(restore.fetches):
-                image = self._fetch(fetch, buffer.image(place))
+            places = map(buffer.image, range(len(restore.fetches)))
+            for fetch, image in zip(
+                restore.fetches, self._readers.map(self._fetch, restore.fetches, places), strict=True
+            ):
                 if image is None:
                     damaged = fetch
                     break
