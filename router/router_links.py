@@ -1,7 +1,8 @@
 """Idle connections to the other routers: a killed one is dead at once, not after its counter stood still.
 
-A connection says more than no counter only where it leads to that very process, so routers that share an address (one
-port on one node) are left to their counters, and so are those whose listener speaks TLS.
+A connection says more than a counter only where it leads to that very process. Routers that share an address (one port
+on one node) hold connections of another kind to each other (``near_links.py``), and the others leave them to their
+counters: they need not notice first. So are those whose listener speaks TLS.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from dataclasses import dataclass, field
 import grpc
 
 from seamount.router.directory import Role
+from seamount.router.near_links import NearLink, NearListener
 from seamount.router.watcher import DirectoryWatcher
 from seamount.wire.ids import RouterId
 
@@ -29,18 +31,25 @@ _OPTIONS = [
 
 @dataclass(slots=True, kw_only=True)
 class RouterLinks:
-    """Of one router, to all others. ``start`` before use, ``stop`` at the end."""
+    """Of one router, to all others. ``start`` before use, ``stop`` at the end. address: its own; speaks_tls: of all."""
 
     router_id: RouterId
+    address: str
+    speaks_tls: bool
     watcher: DirectoryWatcher
-    _links: dict[tuple[str, str], _Link] = field(default_factory=dict)
+    _links: dict[tuple[str, str], _Link | NearLink] = field(default_factory=dict)
     _task: asyncio.Task[None] | None = None
+    _listener: NearListener | None = None
 
-    def start(self) -> None:
+    async def start(self) -> None:
+        self._listener = NearListener(self.router_id)
+        await self._listener.start()
         self._task = asyncio.create_task(self._run(), name="router links")
 
     async def stop(self) -> None:
         """Close every connection. Harmless to repeat."""
+        if self._listener is not None:
+            await self._listener.stop()
         links, self._links = list(self._links.values()), {}
         tasks = [link.task for link in links] + ([self._task] if self._task is not None else [])
         self._task = None
@@ -59,12 +68,15 @@ class RouterLinks:
         wanted = {
             (peer.record.peer_id, peer.record.address)
             for peer in routers
-            if peer.record.peer_id != self.router_id and at_address[peer.record.address] == 1
+            if peer.record.peer_id != self.router_id
+            and (peer.record.address == self.address or (at_address[peer.record.address] == 1 and not self.speaks_tls))
         }
         for known in [known for known in self._links if known not in wanted]:
             self._links.pop(known).task.cancel()
         for peer_id, address in wanted - self._links.keys():
-            self._links[peer_id, address] = _Link(peer_id, address, self.watcher)
+            near = address == self.address
+            link = NearLink(peer_id, self.watcher) if near else _Link(peer_id, address, self.watcher)
+            self._links[peer_id, address] = link
 
 
 class _Link:

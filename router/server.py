@@ -172,10 +172,14 @@ class RouterServer:
         registration = Registration(directory, self._record(address), interval_s=spec.beat_s)
         await registration.start()
         parts.push_async_callback(registration.stop)
-        if spec.tls_certificate_file is None:
-            links = RouterLinks(router_id=spec.router_id, watcher=watcher)
-            links.start()
-            parts.push_async_callback(links.stop)
+        links = RouterLinks(
+            router_id=spec.router_id,
+            address=address,
+            speaks_tls=spec.tls_certificate_file is not None,
+            watcher=watcher,
+        )
+        await links.start()
+        parts.push_async_callback(links.stop)
         self._take_over = TakeOver(
             router_id=spec.router_id,
             index=sessions.index,
