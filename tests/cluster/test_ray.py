@@ -9,6 +9,7 @@ import logging
 import random
 import secrets
 import shutil
+import socket
 import tempfile
 import time
 from collections.abc import Callable, Iterator
@@ -52,7 +53,7 @@ def system(redis_url: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator
             "model": {"path": str(_checkpoint(folder))},
             "cache": {"num_pages": 64},
             "engine": {"max_context_tokens": 2048},
-            "router": {"port": 0},
+            "router": {"port": _free_port()},  # one that is replaced comes back there
             "placement": {"path": "remote"},
             "pools": {
                 "decode": {"gangs": 1, "expert_parallel": 2, "resources": {"decode": 1}},
@@ -71,6 +72,11 @@ def system(redis_url: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator
     _, left = psutil.wait_procs(left, timeout=10.0)
     assert not left
     shutil.rmtree(temp_dir)
+
+
+def _free_port() -> int:
+    with socket.create_server(("127.0.0.1", 0)) as probe:
+        return int(probe.getsockname()[1])
 
 
 class _three_nodes:
@@ -220,6 +226,33 @@ def test_a_killed_decode_rank_has_its_gang_replaced_and_the_session_goes_on(clie
     assert after.decode_rank != before.decode_rank
     assert after.num_prompt_tokens > before.num_prompt_tokens
     assert len(client.get_history(session.id).messages) == 4
+
+
+def test_a_killed_prefill_rank_costs_no_turn_and_is_replaced(client: Client) -> None:
+    (victim,) = ranks(client, PREFILL)
+    psutil.Process(victim.state.process_id).kill()
+    meanwhile = say(client, client.create_session().id, "Count the stars one by one. " * 12)
+    assert meanwhile.num_decode_computed_tokens > 1
+    wait_for(
+        "prefill rank replaced",
+        lambda: [rank.state.gang_id != victim.state.gang_id for rank in ranks(client, PREFILL)] == [True],
+    )
+    assert say(client, client.create_session().id, "Count the waves. " * 20).path == events_pb2.PREFILL_PATH_REMOTE
+
+
+def test_a_killed_router_is_replaced_under_a_stream(client: Client) -> None:
+    session = client.create_session()
+    sampling = Sampling(max_output_tokens=100, temperature=0.0)
+    stream = client.run_turn(session.id, [user("Tell me a story.")], sampling=sampling, deadline_s=60.0)
+    seen = [next(stream) for _ in range(3)]
+    (victim,) = replica_pids("router")
+    psutil.Process(victim).kill()
+    begun = time.monotonic()
+    seen += stream
+    print(f"the stream was over {time.monotonic() - begun:.1f} s after its router was killed")
+    assert [event.sequence for event in seen] == list(range(1, len(seen) + 1))
+    assert seen[-1].HasField("finished")
+    assert (client.get_session(session.id).head, replica_pids("router") & {victim}) == (1, set())
 
 
 async def test_a_graceful_stop_leaves_no_process(system: System, redis_url: str) -> None:
