@@ -174,9 +174,8 @@ class Candidate:
 
     first, end: the positions whose entries it holds; waits: of the sessions whose last turn went through it, how long
     they stay away; is_superseded: a session brought it, and no turn that is remembered, or is to come, goes through it
-    any more; idle_s: since it was last used; tier:
-    which copy could go; copy: the fastest one that would be left, None for none; is_leased: a lease keeps it in this
-    tier, or in one above.
+    any more; idle_s: since it was last used; tier: which copy could go; copy: the fastest one that would be left, None
+    for none; is_leased: a lease keeps it in this tier, or in one above.
     """
 
     first: int

@@ -11,7 +11,7 @@ import logging
 import os
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
@@ -58,7 +58,7 @@ class Mover:
         self._door, self._host, self._disk = door, host, disk
         self._device = planes.latent[0].device
         pinned = self._device.type == "cuda"
-        work: dict[str, Callable[[PageImages, HostMemory], bool]] = {"tiers-restore": self._restore}
+        work: dict[str, Callable[[PageImages, Sequence[Tensor]], bool]] = {"tiers-restore": self._restore}
         if host is not None:
             work["tiers-host"] = self._copy_to_host
         if disk is not None:
@@ -69,8 +69,9 @@ class Mover:
         self._threads: list[threading.Thread] = []
         for (name, do), wake in zip(work.items(), self._wakes, strict=True):
             images = PageImages(planes)
-            buffer = HostMemory(num_pages=BATCH_PAGES, image_bytes=images.image_bytes, pinned=pinned)
-            arguments = (do, images, buffer, wake)
+            num_buffers = 0 if disk is None or name == "tiers-host" else BATCH_PAGES  # between disk and device
+            memory = HostMemory(num_pages=num_buffers, image_bytes=images.image_bytes, pinned=pinned)
+            arguments = (do, images, [memory.image(place) for place in range(num_buffers)], wake)
             self._threads.append(threading.Thread(target=self._loop, args=arguments, name=name, daemon=True))
 
     def start(self) -> None:
@@ -104,9 +105,9 @@ class Mover:
 
     def _loop(
         self,
-        do: Callable[[PageImages, HostMemory], bool],
+        do: Callable[[PageImages, Sequence[Tensor]], bool],
         images: PageImages,
-        buffer: HostMemory,
+        buffers: Sequence[Tensor],
         wake: threading.Event,
     ) -> None:
         if self._device.type == "cuda":
@@ -114,7 +115,7 @@ class Mover:
         while not self._is_stopping:
             wake.clear()
             try:
-                is_done = do(images, buffer)
+                is_done = do(images, buffers)
             except Exception:
                 _LOG.exception("tiers_failed")  # a defect: pages that were on their way stay where they were
                 is_done = False
@@ -123,7 +124,7 @@ class Mover:
 
     # ---- one batch of each; False: there was nothing to do
 
-    def _restore(self, images: PageImages, buffer: HostMemory) -> bool:
+    def _restore(self, images: PageImages, buffers: Sequence[Tensor]) -> bool:
         restore = self._door.next_restore(BATCH_PAGES)
         if restore is None:
             return False
@@ -131,10 +132,9 @@ class Mover:
         good: list[Tensor] = []
         damaged: Fetch | None = None
         try:
-            places = map(buffer.image, range(len(restore.fetches)))
-            for fetch, image in zip(
-                restore.fetches, self._readers.map(self._fetch, restore.fetches, places), strict=True
-            ):
+            places = [buffers[place] if buffers else None for place in range(len(restore.fetches))]
+            fetched = self._readers.map(self._fetch, restore.fetches, places)
+            for fetch, image in zip(restore.fetches, fetched, strict=True):
                 if image is None:
                     damaged = fetch
                     break
@@ -150,16 +150,17 @@ class Mover:
             self.rates.note(tiers.pop(), len(good) * images.image_bytes, time.monotonic() - began)
         return True
 
-    def _fetch(self, fetch: Fetch, buffer: Tensor) -> Tensor | None:
-        """The page's image, verified; None where it is damaged or cannot be read."""
-        image = buffer
+    def _fetch(self, fetch: Fetch, buffer: Tensor | None) -> Tensor | None:
+        """The page's image, verified; None where it is damaged or cannot be read. buffer: for one from disk."""
         try:
             if fetch.tier is Tier.HOST:
                 assert self._host is not None
                 image = self._host.image(fetch.copy.slot)
             else:
                 assert self._disk is not None
-                self._disk.read(fetch.copy.slot, buffer)
+                assert buffer is not None
+                image = buffer
+                self._disk.read(fetch.copy.slot, image)
             if crc32c(image) == fetch.copy.crc:
                 return image
             _LOG.warning("page_damaged", extra={"tier": fetch.tier.value, "slot": fetch.copy.slot})
@@ -168,7 +169,7 @@ class Mover:
             _LOG.warning("page_unreadable", extra=extra)
         return None
 
-    def _copy_to_host(self, images: PageImages, buffer: HostMemory) -> bool:
+    def _copy_to_host(self, images: PageImages, buffers: Sequence[Tensor]) -> bool:
         assert self._host is not None
         copies = self._door.next_copies(Tier.HOST, BATCH_PAGES)
         targets = [self._host.image(copy.slot) for copy in copies]
@@ -177,11 +178,11 @@ class Mover:
             self._door.copied(copy, crc32c(target))
         return bool(copies)
 
-    def _copy_to_disk(self, images: PageImages, buffer: HostMemory) -> bool:
+    def _copy_to_disk(self, images: PageImages, buffers: Sequence[Tensor]) -> bool:
         assert self._disk is not None
         copies = self._door.next_copies(Tier.DISK, BATCH_PAGES)
         from_device = [copy for copy in copies if copy.source is None]
-        direct = dict(zip(from_device, map(buffer.image, range(len(from_device))), strict=True))
+        direct = dict(zip(from_device, buffers, strict=False))
         self._save(images, from_device, list(direct.values()))
         for copy in copies:
             if copy.source is None:
