@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import itertools
 import random
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from seamount.kernels.layout import CachePlanes
+from seamount.wire.errors import ResourceExhausted
 from seamount.workers.cache.reservation import Reservation
 from seamount.workers.cache.reservations import Reservations
 from seamount.workers.cache.retention import Tier
@@ -40,7 +42,7 @@ class TieredRank:
     reservations: Reservations
     mover: Mover
     planes: CachePlanes
-    epoch: int = 0
+    epochs: Iterator[int] = field(default_factory=lambda: itertools.count(1))
 
     def settle(self) -> None:
         """Wait until no page is on its way."""
@@ -51,11 +53,11 @@ class TieredRank:
         self.reservations.check_invariants()
 
     def reserve(self, session: str, prompt: Sequence[int]) -> Reservation:
-        self.epoch += 1
+        epoch = next(self.epochs)
         return self.reservations.reserve(
             session_id=session,
-            turn_id=f"t{self.epoch}",
-            epoch=self.epoch,
+            turn_id=f"t{epoch}",
+            epoch=epoch,
             attempt=1,
             salt=SALT,
             token_ids=prompt,
@@ -158,6 +160,50 @@ def test_sessions_that_do_not_fit_together_go_on_as_if_they_did(
             assert num_restored == len(left[session]) // 64 * 64
             left[session] = [*prompt, *output[:-1]]
             tight.press(14 * 64 - 1)
+
+
+def test_sessions_at_once_in_too_few_pages_say_what_they_say_alone(
+    make_tiered: MakeTiered, rng: random.Random, tmp_path: Path
+) -> None:
+    """Turns of several threads: pages are evicted, copied and restored while others compute."""
+    roomy = make_tiered(num_pages=200)
+    tight = make_tiered(num_pages=16, num_host=24, directory=tmp_path)
+    appended = {f"s{number}": prompts(rng, 3) for number in range(6)}
+    expected: dict[str, list[list[int]]] = {}
+    for session, parts in appended.items():
+        left, outputs = list[int](), list[list[int]]()
+        for part in parts:
+            output, *_ = roomy.turn(session, [*left, *part])
+            left, outputs = [*left, *part, *output[:-1]], [*outputs, output]
+        expected[session] = outputs
+
+    said: dict[str, list[list[int]]] = {session: [] for session in appended}
+
+    def run(session: str) -> None:
+        left: list[int] = []
+        for part in appended[session]:
+            prompt = [*left, *part]
+            while True:
+                try:
+                    reservation = tight.reserve(session, prompt)
+                    break
+                except ResourceExhausted:
+                    time.sleep(0.01)
+            client = Client(reservation)
+            tight.engine.submit(EngineRequest(id=reservation.id, reservation=reservation, sampling=GREEDY, sink=client))
+            client.finished()
+            tight.reservations.release(reservation.id, len(prompt) + len(client.token_ids))
+            said[session].append(client.token_ids)
+            left = [*prompt, *client.token_ids[:-1]]
+
+    threads = [threading.Thread(target=run, args=(session,)) for session in appended]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(WAIT_S)
+    assert said == expected
+    assert tight.mover.rates.host > 0 or tight.mover.rates.disk > 0, "nothing was restored"
+    tight.settle()
 
 
 def test_a_rank_that_starts_again_finds_what_it_left_on_disk(
