@@ -13,7 +13,7 @@ import asyncio
 import json
 import tempfile
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import asdict, dataclass, field
@@ -108,15 +108,15 @@ def held_out(groups: Iterable[Group], tokenizer: Tokenizer, max_tokens: int) -> 
 
 
 def compare(
-    checkpoint: Path, address: str, episodes: Sequence[Episode], dtype: torch.dtype, *, max_output_tokens: int = 400
-) -> tuple[Twofold, list[Outcome]]:
-    """Play episodes with the model in this process and with the system at ``address``."""
+    checkpoint: Path, address: str, episodes: Sequence[Episode], dtype: torch.dtype
+) -> Iterator[tuple[Twofold, list[Outcome]]]:
+    """Play episodes with the model in this process and with the system at ``address``, a few at a time."""
     model = load_transformer(checkpoint, layout_name="exact", dtype=dtype, device="cpu")
     local = LocalInference(model, num_conversations=_AT_ONCE, max_tokens=SHORT_CONTEXT)
     with closing(ServedInference(address, num_streams=_AT_ONCE)) as served:
-        both = Twofold(local, served)
-        outcomes = play(episodes, both, max_output_tokens=max_output_tokens, batch_size=_AT_ONCE)
-    return both, outcomes
+        for first in range(0, len(episodes), _AT_ONCE):
+            both = Twofold(local, served)
+            yield both, play(episodes[first : first + _AT_ONCE], both, batch_size=_AT_ONCE)
 
 
 def find_needles(address: str, numbers: range, seed: int, tokenizer: Tokenizer) -> list[Outcome]:
@@ -161,28 +161,34 @@ class Needles:
     seconds: int
 
 
-async def compare_tasks(checkpoint: Path, dtype: str, tasks: range, seed: int, threads: int) -> Compared:
+async def compare_tasks(
+    checkpoint: Path, dtype: str, tasks: range, seed: int, threads: int, tell: Callable[[Compared], None]
+) -> None:
     """Tasks of all kinds in turns, those whose prompts stay below 2K tokens, in the ``exact`` layout."""
     suite = Suite(seed=seed, num_tasks=tasks.stop, num_needles=0, group_size=1)
     groups = (group for group in suite.groups() if group.row == group.kind.value)
     episodes = held_out(islice(groups, tasks.start, tasks.stop), Tokenizer.load(checkpoint), 1536)
-    began = time.monotonic()
+
+    def play_all(address: str) -> None:
+        began = time.monotonic()
+        for both, outcomes in compare(checkpoint, address, episodes, getattr(torch, dtype)):
+            result = Compared(
+                dtype=dtype,
+                num_tasks=len(outcomes),
+                num_done=sum(one.succeeded for one in outcomes),
+                num_outputs=both.num_outputs,
+                num_tokens=both.num_tokens,
+                num_different=len(both.differences),
+                first_difference=next(iter(both.differences), None),
+                seconds=round(time.monotonic() - began),
+            )
+            tell(result)
+            began = time.monotonic()
+
     with tempfile.TemporaryDirectory() as scratch:
         settings = served_settings(checkpoint, Path(scratch), "exact", dtype, threads)
         async with LocalCluster(settings=settings) as cluster:
-            both, outcomes = await asyncio.to_thread(
-                compare, checkpoint, cluster.address, episodes, getattr(torch, dtype)
-            )
-    return Compared(
-        dtype=dtype,
-        num_tasks=len(outcomes),
-        num_done=sum(one.succeeded for one in outcomes),
-        num_outputs=both.num_outputs,
-        num_tokens=both.num_tokens,
-        num_different=len(both.differences),
-        first_difference=next(iter(both.differences), None),
-        seconds=round(time.monotonic() - began),
-    )
+            await asyncio.to_thread(play_all, cluster.address)
 
 
 async def look_for_needles(checkpoint: Path, numbers: range, seed: int, threads: int) -> Needles:
@@ -216,15 +222,18 @@ def main(
         raise typer.BadParameter(f"{dtype} is none of float64, float32", param_hint="--dtype")
     torch.set_num_threads(threads)
     results: list[Compared | Needles] = []
-    if tasks:
-        results.append(asyncio.run(compare_tasks(checkpoint, dtype, range(first, first + tasks), seed, threads)))
-    if needles:
-        results.append(asyncio.run(look_for_needles(checkpoint, range(first, first + needles), seed, threads)))
-    for result in results:
+
+    def tell(result: Compared | Needles) -> None:
+        results.append(result)
         Console().print(result)
         if out is not None:
             with out.open("a", encoding="utf-8") as file:
                 file.write(json.dumps(asdict(result)) + "\n")
+
+    if tasks:
+        asyncio.run(compare_tasks(checkpoint, dtype, range(first, first + tasks), seed, threads, tell))
+    if needles:
+        tell(asyncio.run(look_for_needles(checkpoint, range(first, first + needles), seed, threads)))
     if not all(map(_holds, results)):
         raise typer.Exit(1)
 
