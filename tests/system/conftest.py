@@ -9,8 +9,10 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import pytest
+import pytest_asyncio
 
 from seamount.cluster.checkpoint import init_checkpoint
+from seamount.cluster.forking import Parent
 from seamount.cluster.local import LocalCluster
 from seamount.cluster.settings import Settings, validate
 from seamount.router.client import AsyncClient
@@ -58,8 +60,15 @@ def make_settings(
     return make
 
 
+@pytest_asyncio.fixture(scope="session", loop_scope="session")
+async def parent(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Parent]:
+    """Imports once for all processes of these tests."""
+    async with Parent(tmp_path_factory.mktemp("parent")) as started:
+        yield started
+
+
 @pytest.fixture(scope="session")
-def start_cluster(make_settings: Callable[[Mapping[str, Any] | None], Settings]) -> StartCluster:
+def start_cluster(make_settings: Callable[[Mapping[str, Any] | None], Settings], parent: Parent) -> StartCluster:
     @asynccontextmanager
     async def start(
         overrides: Mapping[str, Any] | None = None, *, redis_url: str | None = None, num_routers: int = 1
@@ -68,7 +77,7 @@ def start_cluster(make_settings: Callable[[Mapping[str, Any] | None], Settings])
         if redis_url is not None:
             chosen["redis_url"] = redis_url
         async with LocalCluster(
-            settings=make_settings(chosen), allow_forced_tokens=True, num_routers=num_routers
+            settings=make_settings(chosen), allow_forced_tokens=True, num_routers=num_routers, parent=parent
         ) as cluster:
             yield cluster
 

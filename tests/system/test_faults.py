@@ -72,7 +72,7 @@ async def test_prefill_killed_during_a_push(cluster: LocalCluster, client: Async
         assert not turn.done(), "the turn was over before the push was on its way"
         await asyncio.sleep(0.02)
     await cluster.kill("prefill-0.0")
-    assert prefill.process.returncode == -9
+    assert prefill.process.returncode is not None
     answered = await turn
     assert answered.usage.num_output_tokens == 8
     assert answered.receipt.num_retries >= 1
