@@ -179,9 +179,12 @@ class SessionBook:
                 del self._num_tree_pages[session_id]
 
     def cached_sessions(self) -> list[str]:
-        """Sessions with a live reservation, a tail, or pages in the tree that they brought; most recent first."""
+        """Sessions with a live reservation, a tail, or pages in the tree that they brought; most recent first. Not one
+        that was given up, though copies of its pages may lie in a lower tier until others need the room."""
         return [
             session_id
             for session_id, record in reversed(self._records.items())
-            if record.live_id is not None or record.tail is not None or session_id in self._num_tree_pages
+            if record.live_id is not None
+            or record.tail is not None
+            or (record.left and session_id in self._num_tree_pages)
         ]
