@@ -38,11 +38,13 @@ async def num_prepared(client: AsyncClient) -> int:
     return sum(rank.state.num_prepared_tokens for rank in await client.list_ranks())
 
 
-async def settled(client: AsyncClient) -> None:
-    """Nothing is computed ahead any more."""
+async def prepared(client: AsyncClient, *, beyond: int) -> int:
+    """Tokens computed ahead, once they are more than ``beyond`` and grow no more."""
     before = -1
-    while before != (before := await num_prepared(client)) or not before:  # noqa: ASYNC110 - at another process
+    while (count := await num_prepared(client)) == beyond or count != before:
+        before = count
         await asyncio.sleep(0.4)
+    return count
 
 
 async def test_the_next_question_finds_what_was_computed_while_it_was_written(
@@ -51,10 +53,11 @@ async def test_the_next_question_finds_what_was_computed_while_it_was_written(
     async with AsyncClient(cluster.address) as client:
         session = await client.create_session(thinking_mode=ThinkingMode.THINKING)
         turns: list[Any] = []
+        count = 0
         for text in QUESTIONS:
             turns.append(await client.run_turn(session.id, [user(text)], sampling=SEEDED).result())
             async with asyncio.timeout(20):
-                await settled(client)
+                count = await prepared(client, beyond=count)
         first, second, third = (turn.receipt for turn in turns)
         assert first.num_prepared_tokens == 0
         for receipt, before in ((second, first), (third, second)):
