@@ -9,9 +9,9 @@ memory by asynchronous copies, several blocks ahead. Where the tiles leave multi
 tiles go to memory and the last program to arrive sums them in the order of the splits, so the result does not depend on
 who was last.
 Bytes: N K + M K + 2 M N, scales 1 / 32 of that; splits add 8 M N each (they stay in the L2).
-For 33 to 128 rows of a weight whose tiles are one long wave, fp8_gemm_hopper.py does the work.
-For many rows ``torch._scaled_mm`` (cuBLASLt's 1x128 by 128x128 product, the same bits) does the work: it overlaps the
-scaling of one block with the product of the next, which a Triton loop cannot.
+Up to 256 rows Hopper GPUs have two more ways: fp8_gemm_chains.py where the tiles of a weight are one long wave, and
+fp8_gemm_persistent.py where they are several or the weight is large. For more rows ``torch._scaled_mm`` (cuBLASLt's
+1x128 by 128x128 product, the same bits) does the work.
 """
 
 from functools import cache
@@ -21,12 +21,15 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from seamount.kernels.triton import fp8_gemm_hopper
+from seamount.kernels.triton import fp8_gemm_chains, fp8_gemm_persistent
+from seamount.kernels.triton.fp8_gemm_ring import is_supported
 
 _BLOCK_K = tl.constexpr(128)
 _MAX_TILES = 1 << 16
 _SMALL_SIDE = 8192
+_LONG = 32  # K blocks
 
 
 @triton.jit
@@ -60,8 +63,11 @@ def accumulate(
 def _gemm_kernel(
     x_ptr, x_scale_ptr, weight_ptr, weight_scale_ptr, out_ptr, partial_ptr, arrived_ptr,
     num_rows, num_columns, num_blocks, splits,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, SPLIT: tl.constexpr, STAGES: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, SPLIT: tl.constexpr, STAGES: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
+    if EARLY:  # launched before the kernel ahead in the stream has ended, and ready for the next one to do the same
+        gdc_launch_dependents()
+        gdc_wait()
     tile_m, tile_n, split = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     rows = tile_m * BLOCK_M + tl.arange(0, BLOCK_M)
     columns = tile_n * BLOCK_N + tl.arange(0, BLOCK_N)
@@ -120,9 +126,11 @@ def launch_gemm(
         shape = (splits, tiles_m * tiles_n, block_m * block_n)
         partial = torch.empty(shape, dtype=torch.float32, device=x.device)
         arrived = arrivals(x.device)
+    early = is_supported(x)
     _gemm_kernel[(tiles_m, tiles_n, splits)](
         x, x_scale, weight, weight_scale, out, partial, arrived, rows, columns, blocks, splits,
-        BLOCK_M=block_m, BLOCK_N=block_n, SPLIT=splits > 1, STAGES=stages, num_warps=warps,
+        BLOCK_M=block_m, BLOCK_N=block_n, SPLIT=splits > 1, STAGES=stages, EARLY=early, num_warps=warps,
+        launch_pdl=early,
     )  # fmt: skip
     return out
 
@@ -147,29 +155,57 @@ def fp8_gemm(x: Tensor, x_scale: Tensor, weight: Tensor, weight_scale: Tensor) -
     rows, columns, blocks = x.shape[0], weight.shape[0], x_scale.shape[1]
     if not rows or not columns or not blocks:
         return torch.zeros((rows, columns), dtype=torch.bfloat16, device=x.device)
-    # Up to 128 rows of a small weight cuBLASLt leaves multiprocessors idle, and its scales have to be transposed.
-    small = columns <= _SMALL_SIDE and x.shape[1] <= _SMALL_SIDE
-    if rows > (128 if small else 64) and library_takes(x, weight):
-        return library_gemm(x, x_scale, weight, weight_scale)
     processors = multiprocessors(x.device)
-    if (width := choose_pairs(rows, columns, blocks, processors)) and fp8_gemm_hopper.is_supported(x):
-        stages = 8 if width == 32 else 10
-        return fp8_gemm_hopper.launch_pairs(x, x_scale, weight, weight_scale, block_n=width, stages=stages)
+    operands = (x, x_scale, weight, weight_scale)
+    if is_supported(x):
+        if width := choose_width(rows, columns, blocks, processors):
+            return fp8_gemm_chains.launch_chains(*operands, block_n=width)
+        if tile := choose_persistent(rows, columns, blocks, processors):
+            block_m, block_n = tile
+            return fp8_gemm_persistent.launch_persistent(
+                *operands, block_m=block_m, block_n=block_n, programs=processors
+            )
+    # For a small weight cuBLASLt leaves multiprocessors idle, and its scales have to be transposed.
+    if rows > (128 if is_small(columns, blocks) else 64) and library_takes(x, weight):
+        return library_gemm(*operands)
     tiles = choose_tiles(rows, columns, blocks, processors)
     return launch_gemm(
-        x, x_scale, weight, weight_scale,
-        block_m=tiles.block_m, block_n=tiles.block_n, splits=tiles.splits, stages=tiles.stages,
-    )  # fmt: skip
+        *operands, block_m=tiles.block_m, block_n=tiles.block_n, splits=tiles.splits, stages=tiles.stages
+    )
 
 
-def choose_pairs(rows: int, columns: int, blocks: int, processors: int) -> int:
-    """The width of the tiles for fp8_gemm_hopper.py, 0 where the kernel here is faster: one wave of long tiles."""
-    if rows <= 32 or rows > 128 or blocks < 32:
+def choose_width(rows: int, columns: int, blocks: int, processors: int) -> int:
+    """The width of tiles for fp8_gemm_chains.py, 0 where another way is faster: it is for one wave of long tiles."""
+    if rows > 256 or blocks < _LONG:
         return 0
-    width = 32 if rows <= 64 else 64
-    tiles = triton.cdiv(rows, fp8_gemm_hopper.BLOCK_M) * triton.cdiv(columns, width)
-    fewest = processors // 2 if rows <= 64 else processors * 3 // 4
-    return width if fewest < tiles <= processors else 0
+    for width in (16, 32, 64):
+        tiles = triton.cdiv(rows, fp8_gemm_chains.BLOCK_M) * triton.cdiv(columns, width)
+        if tiles <= processors:
+            # For few rows a split tile of ``launch_gemm`` is as fast where the wave is thin.
+            fewest = processors // 2 if rows > 32 else processors * 3 // 4
+            return width if tiles > fewest and (rows > 32 or width > 16) else 0
+    return 0
+
+
+def choose_persistent(rows: int, columns: int, blocks: int, processors: int) -> tuple[int, int] | None:
+    """Tokens and weight rows of a tile for fp8_gemm_persistent.py, None where another way is faster.
+
+    It is for 65 to 256 rows, of long tiles for one wave of small ones; for fewer rows, where short tiles are one wave.
+    """
+    if rows > 256 or (rows <= 64 and blocks >= _LONG):
+        return None
+    costs = {}
+    for (block_m, block_n), measured in fp8_gemm_persistent.TILES.items():
+        if block_m == 64 or rows > 64:
+            tiles = triton.cdiv(rows, block_m) * triton.cdiv(columns, block_n)
+            costs[block_m, block_n] = triton.cdiv(tiles, processors) * measured.cost, tiles
+    tile, (cost, tiles) = min(costs.items(), key=lambda item: item[1])
+    wants_one_wave = rows <= 64 or blocks >= _LONG
+    return None if 3 * tiles < processors or (wants_one_wave and cost > 1.1) else tile
+
+
+def is_small(columns: int, blocks: int) -> bool:
+    return max(columns, blocks * 128) <= _SMALL_SIDE
 
 
 class Tiles(NamedTuple):

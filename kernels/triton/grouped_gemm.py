@@ -8,7 +8,8 @@ prefix sum over ceil(count / BLOCK_M), kept in registers, maps a tile number to 
 the token tiles of one weight tile are neighbours, so a weight is read from memory once. The grid is bounded by what the
 counts can be at most; programs take tiles in strides and those without one leave at once. In the SwiGLU form a program
 holds the gate's and the up's tile of the same 128 channels, which is one quantisation block: the [rows, 2 I]
-intermediate never reaches memory. For more than 64 rows an expert grouped_wide.py does the work.
+intermediate never reaches memory. On Hopper GPUs grouped_few.py does the work without SwiGLU up to 64 rows an expert,
+and grouped_wide.py all of it beyond.
 Bytes: active experts * N K + rows (K + 2 N); SwiGLU form rows (K + N / 2) in place of rows (K + 2 N + 2 N + N / 2).
 """
 
@@ -17,7 +18,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from seamount.kernels.triton import grouped_wide
+from seamount.kernels.triton import grouped_few, grouped_wide
 from seamount.kernels.triton.elementwise import scale_of
 from seamount.kernels.triton.fp8_gemm import accumulate, multiprocessors
 from seamount.kernels.triton.moe import swiglu_quantize
@@ -160,10 +161,12 @@ def grouped_gemm(x: Tensor, x_scale: Tensor, weight: Tensor, weight_scale: Tenso
         return out
     rows = _mean_rows(x, weight)
     operands = (x, x_scale, weight, weight_scale, groups, out, None)
-    if rows <= 24:  # one tile an expert; deep prefetch, for all the time goes into reading weights
-        launch_grouped(*operands, block_m=32, stages=6)
-    elif rows > _MANY_ROWS and grouped_wide.is_supported(x, weight):
+    if rows > _MANY_ROWS and grouped_wide.is_supported(x, weight):
         grouped_wide.launch_wide(*operands)
+    elif grouped_wide.is_supported(x, weight):
+        grouped_few.launch_few(x, x_scale, weight, weight_scale, groups, out)
+    elif rows <= 24:  # one tile an expert; deep prefetch, for all the time goes into reading weights
+        launch_grouped(*operands, block_m=32, stages=6)
     else:
         launch_grouped(*operands, block_m=64, stages=3)
     return out

@@ -21,6 +21,7 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma, warpgroup_mma, warpgroup_mma_wait
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
+from seamount.kernels.triton import fp8_gemm_ring
 from seamount.kernels.triton.fp8_gemm import multiprocessors
 
 _BLOCK_M = 128
@@ -60,8 +61,19 @@ def _locate_kernel(
         tl.store(entry + 3, begin)
 
 
+def locate(groups: Tensor, experts: int, rows: int, *, masked: bool, block_m: int) -> Tensor:
+    """The table of row tiles, int32 [1 + as many as there can be, 4]; rows: of x, or of an expert's slab."""
+    max_tiles = experts * triton.cdiv(rows, block_m) if masked else rows // block_m + min(experts, rows)
+    table = torch.empty((1 + max_tiles, 4), dtype=torch.int32, device=groups.device)
+    _locate_kernel[(experts,)](
+        groups, table, rows, EXPERTS=experts, EXPERTS_PADDED=triton.next_power_of_2(experts), MASKED=masked,
+        BLOCK_M=block_m, num_warps=1,
+    )  # fmt: skip
+    return table
+
+
 @gluon.jit
-def _place(table, tile, tiles_n, BLOCK_M: gl.constexpr):
+def place(table, tile, tiles_n, BLOCK_M: gl.constexpr):
     """(expert, first row in x, rows from there to the expert's end, column tile)."""
     entry = table + 4 + tile // tiles_n * 4
     count = gl.load(entry + 2)
@@ -81,7 +93,7 @@ def _fetch(x, weight, work, rings):
     num_tiles = gl.load(table) * tiles_n
     step = 0
     for tile in range(gl.program_id(0), num_tiles, gl.num_programs(0)):
-        expert, first_row, _, column = _place(table, tile, tiles_n, BLOCK_M)
+        expert, first_row, _, column = place(table, tile, tiles_n, BLOCK_M)
         w_row = expert * num_columns + column * tile_columns
         for block in range(num_blocks):
             buffer = step % STAGES
@@ -105,7 +117,7 @@ def _multiply(tensors, work, rings, PART: gl.constexpr, SWIGLU: gl.constexpr):
     num_tiles = gl.load(table) * tiles_n
     step = 0
     for tile in range(gl.program_id(0), num_tiles, gl.num_programs(0)):
-        expert, first_row, rows_left, column = _place(table, tile, tiles_n, BLOCK_M)
+        expert, first_row, rows_left, column = place(table, tile, tiles_n, BLOCK_M)
         if rows_left > PART * 64:
             _tile(tensors, work, rings, expert, first_row, rows_left, column, step, PART, SWIGLU)
         else:
@@ -218,13 +230,8 @@ def _grouped_kernel(
 
 
 def is_supported(x: Tensor, weight: Tensor) -> bool:
-    """Whether ``launch_wide`` takes these operands: a Hopper GPU, weights of whole pairs of tiles."""
-    return (
-        x.is_cuda
-        and torch.cuda.get_device_capability(x.device)[0] == 9
-        and weight.shape[1] % (2 * _BLOCK_N) == 0
-        and weight.shape[2] > 0
-    )
+    """Whether this file and grouped_few.py take these operands: a Hopper GPU, weights of whole pairs of tiles."""
+    return fp8_gemm_ring.is_supported(x) and weight.shape[1] % (2 * _BLOCK_N) == 0 and weight.shape[2] > 0
 
 
 def launch_wide(
@@ -233,18 +240,12 @@ def launch_wide(
 ) -> None:  # fmt: skip
     """Operands as ``grouped_gemm.launch_grouped`` takes them, none empty; out_scale makes it the SwiGLU form."""
     experts, columns, channels = weight.shape
-    masked, swiglu = x.dim() == 3, out_scale is not None
-    rows = x.shape[-2]
-    max_tiles = experts * triton.cdiv(rows, _BLOCK_M) if masked else rows // _BLOCK_M + min(experts, rows)
-    table = torch.empty((max_tiles + 1, 4), dtype=torch.int32, device=x.device)
-    _locate_kernel[(experts,)](
-        groups, table, rows, EXPERTS=experts, EXPERTS_PADDED=triton.next_power_of_2(experts), MASKED=masked,
-        BLOCK_M=_BLOCK_M, num_warps=1,
-    )  # fmt: skip
+    swiglu = out_scale is not None
+    table = locate(groups, experts, x.shape[-2], masked=x.dim() == 3, block_m=_BLOCK_M)
     tile_columns = _BLOCK_N if swiglu else 2 * _BLOCK_N
     tiles_n = out.shape[-1] // tile_columns
     flat_x, flat_weight = x.view(-1, channels), weight.view(-1, channels)
-    _grouped_kernel[(min(max_tiles * tiles_n, multiprocessors(x.device)),)](
+    _grouped_kernel[(min((len(table) - 1) * tiles_n, multiprocessors(x.device)),)](
         TensorDescriptor(flat_x, list(flat_x.shape), [channels, 1], [_BLOCK_M, 128], _ROWS),
         TensorDescriptor(flat_weight, list(flat_weight.shape), [channels, 1], [_BLOCK_N, 128], _ROWS),
         x_scale, weight_scale, out, out if out_scale is None else out_scale, table,

@@ -10,7 +10,15 @@ pytest.importorskip("triton", reason="Triton is not installed: no GPU kernels he
 
 from seamount.kernels import gemm
 from seamount.kernels.quant import dequantize, dequantize_blocks, quantize
-from seamount.kernels.triton import fp8_gemm, fp8_gemm_hopper, grouped_gemm, grouped_wide, moe
+from seamount.kernels.triton import (
+    fp8_gemm,
+    fp8_gemm_chains,
+    fp8_gemm_persistent,
+    fp8_gemm_ring,
+    grouped_gemm,
+    grouped_wide,
+    moe,
+)
 
 pytestmark = pytest.mark.gpu
 
@@ -91,33 +99,95 @@ def test_chosen_tiles_are_legal_and_fill_the_gpu(rows: int) -> None:
             assert (tiles.block_m + tiles.block_n) * 128 * tiles.stages <= 160 << 10
 
 
-@pytest.mark.parametrize(("block_n", "stages"), [(32, 8), (64, 10)])
+@pytest.mark.parametrize("block_n", [16, 32, 64])
 @pytest.mark.parametrize(
     ("rows", "columns", "channels"),
-    [(33, 4096, 7168), (64, 2240, 4096), (1, 130, 128), (128, 4096, 384), (65, 576, 2048)],
+    [(33, 4096, 7168), (64, 2240, 4096), (1, 130, 128), (128, 4096, 384), (65, 576, 2048), (250, 2112, 7168)],
 )
-def test_alternate_blocks(
-    rows: int, columns: int, channels: int, block_n: int, stages: int, device: torch.device, generator: torch.Generator
+def test_chains_of_blocks(
+    rows: int, columns: int, channels: int, block_n: int, device: torch.device, generator: torch.Generator
 ) -> None:
     arguments = operands(rows, columns, channels, generator)
     moved = [argument.to(device) for argument in arguments]
-    if not fp8_gemm_hopper.is_supported(moved[0]):
+    if not fp8_gemm_ring.is_supported(moved[0]):
         pytest.skip("no Hopper GPU here")
-    actual = fp8_gemm_hopper.launch_pairs(*moved, block_n=block_n, stages=stages)
+    actual = fp8_gemm_chains.launch_chains(*moved, block_n=block_n)
     expected = dequantize(moved[0], moved[1]).double() @ dequantize_blocks(moved[2], moved[3], torch.float32).double().T
     assert error(actual, expected.cpu()) < LIMIT
     for _ in range(5):
-        assert torch.equal(actual, fp8_gemm_hopper.launch_pairs(*moved, block_n=block_n, stages=stages))
+        assert torch.equal(actual, fp8_gemm_chains.launch_chains(*moved, block_n=block_n))
 
 
-def test_one_wave_of_long_tiles_goes_in_pairs() -> None:
-    def chosen(columns: int, channels: int) -> list[int]:
-        return [fp8_gemm.choose_pairs(rows, columns, channels // 128, 132) for rows in (32, 33, 64, 65, 128, 129)]
+@pytest.mark.parametrize(("block_m", "block_n"), list(fp8_gemm_persistent.TILES))
+@pytest.mark.parametrize(
+    ("rows", "columns", "channels"),
+    [(1, 130, 128), (37, 4224, 1536), (64, 36864, 512), (128, 4096, 384), (200, 7168, 2048), (129, 576, 640)],
+)
+def test_persistent_tiles(
+    rows: int,
+    columns: int,
+    channels: int,
+    block_m: int,
+    block_n: int,
+    poisoned: torch.device,
+    generator: torch.Generator,
+) -> None:
+    arguments = operands(rows, columns, channels, generator)
+    moved = [argument.to(poisoned) for argument in arguments]
+    if not fp8_gemm_ring.is_supported(moved[0]):
+        pytest.skip("no Hopper GPU here")
 
-    assert chosen(4096, 7168) == [0, 32, 32, 64, 64, 0]
-    assert chosen(2240, 7168) == [0, 32, 32, 0, 0, 0]
-    for columns, channels in ((2112, 7168), (8192, 1536), (7168, 16384), (36864, 7168), (576, 7168)):
-        assert chosen(columns, channels) == [0] * 6
+    def run() -> Tensor:
+        return fp8_gemm_persistent.launch_persistent(*moved, block_m=block_m, block_n=block_n, programs=132)
+
+    actual = run()
+    expected = dequantize(moved[0], moved[1]).double() @ dequantize_blocks(moved[2], moved[3], torch.float32).double().T
+    assert error(actual, expected.cpu()) < LIMIT
+    assert all(torch.equal(actual, run()) for _ in range(5))
+
+
+def test_ways_for_the_weights_of_deepseek_v32() -> None:
+    """Up to 256 rows, as measured: a width is of chains, a pair of persistent tiles, None of neither."""
+
+    def chosen(columns: int, channels: int) -> list[int | tuple[int, int] | None]:
+        shapes = [(rows, columns, channels // 128, 132) for rows in (1, 32, 64, 128, 256)]
+        return [fp8_gemm.choose_width(*shape) or fp8_gemm.choose_persistent(*shape) for shape in shapes]
+
+    assert chosen(2112, 7168) == [None, None, 16, 32, 64]
+    assert chosen(4096, 7168) == [32, 32, 32, 64, (128, 64)]
+    assert chosen(7168, 16384) == [64, 64, 64, (128, 64), None]
+    assert chosen(36864, 7168) == [None] * 5
+    assert chosen(24576, 1536) == [None, None, None, (128, 64), (128, 128)]
+    assert chosen(32768, 512) == [None, None, None, (128, 128), (128, 128)]
+    assert chosen(8192, 1536) == [(64, 128), (64, 128), (64, 128), (128, 64), (128, 128)]
+    assert chosen(576, 7168)[:3] == [None] * 3
+
+
+def test_a_ring_fits_and_is_shared_evenly() -> None:
+    for (block_m, block_n), tile in fp8_gemm_persistent.TILES.items():
+        assert (tile.buffers * (block_m + block_n) + 128) * 128 < 227 << 10
+    for block_n in (16, 32, 64):
+        buffers = fp8_gemm_chains.num_buffers(block_n)
+        assert buffers >= 8
+        assert buffers % fp8_gemm_chains.CHAINS == 0
+        assert buffers * (64 + block_n) * 128 + (fp8_gemm_chains.CHAINS - 1) * 64 * block_n * 4 < 227 << 10
+
+
+@pytest.mark.parametrize(("rows", "columns", "channels"), [(5, 256, 512), (64, 2112, 7168), (200, 2112, 7168)])
+def test_products_in_a_row_wait_for_each_other(
+    rows: int, columns: int, channels: int, device: torch.device, generator: torch.Generator
+) -> None:
+    """Operands that the launch before writes, results that lie where an earlier one's lay."""
+    x, x_scale, weight, weight_scale = (each.to(device) for each in operands(rows, columns, channels, generator))
+    if not fp8_gemm_ring.is_supported(x):
+        pytest.skip("no Hopper GPU here")
+    others = [operands(rows, columns, channels, generator)[0].to(device) for _ in range(3)]
+    expected = [fp8_gemm.fp8_gemm(other, x_scale, weight, weight_scale) for other in others]
+    torch.cuda.synchronize()
+    for _ in range(20):
+        for other, result in zip(others, expected, strict=True):
+            x.view(torch.uint8).copy_(other.view(torch.uint8))
+            assert torch.equal(fp8_gemm.fp8_gemm(x, x_scale, weight, weight_scale), result)
 
 
 def test_empty_products(target: torch.device, generator: torch.Generator) -> None:
