@@ -59,7 +59,7 @@ def _us_per_token(row: Mapping[str, object]) -> float:
     return float(str(row["us"])) / float(str(row["tokens_timed"]))
 
 
-def at(curve: Curve, position: float) -> float:
+def at(curve: Sequence[tuple[float, float]], position: float) -> float:
     """Linear between points; the first or last value outside them."""
     if position <= curve[0][0]:
         return curve[0][1]
