@@ -94,7 +94,7 @@ def test_what_was_given_up_is_free_but_for_what_others_use(cache: Any) -> None:
     cache.caches.give_up("s", 2)
     cache.caches.give_up("other", 2)
     cache.caches.check_invariants()
-    assert cache.caches.sessions() == ["s"], "two pages were pinned when it was given up: they are evicted first"
+    assert cache.caches.sessions() == [], "whatever pages of it were pinned then, and are evicted first"
 
 
 def test_a_session_that_is_given_up_while_it_has_a_turn_stays(cache: Any) -> None:
