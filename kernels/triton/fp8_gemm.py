@@ -10,8 +10,8 @@ tiles go to memory and the last program to arrive sums them in the order of the 
 who was last.
 Bytes: N K + M K + 2 M N, scales 1 / 32 of that; splits add 8 M N each (they stay in the L2).
 Up to 256 rows Hopper GPUs have two more ways: fp8_gemm_chains.py where the tiles of a weight are one long wave, and
-fp8_gemm_persistent.py where they are several or the weight is large. For more rows ``torch._scaled_mm`` (cuBLASLt's
-1x128 by 128x128 product, the same bits) does the work.
+fp8_gemm_persistent.py for most of the rest from 65 rows on and for one wave of short tiles. For more rows, and for
+several waves of long tiles from 65 on, ``torch._scaled_mm`` does the work (cuBLASLt's 1x128 by 128x128 product).
 """
 
 from functools import cache

@@ -1,4 +1,4 @@
-"""The block-scaled FP8 product for 33 to 256 rows where one wave of tiles with long chains does it.
+"""The block-scaled FP8 product for up to 256 rows where one wave of tiles with long chains does it.
 
     out[m, n] as in fp8_gemm.py
 

@@ -1,4 +1,4 @@
-"""The block-scaled FP8 product where the tiles of a weight are several waves: programs that walk over them.
+"""The block-scaled FP8 product for up to 256 rows where tiles are short or wide: programs that walk over them.
 
     out[m, n] as in fp8_gemm.py
 
