@@ -44,12 +44,12 @@ from seamount.wire.errors import from_status
 from seamount.wire.hashes import PAGE_SIZE
 from seamount.workers.scheduler import EngineLimits
 
-DEVICE_PAGES, MAX_CONTEXT_TOKENS, CHUNK_TOKENS = 256, 8_192, 256
+DEVICE_PAGES, MAX_CONTEXT_TOKENS, CHUNK_TOKENS = 136, 8_192, 256
 OUTPUT_TOKENS = 16
 FIRST_WORDS, NEXT_WORDS = (200, 320), (40, 120)
 """Of four letters; a word and its space are some five tokens."""
 THINK_LOG = (1.0, 0.8)
-PROBE_WORDS = (20, 200, 500, 900, 1_300)
+PROBE_WORDS = (20, 300, 700, 1_200)
 NUM_TOGETHER = 4
 AGREEMENT = 0.15
 
@@ -135,9 +135,8 @@ class Probes:
 
     def costs(self) -> StepCosts:
         """Sums as in ``StepCosts``, from medians."""
-        by_length: dict[int, list[Taken]] = {}
-        for one in self.alone:
-            by_length.setdefault(one.num_prompt, []).append(one)
+        probed = [self.alone[index :: len(PROBE_WORDS)] for index in range(len(PROBE_WORDS))]
+        by_length = {round(mean(one.num_prompt for one in found)): found for found in probed}
         points = [(length, median(one.first_token_s for one in found)) for length, found in sorted(by_length.items())]
         prefill = tuple(
             ((low + high) / 2, max(1e-6, (late - early) / (high - low)))
@@ -149,6 +148,7 @@ class Probes:
         ]
         each_s = max(0.0, (median(self.together) - decode[0][1]) / (NUM_TOGETHER - 1))
         again_s = median(one.first_token_s - one.num_computed * prefill[0][1] for one in self.again)
+        assert any(one.num_restored for one in self.restored), "nothing had to be restored: more must fill the device"
         restores = [(one.num_restored, one.first_token_s - one.num_computed * prefill[0][1]) for one in self.restored]
         tokens_per_s = sum(num for num, _ in restores) / max(1e-3, sum(took - again_s for _, took in restores))
         return StepCosts(
@@ -170,7 +170,7 @@ async def probe(sessions: Sessions, rounds: int) -> Probes:
         for session_id, num_words in zip(made, PROBE_WORDS, strict=True):
             probes.alone.append(await sessions.turn(session_id, num_words))
         probes.again.append(await sessions.turn(made[-1], 4))
-        fillers = [await sessions.create() for _ in range(3)]
+        fillers = [await sessions.create() for _ in range(2)]
         for filler in fillers:
             await sessions.turn(filler, PROBE_WORDS[-1])
         probes.restored.append(await sessions.turn(made[-1], 4))
