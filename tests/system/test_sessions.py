@@ -19,6 +19,7 @@ from seamount.cluster.local import LocalCluster
 from seamount.cluster.redis_server import RedisServer
 from seamount.router.client import (
     AsyncClient,
+    ContextPolicy,
     Message,
     Retries,
     Role,
@@ -127,6 +128,26 @@ async def test_each_turn_computes_only_what_is_new(cluster: LocalCluster, alice:
     assert totals.num_prefill_computed_tokens == num_first - 1 + receipt.num_prefill_computed_tokens
     assert totals.num_output_tokens == 16
     assert totals.idle_kv_byte_seconds == receipt.idle_kv_byte_seconds
+
+
+async def test_a_context_policy_is_set_changed_and_refused(cluster: LocalCluster, alice: AsyncClient) -> None:
+    session = await alice.create_session(context_policy=ContextPolicy.DISCARD_TOOL_RESULTS)
+    assert session.context_policy == common_pb2.CONTEXT_POLICY_DISCARD_TOOL_RESULTS
+    await alice.update_session(session.id, context_policy=ContextPolicy.DISCARD_ALL)
+    assert (await alice.get_session(session.id)).context_policy == common_pb2.CONTEXT_POLICY_DISCARD_ALL
+    async with grpc.aio.insecure_channel(cluster.address) as channel:
+        stub = session_pb2_grpc.SessionServiceStub(channel)
+        for policy in (0, 9):
+            wrong = session_pb2.UpdateSessionRequest(
+                session_id=session.id,
+                idempotency_key="u",
+                context_policy=policy,  # type: ignore[arg-type]
+            )
+            with pytest.raises(grpc.aio.AioRpcError) as caught:
+                await stub.UpdateSession(wrong, metadata=bearer(KEYS["alice"]), timeout=10)
+            error = from_rpc_error(caught.value)
+            assert isinstance(error, InvalidArgument)
+            assert error.field == "context_policy"
 
 
 async def test_a_new_question_cuts_reasoning_and_the_receipt_says_so(alice: AsyncClient) -> None:
