@@ -259,12 +259,12 @@ def row(name: str, num_streams: int, num_output: int, results: dict[str, Measure
 
 
 def main(
-    turns: Annotated[int, typer.Option(min=1, help="Turns of each way with one stream.")] = 60,
-    turns_many: Annotated[int, typer.Option(min=1, help="Turns of each way with several streams.")] = 32,
+    turns: Annotated[int, typer.Option(min=1, help="Turns of each way with one stream.")] = 40,
+    turns_many: Annotated[int, typer.Option(min=1, help="Turns of each way with several streams.")] = 16,
     rounds: Annotated[int, typer.Option(min=1, help="The ways alternate this often.")] = 2,
     json: Annotated[bool, typer.Option("--json", help="JSON lines instead of a table.")] = False,
 ) -> None:
-    """Measure on this machine; four minutes.
+    """Measure on this machine; three to five minutes.
 
     Examples: python -m benchmarks.latency --turns 20 --turns-many 1 --rounds 2 · python -m benchmarks.latency --json
     """
