@@ -32,7 +32,6 @@ from tokenizers import Regex, decoders, models, pre_tokenizers, trainers
 from examples.tiny_agent.conversation import marked_pieces
 from examples.tiny_agent.documents import SHORT, TOKENIZER, conversation
 from examples.tiny_agent.long_documents import make_long_document
-from examples.tiny_agent.values import Draw, Split
 from seamount.router.encoding import render
 from seamount.router.messages import Message, Role, ThinkingMode
 from seamount.router.messages import Tool as ToolSchema
@@ -106,12 +105,12 @@ def write(definition: dict[str, Any], folder: Path) -> None:
 
 def _runs(num_conversations: int, seed: int) -> Iterator[list[str]]:
     """Texts between control tokens, of conversations and of long documents, all words invented."""
-    mixture = replace(SHORT, invented_share=1.0)
+    mixture = replace(SHORT, invented_share=1.0, pieced_share=0.0)
     rng = random.Random(seed)
     for _ in range(num_conversations):
         pieces = marked_pieces(conversation(rng, mixture), ThinkingMode.THINKING)
         yield [item.piece for item in pieces if isinstance(item.piece, str)]
-        draw = Draw(Split.TRAINING, rng, invented_share=1.0)
+        draw = mixture.draw(rng)
         yield [make_long_document(draw, lambda texts: [len(text) // 3 for text in texts], length=200).text]
 
 

@@ -14,7 +14,7 @@ from examples.tiny_agent.shapes import NoVariant
 from examples.tiny_agent.tasks import MAKERS, system_text
 from examples.tiny_agent.tools import Tool
 from examples.tiny_agent.turns import Scene, TaskKind, Turn
-from examples.tiny_agent.values import INVENTED_SHARE, Draw, Split
+from examples.tiny_agent.values import INVENTED_SHARE, PIECED_SHARE, Draw, Split
 from seamount.router.messages import ThinkingMode
 from seamount.router.tokenizer import Tokenizer
 
@@ -49,6 +49,11 @@ class Mixture:
     max_tools: int
     chat_share: float
     invented_share: float = INVENTED_SHARE
+    pieced_share: float = PIECED_SHARE
+
+    def draw(self, rng: random.Random) -> Draw:
+        """Draws of one training document."""
+        return Draw(Split.TRAINING, rng, invented_share=self.invented_share, pieced_share=self.pieced_share)
 
 
 _WEIGHTS = (
@@ -115,7 +120,7 @@ class DocumentSource:
 
     def _rendering(self, rng: random.Random, mixture: Mixture, max_tokens: int) -> list[MarkedPiece]:
         if rng.random() < mixture.needle_share:
-            draw = Draw(Split.TRAINING, rng, invented_share=mixture.invented_share)
+            draw = mixture.draw(rng)
             return marked_pieces(self._needles(draw, mixture, max_tokens), ThinkingMode.THINKING)
         mode = ThinkingMode.CHAT if rng.random() < mixture.chat_share else ThinkingMode.THINKING
         return marked_pieces(conversation(rng, mixture), mode)
@@ -139,7 +144,7 @@ class DocumentSource:
 def conversation(rng: random.Random, mixture: Mixture) -> Conversation:
     """Some turns over one world."""
     while True:
-        draw = Draw(Split.TRAINING, rng, invented_share=mixture.invented_share)
+        draw = mixture.draw(rng)
         scene = _scene(draw, mixture)
         turns = _turns(
             scene, mixture, at_most=draw.between(1, mixture.usual_turns if draw.chance(0.5) else mixture.max_turns)

@@ -137,7 +137,7 @@ class Episode:
 
     def _begin_turn(self) -> None:
         turn = self.task.conversation.turns[len(self.traces)]
-        self._world.faults.extend(replace(fault) for fault in turn.faults)
+        self._world.faults[:] = [replace(fault) for fault in turn.faults]
         self._world.locked.update(turn.locks)
         self.traces.append(Trace(state_before=self._world.state()))
         self._new.append(Message(role=Role.USER, content=turn.question))

@@ -166,6 +166,7 @@ class Script:
         self._thoughts: list[str] = []
         self._faults: list[Fault] = []
         self._locks: list[tuple[str, str]] = []
+        scene.world.faults.clear()  # those of the turn before: a record made later may have the key that they wait for
 
     def fail(self, fault: Fault) -> None:
         """A tool will give this answer in place of its own."""

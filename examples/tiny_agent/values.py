@@ -1,6 +1,8 @@
 """Random words, identifiers and numbers; those of training and those of evaluation never meet.
 
-- words: the lists of ``words``; in training half of them are invented, so that a word is a thing to copy, not to know;
+- words: the lists of ``words``; in training most of them are invented, so that a word is a thing to copy, not to know,
+  and most of those are made of the tokenizer's pieces, drawn evenly: a piece that training never shows has no embedding
+  to copy, and held-out words are full of pieces that are rare in invented syllables;
 - identifiers: formats of one split are not formats of the other;
 - whole numbers from 10 on, and numbers with a fraction: by their residue modulo 7 (in tenths); those below 10 are
   shared;
@@ -11,15 +13,21 @@ from __future__ import annotations
 
 import enum
 import functools
+import json
 import random
+import re
 from collections.abc import Sequence
+from pathlib import Path
 from typing import TypeVar
 
 from examples.tiny_agent.words import EVALUATION, TRAINING, EnumWords, Words
 
 _MODULUS = 7
 _HELD_OUT_RESIDUE = 3
-INVENTED_SHARE = 0.5
+INVENTED_SHARE = 0.9
+PIECED_SHARE = 0.6
+"""Of invented words: those made of pieces."""
+_TOKENIZER = Path(__file__).parent / "tokenizer" / "tokenizer.json"
 _MAX_TRIES = 500
 SMALLEST_SPLIT_NUMBER = 10
 """Whole numbers below it are in both splits."""
@@ -75,11 +83,20 @@ def id_formats(split: Split) -> tuple[str, ...]:
 class Draw:
     """Draws of one task: everything comes from one generator of random numbers.
 
-    invented_share: of words, in training; evaluation invents none.
+    invented_share: of words, in training; evaluation invents none. pieced_share: of invented words; 0 needs no
+    tokenizer.
     """
 
-    def __init__(self, split: Split, rng: random.Random, *, invented_share: float = INVENTED_SHARE) -> None:
+    def __init__(
+        self,
+        split: Split,
+        rng: random.Random,
+        *,
+        invented_share: float = INVENTED_SHARE,
+        pieced_share: float = PIECED_SHARE,
+    ) -> None:
         self.split = split
+        self._pieced_share = pieced_share
         self._invented_share = invented_share if split is Split.TRAINING else 0.0
         self.rng = rng
         self.words: Words = TRAINING if split is Split.TRAINING else EVALUATION
@@ -139,7 +156,7 @@ class Draw:
 
     def _invented(self) -> str:
         while True:
-            word = invented_word(self.rng)
+            word = pieced_word(self.rng) if self.rng.random() < self._pieced_share else invented_word(self.rng)
             if word not in _known_words():
                 return word
 
@@ -183,6 +200,24 @@ class Draw:
 def _known_words() -> frozenset[str]:
     words = EVALUATION.all() | TRAINING.all()
     return frozenset(word.lower() for word in words)
+
+
+@functools.cache
+def _vocabulary() -> tuple[tuple[str, ...], frozenset[str]]:
+    """The tokens that words are made of (longer ones belong to the templates), and the templates' own small words,
+    which are other tokens behind a blank."""
+    tokens = json.loads(_TOKENIZER.read_text(encoding="utf-8"))["model"]["vocab"]
+    pieces = tuple(token for token in tokens if re.fullmatch("[a-z]{1,5}", token))
+    return pieces, frozenset(token[1:] for token in tokens if re.fullmatch("Ġ[a-z]+", token))
+
+
+def pieced_word(rng: random.Random) -> str:
+    """Four to twelve letters: one to three pieces."""
+    pieces, small_words = _vocabulary()
+    while True:
+        word = "".join(rng.choice(pieces) for _ in range(rng.choice((1, 2, 2, 3))))
+        if 4 <= len(word) <= 12 and word not in small_words:
+            return word
 
 
 def invented_word(rng: random.Random) -> str:

@@ -7,12 +7,14 @@ import re
 from collections.abc import Iterator
 from typing import Any
 
+from examples.tiny_agent.documents import TOKENIZER
 from examples.tiny_agent.shapes import Parameter, split_of
 from examples.tiny_agent.tables import World
 from examples.tiny_agent.tasks import MAKERS, Task, make_task
 from examples.tiny_agent.toolbox import OPERATORS
 from examples.tiny_agent.values import SMALLEST_SPLIT_NUMBER, Draw, Split, id_formats, is_of
 from examples.tiny_agent.words import EVALUATION, TRAINING
+from seamount.router.tokenizer import Tokenizer
 
 NUM_TASKS = 30
 
@@ -124,3 +126,16 @@ def test_invented_words_are_no_words_of_a_list() -> None:
     draw = Draw(Split.TRAINING, random.Random(3), invented_share=1.0)
     invented = {draw.repeatable(()) for _ in range(3000)}
     assert not invented & pieces(TRAINING.all() | EVALUATION.all())
+
+
+def test_training_words_hold_the_pieces_of_held_out_words() -> None:
+    """A token that training never shows has no embedding, so a word that holds it cannot be copied."""
+    tokenizer = Tokenizer.load(TOKENIZER)
+    draw = Draw(Split.TRAINING, random.Random(4))
+    words = [draw.repeatable(TRAINING.nouns) for _ in range(60_000)]
+    known = {token for ids in tokenizer.encode_all(words) for token in ids}
+    held_out = {word: set(tokenizer.encode(word)) for word in EVALUATION.all() if re.fullmatch("[a-z]+", word)}
+    lacking = {word for word, tokens in held_out.items() if not tokens <= known}
+    print(sorted(lacking))
+    assert len(held_out) > 150
+    assert len(lacking) <= 0.02 * len(held_out)
