@@ -207,7 +207,7 @@ def _vocabulary() -> tuple[tuple[str, ...], frozenset[str]]:
     """The tokens that words are made of (longer ones belong to the templates), and the templates' own small words,
     which are other tokens behind a blank."""
     tokens = json.loads(_TOKENIZER.read_text(encoding="utf-8"))["model"]["vocab"]
-    pieces = tuple(token for token in tokens if re.fullmatch("[a-z]{1,5}", token))
+    pieces = tuple(token for token in tokens if re.fullmatch("[a-z]{1,7}", token))
     return pieces, frozenset(token[1:] for token in tokens if re.fullmatch("Ġ[a-z]+", token))
 
 
