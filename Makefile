@@ -9,20 +9,25 @@ READY := .venv/.ready
 # Triton and the NumPy that its interpreter works with; neither belongs into .venv.
 INTERPRETER := build/interpreter
 CHECKPOINT ?= checkpoints/tiny-agent
+FP8 := checkpoints/tiny-agent-fp8
 # A GPU machine without a network has torch in a Python of its own and no .venv.
 GPU_PYTHON ?= $(if $(wildcard $(BIN)/python),$(BIN)/python,python3)
 
 help:  ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1	\2/p' $(MAKEFILE_LIST) | expand -t 26
 
-setup: $(READY)  ## make .venv with everything pinned (once; again when pins or protos change)
+setup: $(READY) $(FP8)/config.json  ## make .venv with everything pinned, and tiny-agent's FP8 form
 
 $(READY): pyproject.toml setup.py constraints.txt .ci/setup_environment.py $(wildcard proto/seamount/v1/*.proto)
 	@test -n "$(PYTHON)" || { echo "setup: Seamount needs Python 3.11 or 3.12 on the PATH, or PYTHON=..." >&2; exit 1; }
 	@$(PYTHON) .ci/setup_environment.py
 	@touch $@
 
-demo: $(READY)  ## start everything on Ray Serve, hold a three-turn conversation, check it, stop
+$(FP8)/config.json: $(READY) $(wildcard checkpoints/tiny-agent/*.safetensors)
+	@rm -rf $(FP8)
+	$(BIN)/seamount checkpoint quantize checkpoints/tiny-agent $(FP8)
+
+demo: $(READY)  ## start everything on Ray Serve, talk to tiny-agent while it calls tools, check it, stop
 	$(BIN)/seamount demo
 
 serve: $(READY)  ## start everything in the foreground; Ctrl-C stops it

@@ -78,7 +78,7 @@ class Chat:
 
 def print_turn(stream: BlockingTurnStream, console: Console) -> Turn:
     """Print a turn's events as they come; returns the whole of it."""
-    wrote = ""
+    wrote, thinks = "", False
 
     def write(text: str, style: str | None = None) -> None:
         nonlocal wrote
@@ -89,8 +89,10 @@ def print_turn(stream: BlockingTurnStream, console: Console) -> Turn:
         match event.WhichOneof("event"):
             case "reasoning_delta":
                 write(event.reasoning_delta.text, "dim italic")
+                thinks = True
             case "content_delta":
-                write(event.content_delta.text)
+                write(f"\n{event.content_delta.text}" if thinks else event.content_delta.text)
+                thinks = False
             case "tool_call_started":
                 write(f"\n→ {event.tool_call_started.name} ", "bold cyan")
             case "tool_call_arguments_delta":

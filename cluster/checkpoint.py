@@ -1,4 +1,4 @@
-"""Random checkpoints with a tokenizer: what the system serves until there is a trained one."""
+"""The checkpoint to serve: that it is there, and random ones with a tokenizer for tests."""
 
 from __future__ import annotations
 
@@ -41,18 +41,12 @@ def init_checkpoint(path: Path, *, seed: int, geometry: str, dtype: str = "bfloa
         )
 
 
-def needs_default(settings: Settings) -> bool:
-    """Whether no model was chosen and the default one is not there yet.
-
-    Raises ``FailedPrecondition`` where one was chosen that is not there: nobody wants random weights in its place.
-    """
+def require_checkpoint(settings: Settings) -> None:
+    """Raises ``FailedPrecondition`` where there is no model: nobody wants random weights in its place."""
     path = settings.model.path
-    if (path / "config.json").is_file():
-        return False
-    if "path" in settings.model.model_fields_set or path.exists():
+    if not (path / "config.json").is_file():
         raise FailedPrecondition(
-            f"model.path: there is no config.json in {path}; give the folder of a checkpoint, or make a random one "
-            "with: seamount checkpoint init PATH",
+            f"model.path: there is no config.json in {path}; give the folder of a checkpoint (the repository has "
+            "checkpoints/tiny-agent), or make a random one with: seamount checkpoint init PATH",
             reason="NO_CHECKPOINT",
         )
-    return True

@@ -14,7 +14,6 @@ from rich.console import Console
 from seamount.cluster.settings import (
     ADDRESS_VARIABLE,
     CONFIG_VARIABLE,
-    Settings,
     client_address,
     client_environment,
     load_settings,
@@ -105,13 +104,14 @@ def up(config: Config = None, plain: Plain = False) -> None:
       seamount up --config serving.yaml
       seamount up --plain
     """
+    from seamount.cluster.checkpoint import require_checkpoint
     from seamount.cluster.running import running
     from seamount.cluster.terminal import StartDisplay
 
     settings = load_settings(config)
     console = Console()
     console.print(settings.to_yaml(), style="dim", markup=False, highlight=False)
-    _make_default_checkpoint(settings, console)
+    require_checkpoint(settings)
     with StartDisplay(console) as display, running(settings, plain=plain, show=display.show) as system:
         display.stop()
         console.print(f"[bold green]serving[/] on [bold]{system.address}[/]; Ctrl-C stops", highlight=False)
@@ -126,7 +126,7 @@ def demo(
     plain: Plain = False,
     cuda: Annotated[bool, typer.Option("--cuda", help="All ranks on this machine's GPU; with --plain.")] = False,
 ) -> None:
-    """Start everything, hold a three-turn conversation with a tool call, check it, stop. Exit code 0 if all holds.
+    """Start everything, talk to tiny-agent, run the tools that it calls, check it all, stop. Exit code 0 if all holds.
 
     It has settings of its own: one router, one prefill rank, one decode gang of two, everything on loopback, files in
     ./.demo.
@@ -137,6 +137,7 @@ def demo(
       seamount demo --plain
       seamount demo --plain --cuda
     """
+    from seamount.cluster.checkpoint import require_checkpoint
     from seamount.cluster.demo import demo_settings, hold_conversation
     from seamount.cluster.running import running
     from seamount.cluster.terminal import StartDisplay
@@ -146,7 +147,7 @@ def demo(
         raise InvalidArgument("--cuda goes with --plain: Ray would give each rank a GPU of its own", field="--cuda")
     settings = demo_settings(cuda=cuda)
     console = Console()
-    _make_default_checkpoint(settings, console)
+    require_checkpoint(settings)
     with StartDisplay(console) as display, running(settings, plain=plain, show=display.show) as system:
         display.stop()
         with Client(system.address) as client:
@@ -316,15 +317,6 @@ def checkpoint_quantize(
     with ReadingBar(console, f"quantising {source}") as bar:
         quantize_checkpoint(source, target, progress=bar.show)
     console.print(f"wrote {target}", markup=False, highlight=False)
-
-
-def _make_default_checkpoint(settings: Settings, console: Console) -> None:
-    from seamount.cluster.checkpoint import init_checkpoint, needs_default
-
-    if needs_default(settings):
-        with console.status("writing the random demo checkpoint"):
-            init_checkpoint(settings.model.path, seed=0, geometry="demo")
-        console.print(f"wrote a random checkpoint: {settings.model.path}", markup=False, highlight=False)
 
 
 def _connect(

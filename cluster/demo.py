@@ -1,43 +1,30 @@
-"""``seamount demo``: three turns of a conversation with a tool call, over gRPC, each checked by its receipt."""
+"""``seamount demo``: a conversation with tiny-agent over gRPC.
+
+It thinks and calls tools, which are Python functions that run here. What it answers and does, and what the receipts of
+its turns say, is checked.
+"""
 
 from __future__ import annotations
 
-import json
+import re
 import time
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
 
 from rich.console import Console
 
 from seamount.cluster.chat import print_turn, receipt_line
+from seamount.cluster.demo_desk import TOOLS, Desk
 from seamount.cluster.settings import Settings, validate
-from seamount.router.client import (
-    Client,
-    Message,
-    Role,
-    Sampling,
-    ThinkingMode,
-    Tool,
-    ToolCall,
-    Turn,
-    system,
-    tool_result,
-    user,
-)
-from seamount.v1 import admin_pb2, common_pb2, events_pb2, session_pb2, worker_pb2
+from seamount.cluster.terminal import printable
+from seamount.router.client import Client, Message, Role, Sampling, ThinkingMode, Turn, system, tool_result, user
+from seamount.v1 import admin_pb2, events_pb2, session_pb2, worker_pb2
+from seamount.wire.hashes import PAGE_SIZE
 
-WEATHER = Tool(
-    function_json=json.dumps(
-        {
-            "name": "get_weather",
-            "description": "The weather of a city, now.",
-            "parameters": {"type": "object", "properties": {"city": {"type": "string"}}, "required": ["city"]},
-        }
-    )
-)
-CALL = ToolCall(id="call-1", name="get_weather", arguments_json='{"city": "Lisbon"}')
 STATE_TIMEOUT_S = 5.0
-SAMPLING = Sampling(temperature=1.0, seed=7, max_output_tokens=24)
+SAMPLING = Sampling(temperature=0.0, max_output_tokens=256)
+MAX_TURNS = 8
+"""For one question."""
 
 
 def demo_settings(*, cuda: bool = False) -> Settings:
@@ -75,76 +62,167 @@ def hold_conversation(client: Client, console: Console) -> list[Check]:
 
 
 def _conversation(client: Client, console: Console) -> Iterator[Check]:
-    session = client.create_session(thinking_mode=ThinkingMode.CHAT)
-    say = _Narrator(client, session.id, console)
+    desk = Desk()
+    session = client.create_session(thinking_mode=ThinkingMode.THINKING)
+    talk = _Talk(client, session.id, desk, console)
+    opening = system("You are tiny-agent, a helpful assistant.", tools=TOOLS)
 
-    say.heading("Turn 1: a question, with a tool at hand")
-    opening = [system("You are a helpful assistant. Call a tool where one helps.", tools=[WEATHER])]
-    first = say.turn([*opening, user("Hello! I am going to Lisbon tomorrow.")], "demo-1")
-    yield check_receipt(
-        "turn 1 goes to a prefill rank and computes its whole prompt", first.receipt, num_cached=0, remote=True
-    )
-    again = client.run_turn(
-        session.id,
-        [*opening, user("Hello! I am going to Lisbon tomorrow.")],
-        sampling=SAMPLING,
-        idempotency_key="demo-1",
-    ).result()
+    talk.heading("A question that takes two calls, the second with what the first one gave")
+    fare = talk.ask("What is the fare of the flight of package TQR64?", opening)
+    flight = desk.packages["TQR64"]["flight"]
+    first = fare.turns[0]
+    yield check_receipt("its prompt goes to a prefill rank, all of it", first.receipt, num_cached=0, remote=True)
+    yield check_answer("it found the flight and told its fare", fare, desk.flights[flight]["fare"])
+    yield _again_check(client, talk)
+
+    talk.heading("A question that means something only after the one before")
+    tripled = talk.ask("What is that times 3?")
+    yield check_answer("it knew which number", tripled, round(desk.flights[flight]["fare"] * 3, 2))
+
+    talk.heading("A call that fails, and what to do then")
+    wanted, there, voucher = 5, desk.cabins["HWP31"]["nights"], desk.vouchers[0]
+    booked = talk.ask(f"Please book {wanted} nights of cabin HWP31; if there are fewer, all there are.")
+    yield check_answer("it took what there was and told the voucher", booked, there, voucher)
     yield Check(
-        claim="the same turn sent again gets the first result",
-        holds=(again.content, again.turn_id, again.receipt) == (first.content, first.turn_id, first.receipt),
-        figures=f"turn {first.turn_id}",
+        claim="the cabin is booked out, nothing else has changed",
+        holds=desk == _after_booking(desk, "HWP31"),
+        figures=f"{there} nights, {len(desk.calls)} calls in all",
     )
 
-    say.heading("Turn 2: a tool call")
-    console.print(
-        "The model is random and calls no tool by itself: its call is imported, as any history could be.",
-        style="yellow",
-    )
-    call = Message(role=Role.ASSISTANT, tool_calls=(CALL,))
-    recorded = say.turn([user("What is the weather there?"), call], "demo-2")
-    waiting = client.get_session(session.id)
-    yield Check(
-        claim="the session waits for the tool's result",
-        holds=recorded.finish_reason == common_pb2.FINISH_REASON_RECORDED
-        and waiting.state == session_pb2.SESSION_STATE_WAITING_FOR_TOOLS
-        and [pending.id for pending in waiting.pending_tool_calls] == [CALL.id],
-        figures=f"{len(waiting.pending_tool_calls)} call pending",
-    )
-    second = say.turn([tool_result(CALL, '{"sky": "clear", "celsius": 21}')], "demo-3")
-    yield check_receipt("turn 2 computes only what is new", second.receipt, num_cached=_known(first))
-
-    say.heading("Turn 3: one more question")
-    third = say.turn([user("Thank you! What should I pack?")], "demo-4")
-    yield check_receipt("turn 3 computes only what is new", third.receipt, num_cached=_known(second))
-    yield _history_check(client, session.id)
+    yield talk.waiting_check()
+    yield talk.receipts_check()
+    yield talk.history_check()
     client.delete_session(session.id)
     yield _pages_check(client)
 
 
-class _Narrator:
-    """Says what is going on while it runs turns of one session."""
+def _after_booking(desk: Desk, cabin: str) -> Desk:
+    expected = Desk(calls=desk.calls)
+    expected.cabins[cabin]["nights"] = 0
+    del expected.vouchers[0]
+    return expected
 
-    def __init__(self, client: Client, session_id: str, console: Console) -> None:
+
+@dataclass(frozen=True, slots=True)
+class Exchange:
+    """A question and the turns up to its answer, each but the last with calls. inputs: what each turn was given;
+    waited: for each but the last, whether the session then waited for exactly those calls."""
+
+    inputs: list[list[Message]] = field(default_factory=list)
+    turns: list[Turn] = field(default_factory=list)
+    waited: list[bool] = field(default_factory=list)
+
+    @property
+    def answer(self) -> str:
+        return "" if self.turns[-1].tool_calls else self.turns[-1].content
+
+
+class _Talk:
+    """Asks, runs what the model calls, and shows it all."""
+
+    def __init__(self, client: Client, session_id: str, desk: Desk, console: Console) -> None:
         self._client = client
         self._session_id = session_id
+        self._desk = desk
         self._console = console
+        self.exchanges: list[Exchange] = []
 
     def heading(self, text: str) -> None:
-        self._console.print(f"\n[bold]{text}")
+        self._console.print(f"\n[bold underline]{text}")
 
-    def turn(self, messages: list[Message], key: str) -> Turn:
-        for message in messages:
-            what = message.content or " ".join(f"→ {call.name} {call.arguments_json}" for call in message.tool_calls)
-            self._console.print(f"[bold]{message.role.name.lower()}>[/]", end=" ")
-            self._console.out(what, highlight=False)
-        if messages[-1].role is Role.ASSISTANT:
-            return self._client.run_turn(self._session_id, messages, idempotency_key=key).result()
+    def ask(self, question: str, *before: Message) -> Exchange:
+        """The question and all that follows from it, up to an answer or ``MAX_TURNS``."""
+        exchange = Exchange()
+        self.exchanges.append(exchange)
+        messages = [*before, user(question)]
+        self._say("user", question)
+        while True:
+            turn = self._turn(exchange, messages)
+            if not turn.tool_calls or len(exchange.turns) == MAX_TURNS:
+                return exchange
+            session = self._client.get_session(self._session_id)
+            pending = [call.id for call in session.pending_tool_calls]
+            waits = session.state == session_pb2.SESSION_STATE_WAITING_FOR_TOOLS
+            exchange.waited.append(waits and pending == [call.id for call in turn.tool_calls])
+            messages = [tool_result(call, self._desk.answer(call)) for call in turn.tool_calls]
+            for message in messages:
+                self._say("tool", message.content)
+
+    def _turn(self, exchange: Exchange, messages: list[Message]) -> Turn:
+        key = f"demo-{sum(len(one.turns) for one in self.exchanges)}"
         self._console.print("[bold]assistant>[/]", end=" ")
         with self._client.run_turn(self._session_id, messages, sampling=SAMPLING, idempotency_key=key) as stream:
             turn = print_turn(stream, self._console)
         self._console.print(receipt_line(turn.receipt), style="dim", markup=False, highlight=False, soft_wrap=True)
+        exchange.inputs.append(messages)
+        exchange.turns.append(turn)
         return turn
+
+    def _say(self, who: str, text: str) -> None:
+        self._console.print(f"[bold]{who}>[/]", end=" ")
+        self._console.out(printable(text), highlight=False)
+
+    def waiting_check(self) -> Check:
+        waited = [one for exchange in self.exchanges for one in exchange.waited]
+        return Check(
+            claim="the session waited for each call's result", holds=all(waited), figures=f"{len(waited)} times"
+        )
+
+    def receipts_check(self) -> Check:
+        """A result finds all before it cached. A new question finds the whole pages before the earlier reasoning, which
+        its prompt leaves out."""
+        checks = []
+        for number, exchange in enumerate(self.exchanges):
+            for before, after in zip(exchange.turns, exchange.turns[1:], strict=False):
+                checks.append(check_receipt("", after.receipt, num_cached=_known(before)))
+            if number:
+                before_reasoning = self.exchanges[number - 1].turns[0].receipt.num_prompt_tokens - 1
+                pages = before_reasoning // PAGE_SIZE * PAGE_SIZE
+                checks.append(check_receipt("", exchange.turns[0].receipt, num_cached=pages))
+        wrong = [check.figures for check in checks if not check.holds]
+        receipts = [turn.receipt for exchange in self.exchanges for turn in exchange.turns]
+        prompts, cached = (
+            sum(getattr(receipt, name) for receipt in receipts) for name in ("num_prompt_tokens", "num_cached_tokens")
+        )
+        return Check(
+            claim="every later turn computed only what was new",
+            holds=not wrong,
+            figures="; ".join(wrong) or f"{cached} of {prompts} prompt tokens were cached",
+        )
+
+    def history_check(self) -> Check:
+        roles = [message.role for message in self._client.get_history(self._session_id).messages]
+        expected: list[Role] = []
+        for exchange in self.exchanges:
+            for given in exchange.inputs:
+                expected += [*(message.role for message in given), Role.ASSISTANT]
+        return Check(
+            claim="the history holds every message in order", holds=roles == expected, figures=f"{len(roles)} messages"
+        )
+
+
+def check_answer(claim: str, exchange: Exchange, *values: object, but_not: Sequence[str] = ()) -> Check:
+    """Whether the answer names all these values and none of the others."""
+    answer = exchange.answer
+    named = all(_names(answer, str(value)) for value in values) and not any(_names(answer, one) for one in but_not)
+    calls = sum(len(turn.tool_calls) for turn in exchange.turns)
+    wanted = ", ".join(map(str, values))
+    return Check(claim=claim, holds=named, figures=f"{wanted}, after {calls} call{'s' if calls != 1 else ''}")
+
+
+def _names(text: str, value: str) -> bool:
+    return re.search(rf"(?<![\w.-]){re.escape(value)}(?![\w-]|\.\d)", text) is not None
+
+
+def _again_check(client: Client, talk: _Talk) -> Check:
+    exchange = talk.exchanges[-1]
+    before, key = exchange.turns[-1], f"demo-{len(exchange.turns) - 1}"
+    sent = client.run_turn(before.session_id, exchange.inputs[-1], sampling=SAMPLING, idempotency_key=key).result()
+    return Check(
+        claim="the same turn sent again gets the first result",
+        holds=(sent.content, sent.turn_id, sent.receipt) == (before.content, before.turn_id, before.receipt),
+        figures=f"turn {before.turn_id}",
+    )
 
 
 def _known(before: Turn) -> int:
@@ -169,14 +247,6 @@ def check_receipt(claim: str, receipt: events_pb2.Receipt, *, num_cached: int, r
         figures=f"{receipt.num_prompt_tokens} prompt = {num_cached} cached + {computed} computed {where}"
         if receipt.num_cached_tokens == num_cached
         else f"{receipt.num_cached_tokens} cached instead of {num_cached}",
-    )
-
-
-def _history_check(client: Client, session_id: str) -> Check:
-    roles = [message.role.name.lower() for message in client.get_history(session_id).messages]
-    expected = ["system", "user", "assistant", "user", "assistant", "tool", "assistant", "user", "assistant"]
-    return Check(
-        claim="the history holds every message in order", holds=roles == expected, figures=f"{len(roles)} messages"
     )
 
 

@@ -67,10 +67,10 @@ class _Section(BaseModel):
 
 class ModelSettings(_Section):
     path: LocalPath = Field(
-        default=Path("checkpoints/random-demo"), description="Folder with config.json, *.safetensors, tokenizer.json"
+        default=Path("checkpoints/tiny-agent"), description="Folder with config.json, *.safetensors, tokenizer.json"
     )
     name: str = Field(
-        default="seamount-demo", min_length=1, max_length=limits.MAX_NAME_BYTES, description="Name that clients ask for"
+        default="tiny-agent", min_length=1, max_length=limits.MAX_NAME_BYTES, description="Name that clients ask for"
     )
 
 

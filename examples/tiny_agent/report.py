@@ -154,10 +154,14 @@ def _comparisons(outcomes: Mapping[str, Mapping[GroupKey, Sequence[Outcome]]]) -
             if not key[0].startswith(_GIVEN):
                 names.setdefault(_ALL, []).append(key)
         for name, keys in sorted(names.items(), key=lambda item: (item[0] == _ALL, item[0])):
-            ours, theirs = (
-                [outcome.succeeded for key in keys for outcome in outcomes[model][key]] for model in (first, other)
-            )
-            made.append(Comparison(name=name, first=first, second=other, paired=paired(ours, theirs)))
+            # The last group of a model that plays fewer tasks is shorter; its tasks are the first ones of the other's.
+            pairs = [
+                (ours.succeeded, theirs.succeeded)
+                for key in keys
+                for ours, theirs in zip(outcomes[first][key], outcomes[other][key], strict=False)
+            ]
+            both = paired([ours for ours, _ in pairs], [theirs for _, theirs in pairs])
+            made.append(Comparison(name=name, first=first, second=other, paired=both))
     return made
 
 

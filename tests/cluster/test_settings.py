@@ -30,7 +30,7 @@ def test_the_defaults_are_the_demo_on_loopback() -> None:
     assert is_loopback(settings.router.host)
     assert is_loopback(settings.pools.host)
     assert settings.redis_url is None
-    assert settings.model.path == Path.cwd() / "checkpoints/random-demo"
+    assert settings.model.path == Path.cwd() / "checkpoints/tiny-agent"
 
 
 def test_an_empty_file_changes_nothing(tmp_path: Path) -> None:

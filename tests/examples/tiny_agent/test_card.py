@@ -28,7 +28,7 @@ def folder(tmp_path: Path) -> Path:
     write("config.json", dict(CONFIG))
     write("generation_config.json", dict(GENERATION_CONFIG))
     runs = [{"stage": "dense", "steps": [0, 50], "seed": 3, "ranks": 2, "seconds": 61}]
-    runs += [{"stage": "dense", "steps": [50, 100], "seed": 3, "ranks": 2, "seconds": 59}]
+    runs += [{"stage": "dense", "steps": [0, 50], "seed": 3, "ranks": 2, "seconds": 59}]
     write("training.json", {"stage": "dense", "step": 100, "done": True, "runs": runs})
     write("metrics.jsonl", *({"stage": "dense", "step": step, "loss": 8.0 - step / 20} for step in range(10, 101, 10)))
     return tmp_path
@@ -38,7 +38,7 @@ def test_a_card_of_a_run_without_scores(folder: Path) -> None:
     text = card(folder, "one GPU")
     assert "14,024,288" in text
     assert "| dense | 100 | 13 M | 2.0 | loss 6.500 → 4.000 |" in text
-    assert "seed 3, 2 GPUs (one GPU)" in text
+    assert "seeds 3, on 2 GPU (one GPU)" in text
     assert "## Scores" not in text
 
 
@@ -51,7 +51,7 @@ def test_scores_and_goals_are_those_of_the_evaluation(folder: Path) -> None:
     lines = [compared | {"first_difference": None}, {"length": 8192, "num_needles": 5, "num_found": 4}]
     (folder / "parity.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     text = card(folder, "one GPU")
-    assert "| single | 95.0 (88.8–97.8) | 92.0 (85.0–95.9) | 100 |" in text
+    assert "| single | 95.0 (88.8–97.8) of 100 | 92.0 (85.0–95.9) of 100 |" in text
     assert "| 8,192 | – | – | 92 | – | – | 92.0 of 50 |" in text
     assert "| single: at least 90 % | 95.00 | reached |" in text
     assert "| multi: at least 75 % | 70.00 | missed |" in text

@@ -146,8 +146,9 @@ def test_the_report_is_complete(results: Results, tmp_path: Path) -> None:
 
 def test_only_what_both_models_played_is_compared(results: Results) -> None:
     some = {key: made for key, made in results.outcomes["silent"].items() if key == ("single", 3)}
+    some["multi", 0] = results.outcomes["silent"]["multi", 0][:1]
     report = Report.of(Results(outcomes={"oracle": results.outcomes["oracle"], "silent": some}), {})
-    assert {one.name: one.paired.only_first for one in report.comparisons} == {"single": 2, "all": 2}
+    assert {one.name: one.paired.only_first for one in report.comparisons} == {"multi": 1, "single": 2, "all": 3}
 
 
 @pytest.mark.parametrize(
