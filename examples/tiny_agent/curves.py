@@ -50,12 +50,24 @@ def read(path: Path) -> list[dict[str, Any]]:
 
 
 def curve(lines: Sequence[Mapping[str, Any]], stage: str) -> Curve:
-    """Means over windows of steps; a window that a run left half-way counts with what it has."""
+    """Means over windows of steps; a window that a run left half-way counts with what it has. Of a stage that was begun
+    anew only the last pass counts."""
     values: dict[int, list[float]] = {}
-    for line in lines:
-        if line["stage"] == stage:
+    for last in passes(lines, stage)[-1:]:
+        for line in last:
             values.setdefault((line["step"] - 1) // WINDOW, []).append(line[quantity(stage)])
     return {number: sum(some) / len(some) for number, some in values.items()}
+
+
+def passes(lines: Sequence[Mapping[str, Any]], stage: str) -> list[list[Mapping[str, Any]]]:
+    """A stage's lines, cut where its steps begin anew."""
+    found: list[list[Mapping[str, Any]]] = []
+    for line in lines:
+        if line["stage"] == stage:
+            if not found or line["step"] <= found[-1][-1]["step"]:
+                found.append([])
+            found[-1].append(line)
+    return found
 
 
 def quantity(stage: str) -> str:
@@ -94,15 +106,15 @@ def plot(lines: Sequence[Mapping[str, Any]], path: Path) -> None:
     stages = list(dict.fromkeys(line["stage"] for line in lines))
     figure, panels = pyplot.subplots(1, len(stages), figsize=(3.6 * len(stages), 3.2), squeeze=False)
     for panel, stage in zip(panels[0], stages, strict=True):
-        own = [line for line in lines if line["stage"] == stage]
-        steps = [line["step"] for line in own]
-        for name in (quantity(stage), "mtp_loss"):
-            if all(name in line for line in own):
-                panel.plot(steps, [line[name] for line in own], label=name, linewidth=1)
+        for number, own in enumerate(passes(lines, stage), 1):
+            steps = [line["step"] for line in own]
+            for name in (quantity(stage), "mtp_loss"):
+                if all(name in line for line in own):
+                    panel.plot(steps, [line[name] for line in own], label=f"{name}, pass {number}", linewidth=1)
         if quantity(stage) == "loss":
             panel.set_yscale("log")
         panel.set(title=stage, xlabel="step")
-        panel.legend()
+        panel.legend(fontsize=7)
     figure.tight_layout()
     figure.savefig(path, dpi=110)
     pyplot.close(figure)

@@ -26,6 +26,13 @@ def test_means_are_over_a_hundred_steps() -> None:
     assert curve(lines, "dense") == {0: 55.0, 1: 155.0}
 
 
+def test_a_stage_that_was_begun_anew_counts_from_there() -> None:
+    lines = [
+        {"stage": "dense", "step": step, "loss": loss} for step, loss in ((10, 9.0), (20, 8.0), (10, 3.0), (20, 2.0))
+    ]
+    assert curve(lines, "dense") == {0: 2.5}
+
+
 def test_stages_are_compared_where_both_have_steps() -> None:
     dense, indexer = compare(_lines(1.02, last=250), _lines())
     assert (dense.stage, dense.quantity, dense.windows) == ("dense", "loss", 2)
