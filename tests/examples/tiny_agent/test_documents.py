@@ -78,7 +78,8 @@ def test_exactly_what_the_assistant_says_is_learnt(tokenizer: Tokenizer, mode: T
 
 
 def test_reasoning_stands_in_the_last_turn_only(tokenizer: Tokenizer) -> None:
-    made = next(c for c in iter(lambda: conversation(random.Random(10), LONG), None) if len(c.turns) > 1)
+    rng = random.Random(10)
+    made = next(c for c in iter(lambda: conversation(rng, LONG), None) if len(c.turns) > 1)
     text = tokenizer.decode(
         DocumentEncoder(tokenizer).encode([marked_pieces(made, ThinkingMode.THINKING)])[0].token_ids.tolist()
     )
