@@ -21,7 +21,7 @@ from seamount.router.encoding import RunEncoder, render, to_text
 from seamount.router.messages import ThinkingMode, check_messages
 from seamount.router.tokenizer import Control, Tokenizer
 
-SHAPE = BatchShape(seed=4, sequence_length=3072, batch_size=4)
+SHAPE = BatchShape(seed=4, sequence_length=3072, batch_size=16)
 SAID = re.compile(
     rf"(?:{Control.ASSISTANT.value}|</function_results>\n\n)(?:<think>|</think>)(.*?{Control.EOS.value})", re.DOTALL
 )
