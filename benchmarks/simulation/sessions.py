@@ -6,6 +6,7 @@ from array import array
 from dataclasses import dataclass, field
 
 from benchmarks.simulation.traffic import Plan, Step
+from seamount.router.history import common_len
 
 IDS_BITS = 21
 """Each session has 2^21 ids of its own; the shared system prompts have those of session 0."""
@@ -102,15 +103,3 @@ class Session:
             rank=self.rank,
             first_question_len=self.first_question_len,
         )
-
-
-def common_len(one: array[int], other: array[int]) -> int:
-    """Length of the longest common prefix; by halves, as prefixes compare fast."""
-    low, high = 0, min(len(one), len(other))
-    while low < high:
-        middle = (low + high + 1) // 2
-        if one[low:middle] == other[low:middle]:
-            low = middle
-        else:
-            high = middle - 1
-    return low

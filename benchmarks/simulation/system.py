@@ -16,8 +16,9 @@ from functools import partial
 from benchmarks.simulation.accounts import TurnAccount
 from benchmarks.simulation.clock import Clock
 from benchmarks.simulation.rank import Answer, Rank
-from benchmarks.simulation.sessions import Session, common_len, shared_prefix
+from benchmarks.simulation.sessions import Session, shared_prefix
 from benchmarks.simulation.traffic import SYSTEM_TOKENS, Plan
+from seamount.router.history import common_len
 from seamount.router.placement import Need, choose_decode_rank
 from seamount.router.tool_waits import DEFAULT_WAIT_S, NUM_BUCKETS, bucket_of, quantile_s
 from seamount.wire.errors import ResourceExhausted

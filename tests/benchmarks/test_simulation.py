@@ -16,8 +16,9 @@ from benchmarks.simulation.clock import Clock
 from benchmarks.simulation.costs import StepCosts, h100_costs
 from benchmarks.simulation.mooncake import ANSWER_S_PER_TOKEN, BLOCK_TOKENS, parse_requests, plans_of
 from benchmarks.simulation.scenario import Outcome, Scenario, agents, simulate
-from benchmarks.simulation.sessions import Session, common_len
+from benchmarks.simulation.sessions import Session
 from benchmarks.simulation.traffic import SUBAGENT, Generator, Plan, Step
+from seamount.router.history import common_len
 from seamount.wire.errors import InvalidArgument
 from seamount.workers.scheduler import EngineLimits
 

@@ -256,13 +256,8 @@ def test_a_damaged_page_is_found_and_computed_again(
     assert num_computed == 401 - 6 * 64, "written again"
 
 
-def test_others_run_while_a_reservation_is_restored(
-    make_tiered: MakeTiered, rng: random.Random, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    rank = make_tiered(num_pages=16, num_host=16)
-    prompt = [rng.randrange(131) for _ in range(300)]
-    rank.turn("s", prompt)
-    rank.press(16 * 64 - 1)
+def gate_fetches(rank: TieredRank, monkeypatch: pytest.MonkeyPatch) -> threading.Event:
+    """Restores of the rank read nothing until the event is set."""
     gate, fetch = threading.Event(), rank.mover._fetch
 
     def gated(*arguments: Any) -> Any:
@@ -270,6 +265,17 @@ def test_others_run_while_a_reservation_is_restored(
         return fetch(*arguments)
 
     monkeypatch.setattr(rank.mover, "_fetch", gated)
+    return gate
+
+
+def test_others_run_while_a_reservation_is_restored(
+    make_tiered: MakeTiered, rng: random.Random, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rank = make_tiered(num_pages=16, num_host=16)
+    prompt = [rng.randrange(131) for _ in range(300)]
+    rank.turn("s", prompt)
+    rank.press(16 * 64 - 1)
+    gate = gate_fetches(rank, monkeypatch)
     waiting = rank.reserve("s", [*prompt, 1])
     assert waiting.cached_len == 256
     assert waiting.computed_len == 0
@@ -294,13 +300,7 @@ def test_a_reservation_that_ends_while_it_is_restored_gives_all_back(
     prompt = [rng.randrange(131) for _ in range(300)]
     rank.turn("s", prompt)
     rank.press(16 * 64 - 1)
-    gate, fetch = threading.Event(), rank.mover._fetch
-
-    def gated(*arguments: Any) -> Any:
-        assert gate.wait(WAIT_S)
-        return fetch(*arguments)
-
-    monkeypatch.setattr(rank.mover, "_fetch", gated)
+    gate = gate_fetches(rank, monkeypatch)
     reservation = rank.reserve("s", [*prompt, 1])
     rank.reservations.release(reservation.id)
     gate.set()
