@@ -21,7 +21,8 @@ from seamount.wire.credentials import CallMetadata
 from seamount.wire.durations import duration
 from seamount.wire.errors import DataLoss, SeamountError, Unavailable, from_rpc_error
 from seamount.wire.hashes import PAGE_SIZE
-from seamount.workers.cache.reservations import LeftSession, Reservations
+from seamount.workers.cache.handover import LeftSession
+from seamount.workers.cache.reservations import Reservations
 from seamount.workers.engine_stream import KEEP_ALIVE_S
 from seamount.workers.spec import RankSpec
 
@@ -64,13 +65,13 @@ class Draining:
             refused: dict[str, set[str]] = {}  # by session: peers that did not take it
             told_at = time.monotonic()
             while True:
-                waiting = self.reservations.left_behind()
+                waiting = self.reservations.handover.left_behind()
                 movable = [one for one in waiting if _fitting(one, peers, refused)]
                 moved = await self._hand_over(movable[0], peers, refused) if movable else None
                 if moved is not None:
                     yield moved
                 elif not movable:
-                    if not self.reservations.has_turns():
+                    if not self.reservations.handover.has_turns():
                         return
                     await asyncio.sleep(_LOOK_AGAIN_S)
                 if moved is not None:

@@ -168,7 +168,7 @@ class Rank:
     def close(self) -> None:
         """Stop, and check that every page is back."""
         self.engine.stop()
-        for reservation_id in list(self.reservations._live):
+        for reservation_id in list(self.reservations._live.by_id):
             self.reservations.release(reservation_id)
         self.reservations.check_invariants()
         state = self.reservations.state()

@@ -43,7 +43,7 @@ class Peer(worker_pb2_grpc.WorkerServiceServicer):
         self.calls.append(request)
         yield worker_pb2.MigrateResponse(progress=worker_pb2.MigrateProgress())
         if self.is_complete:
-            self.source.give_up(request.reservation_id, request.epoch)
+            self.source.handover.give_up(request.reservation_id, request.epoch)
         finished = worker_pb2.MigrateFinished(num_migrated_tokens=16, cached_len=16, is_complete=self.is_complete)
         yield worker_pb2.MigrateResponse(finished=finished)
 
@@ -157,7 +157,7 @@ async def test_what_nobody_takes_whole_stays_and_the_drain_ends(
     peers[0].refuses = True
     peers[1].is_complete = False
     assert await moved(draining, request(peers, 10, 10)) == []
-    assert [left.session_id for left in caches.left_behind()] == ["a"]
+    assert [left.session_id for left in caches.handover.left_behind()] == ["a"]
     dead = worker_pb2.DrainRequest(peers=[worker_pb2.DrainPeer(rank_id="dead", address="127.0.0.1:1")])
     assert await moved(draining, dead) == []
     assert await moved(draining, worker_pb2.DrainRequest()) == []

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import hashlib
+import secrets
+from array import array
 from collections import deque
 from collections.abc import Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 from enum import Enum
 
+from seamount.wire.hashes import page_hashes
 from seamount.workers.cache.prefix import PageNode
 from seamount.workers.cache.retention import Tier
 
@@ -86,6 +90,37 @@ class Reservation:
     keep_len: int | None = None
     num_reused_pages: int | None = None
 
+    @classmethod
+    def of_prompt(
+        cls,
+        token_ids: array[int],
+        *,
+        root: bytes,
+        key: ReservationKey,
+        page_size: int,
+        time_to_live_s: float,
+        salt: bytes = b"",
+        is_spare: bool = False,
+    ) -> Reservation:
+        """One that holds nothing yet. Hashes the prompt: not something to do under a lock."""
+        session_id, turn_id, epoch, attempt = key
+        return cls(
+            id=secrets.token_hex(16),
+            session_id=session_id,
+            turn_id=turn_id,
+            epoch=epoch,
+            attempt=attempt,
+            salt=salt,
+            root=root,
+            token_ids=token_ids.tolist(),
+            prompt_len=len(token_ids),
+            prompt_digest=prompt_digest(root, token_ids),
+            digests=page_hashes(root, token_ids, page_size),
+            page_size=page_size,
+            time_to_live_s=time_to_live_s,
+            is_spare=is_spare,
+        )
+
     @property
     def key(self) -> ReservationKey:
         return (self.session_id, self.turn_id, self.epoch, self.attempt)
@@ -133,6 +168,11 @@ class Reservation:
             slots.extend(range(base, base + stop - first))
             first = stop
         return slots
+
+
+def prompt_digest(root: bytes, token_ids: array[int]) -> bytes:
+    """Tells one prompt from another under the same key."""
+    return hashlib.sha256(root + memoryview(token_ids).cast("B")).digest()
 
 
 def common_prefix_len(left: Sequence[int], right: Sequence[int]) -> int:

@@ -1,29 +1,26 @@
 """Reservations: the one door to a rank's pages (DESIGN: caches and reservations).
 
-What is here: keys, epochs, expiry, uses and the lock; ``holdings.py`` has the pages. What still touches pages (a
-receive, a step, a send) counts as a use. A reservation that ends with uses keeps its pages until the last of them is
-over, so that a late write never hits a reused page.
+``LiveReservations`` has keys, epochs, expiry, uses and the lock; ``Holdings`` the pages. Two more doors behind the same
+lock: ``tiers`` for whoever moves bytes below the device, ``handover`` for sessions on their way to another rank.
 """
 
 from __future__ import annotations
 
-import hashlib
 import secrets
-import threading
 import time
 from array import array
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
-from seamount.wire.errors import AlreadyExists, FailedPrecondition, InvalidArgument, NotFound, OutOfRange
-from seamount.wire.hashes import PAGE_SIZE, page_hashes, root_hash
+from seamount.wire.errors import FailedPrecondition, InvalidArgument, OutOfRange, ResourceExhausted
+from seamount.wire.hashes import PAGE_SIZE, root_hash
 from seamount.wire.limits import MAX_RESERVATION_S, MAX_TOOL_WAIT_S, check_range
-from seamount.workers.cache.admission import EpochFences, check_span, no_pages, pack_prompt
+from seamount.workers.cache.admission import check_span, no_pages, pack_prompt
+from seamount.workers.cache.handover import Handover
 from seamount.workers.cache.holdings import Holdings
 from seamount.workers.cache.invariants import check_holdings
-from seamount.workers.cache.leases import Leases
-from seamount.workers.cache.reservation import Reservation, ReservationKey, ReservationState
-from seamount.workers.cache.restores import Restores
+from seamount.workers.cache.live import LiveReservations
+from seamount.workers.cache.reservation import Reservation, ReservationKey, ReservationState, prompt_digest
 from seamount.workers.cache.retention import Importance, LeaseDecision, Tier
 from seamount.workers.cache.tier_door import TierDoor
 
@@ -43,18 +40,6 @@ class CacheState:
     num_cached: int
     num_leased: int
     num_reservations: int
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class LeftSession:
-    """A session whose caches wait here. epoch: the last one seen; leased_s: what is left of its lease, 0 for none."""
-
-    session_id: str
-    salt: bytes = field(repr=False)
-    epoch: int
-    token_ids: tuple[int, ...] = field(repr=False)
-    left_at: float
-    leased_s: float
 
 
 class Reservations:
@@ -80,17 +65,21 @@ class Reservations:
         check_range(num_pages, field="num_pages", low=1, high=1 << 31)
         check_range(page_size, field="page_size", low=1, high=1 << 16)
         self.num_pages, self.page_size = num_pages, page_size
-        self.on_abort = on_abort
         self._fingerprint, self._layout, self._clock = fingerprint, layout, clock
-        self._lock = threading.RLock()
         self._holdings = Holdings(num_pages=num_pages, page_size=page_size, clock=clock, num_below=num_below)
-        self._restores = Restores(self._holdings, on_end=self._end_restore)
-        self.tiers = TierDoor(self._lock, self._holdings, self._restores)
-        self._leases = Leases(self._holdings)
-        self._fences = EpochFences()
-        self._live: dict[str, Reservation] = {}
-        self._ending: dict[str, Reservation] = {}
-        self._by_key: dict[ReservationKey, Reservation] = {}
+        self._live = LiveReservations(self._holdings, clock=clock)
+        self._live.on_abort = on_abort
+        self._lock, self._leases = self._live.lock, self._live.leases
+        self.tiers = TierDoor(self._lock, self._holdings, self._live.restores)
+        self.handover = Handover(self._live, self._holdings, self.tiers, clock=clock)
+
+    @property
+    def on_abort(self) -> Callable[[str], None] | None:
+        return self._live.on_abort
+
+    @on_abort.setter
+    def on_abort(self, on_abort: Callable[[str], None] | None) -> None:
+        self._live.on_abort = on_abort
 
     # ---- from Reserve to Release
 
@@ -123,142 +112,35 @@ class Reservations:
         check_range(time_to_live_s, field="time_to_live", low=0, high=MAX_RESERVATION_S, low_open=True)
         packed = pack_prompt(token_ids, page_size=self.page_size, num_pages=self.num_pages)
         root = root_hash(salt, self._fingerprint, self._layout)
-        prompt_digest = hashlib.sha256(root + memoryview(packed).cast("B")).digest()
-        key = (session_id, turn_id, epoch, attempt)
-        aborted: list[str] = []
-        try:
-            with self._lock:
-                known = self._repeat(key, prompt_digest, time_to_live_s, aborted)
-            if known is not None:
-                return known
-            reservation = Reservation(  # hashed outside the lock: the engine's step does not wait for it
-                id=secrets.token_hex(16),
-                session_id=session_id,
-                turn_id=turn_id,
-                epoch=epoch,
-                attempt=attempt,
-                salt=salt,
-                root=root,
-                token_ids=packed.tolist(),
-                prompt_len=len(packed),
-                prompt_digest=prompt_digest,
-                digests=page_hashes(root, packed, self.page_size),
-                page_size=self.page_size,
-                time_to_live_s=time_to_live_s,
-                is_spare=is_spare,
-            )
-            with self._lock:
-                known = self._repeat(key, prompt_digest, time_to_live_s, aborted)
-                if known is None:
-                    self._admit(reservation, packed, aborted)
-                return known or reservation
-        finally:
-            self._report(aborted)
-
-    def hold(
-        self,
-        *,
-        session_id: str,
-        epoch: int,
-        attempt: int,
-        root: bytes,
-        token_ids: Sequence[int],
-        time_to_live_s: float,
-    ) -> Reservation:
-        """Pin the full pages that are cached of ``token_ids`` for a peer to read; restore those that are further down
-        (``is_restoring``), and leave the session as it is. A reservation of a lower epoch is ended: its writer is
-        fenced off.
-
-        Idempotent on {session_id, epoch, attempt}; ends with ``release``. root: of the chain of page hashes. Raises
-        InvalidArgument, Aborted (STALE_EPOCH, STALE_ATTEMPT), AlreadyExists (RESERVATION_KEY_REUSED).
-        """
-        check_range(time_to_live_s, field="time_to_live", low=0, high=MAX_RESERVATION_S, low_open=True)
-        packed = pack_prompt(token_ids, page_size=self.page_size, num_pages=None)
-        prompt_digest = hashlib.sha256(root + memoryview(packed).cast("B")).digest()
-        held = Reservation(
-            id=secrets.token_hex(16),
-            session_id="",
-            turn_id=f"hold/{session_id}",
-            epoch=epoch,
-            attempt=attempt,
+        key, digest = (session_id, turn_id, epoch, attempt), prompt_digest(root, packed)
+        with self._live.changing():
+            known = self._live.repeat(key, digest, time_to_live_s)
+        if known is not None:
+            return known
+        reservation = Reservation.of_prompt(  # hashed outside the lock: the engine's step does not wait for it
+            packed,
             root=root,
-            token_ids=packed.tolist(),
-            prompt_len=len(packed),
-            prompt_digest=prompt_digest,
-            digests=page_hashes(root, packed, self.page_size),
+            key=key,
             page_size=self.page_size,
             time_to_live_s=time_to_live_s,
+            salt=salt,
+            is_spare=is_spare,
         )
-        aborted: list[str] = []
-        try:
-            with self._lock:
-                known = self._repeat(held.key, prompt_digest, time_to_live_s, aborted)
-                if known is not None:
-                    return known
-                self._fences.advance(session_id, held.turn_id, epoch, attempt)
-                record = self._holdings.sessions.get(session_id)
-                if record is not None and record.live_id is not None and self._live[record.live_id].epoch < epoch:
-                    self._supersede(session_id, aborted)
-                self._holdings.pin(held, packed)
-                if held.is_restoring:
-                    self._restores.begin(held)
-                    self.tiers.wake()
-                held.expires_at = self._clock() + time_to_live_s
-                self._live[held.id] = self._by_key[held.key] = held
-                return held
-        finally:
-            self._report(aborted)
-
-    def give_up(self, session_id: str, epoch: int) -> None:
-        """Another rank has what the session left here: forget it, and free what no other session uses. Nothing happens
-        while a turn of the session runs here, or where a later epoch has been seen."""
-        with self._lock:
-            record = self._holdings.sessions.get(session_id)
-            if record is not None and record.live_id is None and self._fences.seen(session_id) <= epoch:
-                self._holdings.give_up(session_id)
-
-    def left_behind(self) -> list[LeftSession]:
-        """What sessions without a turn here have left and is still here, leased ones first, then the most recent."""
-        with self._lock:
-            now = self._clock()
-            found = []
-            for session_id, record in self._holdings.sessions.items():
-                num_full = len(self._holdings.leases.left(record)[0])
-                if record.live_id is not None or not num_full or not record.salt:  # of an adopted one it is not known
-                    continue
-                lease = self._holdings.sessions.leases.get(session_id)
-                found.append(
-                    LeftSession(
-                        session_id=session_id,
-                        salt=record.salt,
-                        epoch=self._fences.seen(session_id),
-                        # One token more, where there is one: the last token of a prompt is never taken as cached.
-                        token_ids=tuple(record.left[: num_full * self.page_size + 1]),
-                        left_at=record.left_at or 0.0,
-                        leased_s=max(0.0, lease.expires_at - now) if lease is not None else 0.0,
-                    )
-                )
-            return sorted(found, key=lambda left: (left.leased_s == 0, -left.left_at))
-
-    def is_ending(self, reservation_id: str) -> bool:
-        """Whether it was released, and something still touches its pages."""
-        with self._lock:
-            return reservation_id in self._ending
-
-    def has_turns(self) -> bool:
-        """Whether a session's turn is in progress here."""
-        with self._lock:
-            return any(r.session_id and not r.is_spare for r in self._live.values())
+        with self._live.changing():
+            known = self._live.repeat(key, reservation.prompt_digest, time_to_live_s)
+            if known is None:
+                self._admit(reservation, packed)
+            return known or reservation
 
     def get(self, reservation_id: str) -> Reservation:
         """The reservation in force. Raises NotFound (RESERVATION_NOT_FOUND) for one that has ended or never was."""
         with self._lock:
-            return self._get(reservation_id)
+            return self._live.get(reservation_id)
 
     def renew(self, reservation_id: str, time_to_live_s: float | None = None) -> None:
         """Let it live for ``time_to_live_s`` from now, or for as long as it was made for. Raises NotFound."""
         with self._lock:
-            reservation = self._get(reservation_id)
+            reservation = self._live.get(reservation_id)
             if time_to_live_s is not None:
                 check_range(time_to_live_s, field="time_to_live", low=0, high=MAX_RESERVATION_S, low_open=True)
                 reservation.time_to_live_s = time_to_live_s
@@ -277,11 +159,11 @@ class Reservations:
             if length is not None and length < 0:
                 raise InvalidArgument(f"{name} is {length}; it must be at least 0", field=name)
         with self._lock:
-            reservation = self._live.get(reservation_id)
+            reservation = self._live.by_id.get(reservation_id)
             if reservation is not None:
                 if reuse_len is not None and reuse_len < len(reservation.token_ids):
                     reservation.num_reused_pages = reuse_len // self.page_size
-                self._end(reservation, keep_len)
+                self._live.end(reservation, keep_len)
                 if keep_len is not None:
                     self._leases.came_back(reservation)
 
@@ -298,14 +180,12 @@ class Reservations:
         with self._lock:
             now = self._clock()
             self._leases.end_expired(now)
-            record = self._holdings.sessions.get(session_id)
-            live = self._live.get(record.live_id) if record is not None and record.live_id is not None else None
             return self._leases.retain(
                 session_id,
-                live,
+                self._live.of_session(session_id),
                 duration_s=duration_s,
                 importance=importance,
-                is_short=any(r.state is ReservationState.PREEMPTED for r in self._live.values()),
+                is_short=any(r.state is ReservationState.PREEMPTED for r in self._live.by_id.values()),
                 prefill_tokens_per_s=prefill_tokens_per_s,
                 now=now,
             )
@@ -319,10 +199,9 @@ class Reservations:
             reservation = self._ahead(session_id)
             if reservation is None or not self._assign(reservation, array("I", reservation.token_ids)):
                 return False
-            reservation.expires_at = self._clock() + reservation.time_to_live_s
-            self._live[reservation.id] = self._by_key[reservation.key] = reservation
+            self._live.add(reservation)
             if not reservation.is_restoring:
-                self._end(reservation, None)
+                self._live.end(reservation, None)
             return True
 
     def end_lease(self, session_id: str) -> None:
@@ -334,14 +213,12 @@ class Reservations:
     def expire(self, now: float | None = None) -> list[str]:
         """End those whose time is over, as ``release`` does, and leases; returns the ids of the reservations after
         ``on_abort`` had each. Sessions whose lease ends soon are restored."""
-        aborted: list[str] = []
-        with self._lock:
+        with self._live.changing():
             now = self._clock() if now is None else now
-            self._end_expired(now, aborted)
+            ended = self._live.end_expired(now)
             for session_id in self._leases.ending(now + AHEAD_S):
                 self.restore_ahead(session_id)
-        self._report(aborted)
-        return aborted
+        return ended
 
     # ---- for the engine
 
@@ -351,13 +228,13 @@ class Reservations:
         Raises NotFound, FailedPrecondition (PREEMPTED).
         """
         with self._lock:
-            reservation = self._get_active(reservation_id)
+            reservation = self._live.get_active(reservation_id)
             return self._holdings.grow(reservation, -(-num_tokens // self.page_size))
 
     def append_token(self, reservation_id: str, token_id: int) -> None:
         """The sequence grows by one token, whose entry is not present yet. Raises NotFound."""
         with self._lock:
-            self._get_used(reservation_id).token_ids.append(token_id)
+            self._live.get_used(reservation_id).token_ids.append(token_id)
 
     def advance(self, reservation_id: str, computed_len: int) -> None:
         """Entries of the positions before ``computed_len`` are present; full pages enter the tree. Never goes back.
@@ -365,7 +242,7 @@ class Reservations:
         Raises NotFound, OutOfRange (beyond the tokens or the pages).
         """
         with self._lock:
-            reservation = self._get_used(reservation_id)
+            reservation = self._live.get_used(reservation_id)
             limit = min(len(reservation.token_ids), reservation.capacity)
             if computed_len > limit:
                 raise OutOfRange(
@@ -381,7 +258,7 @@ class Reservations:
         False, and nothing changed, while a receive, step or send uses its pages. Raises NotFound.
         """
         with self._lock:
-            reservation = self._get(reservation_id)
+            reservation = self._live.get(reservation_id)
             if reservation.num_uses:
                 return False
             if reservation.state is ReservationState.ACTIVE:
@@ -395,7 +272,7 @@ class Reservations:
         ``computed_len`` is then what was found, at most one less than its tokens; it may be restoring. Raises NotFound.
         """
         with self._lock:
-            reservation = self._get(reservation_id)
+            reservation = self._live.get(reservation_id)
             if reservation.state is ReservationState.PREEMPTED:
                 if not self._assign(reservation, array("I", reservation.token_ids)):
                     return False
@@ -405,14 +282,14 @@ class Reservations:
     def slots(self, reservation_id: str, first: int, end: int) -> list[int]:
         """Physical slots of the positions [first, end). Raises NotFound, OutOfRange (beyond its pages)."""
         with self._lock:
-            reservation = self._get_used(reservation_id)
+            reservation = self._live.get_used(reservation_id)
             check_span(first, end, reservation.capacity)
             return reservation.slots(first, end)
 
     def page_table(self, reservation_id: str) -> list[int]:
         """Its physical pages in order. Raises NotFound."""
         with self._lock:
-            return list(self._get_used(reservation_id).pages)
+            return list(self._live.get_used(reservation_id).pages)
 
     # ---- uses: what touches pages outside the lock
 
@@ -422,17 +299,17 @@ class Reservations:
         Uses nest; each needs its ``end_use``. Raises FailedPrecondition (PREEMPTED).
         """
         with self._lock:
-            reservation = self._get_active(reservation_id)
+            reservation = self._live.get_active(reservation_id)
             reservation.num_uses += 1
             return reservation
 
     def end_use(self, reservation_id: str) -> None:
         """One use is over. Raises NotFound if there was none."""
         with self._lock:
-            reservation = self._get_used(reservation_id)
+            reservation = self._live.get_used(reservation_id)
             if reservation.num_uses - (reservation.receive is not None) < 1:
                 raise FailedPrecondition("the reservation is not in use", reason="NOT_IN_USE")
-            self._end_use(reservation)
+            self._live.end_use(reservation)
 
     def begin_receive(self, reservation_id: str, first: int, end: int) -> None:
         """Entries of the positions [first, end) are about to be written by a transfer; one at a time a reservation.
@@ -442,7 +319,7 @@ class Reservations:
         RECEIVE_IN_FLIGHT, RESTORING).
         """
         with self._lock:
-            reservation = self._get_active(reservation_id)
+            reservation = self._live.get_active(reservation_id)
             if reservation.receive is not None:
                 raise FailedPrecondition(
                     "a receive into this reservation is in flight; retry when it has ended", reason="RECEIVE_IN_FLIGHT"
@@ -468,13 +345,13 @@ class Reservations:
         (``verified_len`` beyond the receive).
         """
         with self._lock:
-            reservation = self._get_used(reservation_id)
+            reservation = self._live.get_used(reservation_id)
             if reservation.receive is None:
                 raise FailedPrecondition("no receive into this reservation is in flight", reason="NO_RECEIVE")
             end, reservation.receive = reservation.receive[1], None
             if verified_len <= end:
                 self._holdings.advance(reservation, verified_len)
-            self._end_use(reservation)
+            self._live.end_use(reservation)
         if verified_len > end:
             raise OutOfRange(
                 f"verified_len is {verified_len} and the receive ended at {end}: nothing of it is taken as present",
@@ -491,7 +368,7 @@ class Reservations:
                 num_free=self._holdings.pool.num_free,
                 num_cached=self._holdings.pool.num_idle,
                 num_leased=self._holdings.pool.num_leased_idle,
-                num_reservations=len(self._live) + len(self._ending),
+                num_reservations=len(self._live.all()),
             )
 
     def sessions(self) -> list[str]:
@@ -502,67 +379,45 @@ class Reservations:
     def check_invariants(self) -> None:
         """Raise AssertionError unless each page is free, referenced as often as held, or cached and reachable."""
         with self._lock:
-            held = [*self._live.values(), *self._ending.values()]
-            assert len(self._by_key) == len(self._live), "keys and live reservations differ"
-            for reservation in self._live.values():
-                assert self._by_key[reservation.key] is reservation, "a key leads to another reservation"
-            for reservation in self._ending.values():
-                assert reservation.num_uses > 0, "an ended reservation without uses keeps pages"
-            check_holdings(self._holdings, held)
+            self._live.check_invariants()
+            check_holdings(self._holdings, self._live.all())
 
     # ---- with the lock held
 
-    def _repeat(
-        self, key: ReservationKey, prompt_digest: bytes, time_to_live_s: float, aborted: list[str]
-    ) -> Reservation | None:
-        now = self._clock()
-        self._end_expired(now, aborted)
-        known = self._by_key.get(key)
-        if known is None:
-            return None
-        if known.prompt_digest != prompt_digest:
-            raise AlreadyExists(
-                "this {session, turn, epoch, attempt} has reserved other tokens; use the next attempt",
-                reason="RESERVATION_KEY_REUSED",
-            )
-        known.time_to_live_s, known.expires_at = time_to_live_s, now + time_to_live_s
-        return known
-
-    def _admit(self, reservation: Reservation, packed: array[int], aborted: list[str]) -> None:
+    def _admit(self, reservation: Reservation, packed: array[int]) -> None:
         session_id = reservation.session_id
-        if reservation.is_spare and self._is_live(session_id):
+        if reservation.is_spare and self._live.of_session(session_id) is not None:
             raise FailedPrecondition("a turn of the session runs here", reason="TURN_RUNNING")
         if session_id:
-            self._fences.advance(session_id, reservation.turn_id, reservation.epoch, reservation.attempt)
-            self._supersede(session_id, aborted)
-            ahead = self._by_key.get(_ahead_key(session_id))
+            self._live.fences.advance(session_id, reservation.turn_id, reservation.epoch, reservation.attempt)
+            self._live.supersede(session_id)
+            ahead = self._live.by_key(_ahead_key(session_id))
             if ahead is not None:  # its own restore takes over
-                self._end(ahead, None)
+                self._live.end(ahead, None)
         reservation.is_leased = self._leases.is_held(session_id, self._clock())
         self._holdings.compare(reservation, packed, self._clock())
         if not self._assign(reservation, packed):
-            now = self._clock()
-            ends = [r.expires_at for r in self._live.values()]
-            ends += [lease.expires_at for lease in self._holdings.sessions.leases.values()]
-            soonest_s = min(ends, default=now) - now
-            raise no_pages(self._holdings.pool, len(packed) // self.page_size + 1, soonest_s)
+            raise self._no_pages(len(packed) // self.page_size + 1)
         reservation.cached_len_at_first = reservation.cached_len
-        reservation.expires_at = self._clock() + reservation.time_to_live_s
-        self._live[reservation.id] = self._by_key[reservation.key] = reservation
+        self._live.add(reservation)
         self._holdings.begin(reservation)
 
     def _assign(self, reservation: Reservation, token_ids: array[int]) -> bool:
-        if not self._holdings.assign(reservation, token_ids):
-            return False
-        if reservation.is_restoring:
-            self._restores.begin(reservation)
-        self.tiers.wake()
-        return True
+        is_assigned = self._live.assign(reservation, token_ids)
+        if is_assigned:
+            self.tiers.wake()
+        return is_assigned
+
+    def _no_pages(self, num_needed: int) -> ResourceExhausted:
+        now = self._clock()
+        ends = [reservation.expires_at for reservation in self._live.by_id.values()]
+        ends += [lease.expires_at for lease in self._holdings.sessions.leases.values()]
+        return no_pages(self._holdings.pool, num_needed, min(ends, default=now) - now)
 
     def _ahead(self, session_id: str) -> Reservation | None:
         record = self._holdings.sessions.get(session_id)
         key = _ahead_key(session_id)
-        if record is None or record.live_id is not None or key in self._by_key:
+        if record is None or record.live_id is not None or self._live.by_key(key) is not None:
             return None
         nodes, _ = self._holdings.leases.left(record)
         num_below = sum(1 for node in nodes if node.page is None)
@@ -583,76 +438,6 @@ class Reservations:
             time_to_live_s=MAX_RESERVATION_S,
             is_ahead=True,
         )
-
-    def _end_restore(self, reservation: Reservation) -> None:
-        self._end_use(reservation)
-        if reservation.is_ahead and reservation.id in self._live:
-            self._end(reservation, None)
-
-    def _is_live(self, session_id: str) -> bool:
-        record = self._holdings.sessions.get(session_id)
-        return record is not None and record.live_id is not None
-
-    def _supersede(self, session_id: str, aborted: list[str]) -> None:
-        record = self._holdings.sessions.get(session_id)
-        if record is not None and record.live_id is not None:
-            aborted.append(record.live_id)
-            self._end(self._live[record.live_id], None)
-
-    def _end_expired(self, now: float, aborted: list[str]) -> None:
-        self._leases.end_expired(now)
-        for reservation in [r for r in self._live.values() if r.expires_at <= now]:
-            aborted.append(reservation.id)
-            self._end(reservation, None)
-
-    def _end(self, reservation: Reservation, keep_len: int | None) -> None:
-        del self._live[reservation.id], self._by_key[reservation.key]
-        self._holdings.end(reservation, self._clock())
-        reservation.keep_len = keep_len
-        self._restores.cancel(reservation)
-        if reservation.num_uses:
-            self._holdings.remember(reservation, reservation.kept_len)
-            reservation.state = ReservationState.ENDING
-            self._ending[reservation.id] = reservation
-        else:
-            self._settle(reservation)
-
-    def _settle(self, reservation: Reservation) -> None:
-        if reservation.state is not ReservationState.PREEMPTED:
-            self._holdings.give_back(reservation, reservation.kept_len)
-        reservation.state = ReservationState.ENDED
-
-    def _end_use(self, reservation: Reservation) -> None:
-        reservation.num_uses -= 1
-        if reservation.num_uses == 0 and reservation.state is ReservationState.ENDING:
-            del self._ending[reservation.id]
-            self._settle(reservation)
-
-    def _get(self, reservation_id: str) -> Reservation:
-        reservation = self._live.get(reservation_id)
-        if reservation is None:
-            raise NotFound(
-                f"reservation {reservation_id} has ended or never was; reserve again",
-                reason="RESERVATION_NOT_FOUND",
-                metadata={"reservation_id": reservation_id},
-            )
-        return reservation
-
-    def _get_used(self, reservation_id: str) -> Reservation:
-        """Also one whose end waits for a use: whoever uses it may finish what it does."""
-        ending = self._ending.get(reservation_id)
-        return ending if ending is not None else self._get(reservation_id)
-
-    def _get_active(self, reservation_id: str) -> Reservation:
-        reservation = self._get(reservation_id)
-        if reservation.state is not ReservationState.ACTIVE:
-            raise FailedPrecondition("the reservation is preempted; resume it first", reason="PREEMPTED")
-        return reservation
-
-    def _report(self, aborted: list[str]) -> None:
-        if self.on_abort is not None:
-            for reservation_id in aborted:
-                self.on_abort(reservation_id)
 
 
 def _ahead_key(session_id: str) -> ReservationKey:

@@ -295,7 +295,7 @@ class Transfer(transfer_pb2_grpc.TransferServiceServicer):
         limits.check_length(request.session_id.encode(), field="session_id", high=limits.MAX_NAME_BYTES, unit="bytes")
         limits.check_length(request.token_ids, field="token_ids", low=1, high=limits.MAX_CONTEXT_TOKENS, unit="tokens")
         limits.check_length(request.cache_root, field="cache_root", low=ROOT_BYTES, high=ROOT_BYTES, unit="bytes")
-        held = self._reservations.hold(
+        held = self._reservations.handover.hold(
             session_id=request.session_id,
             epoch=request.epoch,
             attempt=request.attempt,
@@ -313,7 +313,7 @@ class Transfer(transfer_pb2_grpc.TransferServiceServicer):
         self._reservations.release(request.reservation_id)
         if request.is_moved:
             await self._until_settled(request.reservation_id)
-            self._reservations.give_up(request.session_id, request.epoch)
+            self._reservations.handover.give_up(request.session_id, request.epoch)
         return transfer_pb2.EndHoldResponse()
 
     # ---- parts of both
@@ -369,7 +369,7 @@ class Transfer(transfer_pb2_grpc.TransferServiceServicer):
     async def _until_settled(self, reservation_id: str) -> None:
         """The peer may have all before the thread that sent it has let go of the pages."""
         until = time.monotonic() + _HANDOVER_S
-        while self._reservations.is_ending(reservation_id) and time.monotonic() < until:  # noqa: ASYNC110 - bounded
+        while self._reservations.handover.is_settling(reservation_id) and time.monotonic() < until:  # noqa: ASYNC110 - bounded
             await asyncio.sleep(_HANDOVER_POLL_S)
 
     @contextmanager

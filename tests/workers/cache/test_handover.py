@@ -19,7 +19,7 @@ MakeCache = Callable[[int], Any]
 
 
 def hold(cache: Any, token_ids: list[int], *, epoch: int = 2, attempt: int = 1, session: str = "s") -> Any:
-    held = cache.caches.hold(
+    held = cache.caches.handover.hold(
         session_id=session, epoch=epoch, attempt=attempt, root=ROOT, token_ids=token_ids, time_to_live_s=10.0
     )
     cache.caches.check_invariants()
@@ -82,17 +82,17 @@ def test_a_hold_ends_the_turn_of_a_lower_epoch_alone(cache: Any) -> None:
 def test_what_was_given_up_is_free_but_for_what_others_use(cache: Any) -> None:
     cache.leave(IDS)
     cache.leave([*IDS[:8], 70, 71, 72, 73, 74], session="other")
-    cache.caches.give_up("s", 0)
+    cache.caches.handover.give_up("s", 0)
     assert "s" in cache.caches.sessions(), "a later epoch has been seen here"
     held = hold(cache, IDS)
-    cache.caches.give_up("s", 2)
+    cache.caches.handover.give_up("s", 2)
     cache.caches.check_invariants()
     cache.release(held)
     found = cache.reserve([*IDS[:8], 70, 71, 72, 73, 74, 75], session="other", epoch=2)
     assert found.cached_len == 13, "the other session has lost nothing"
     cache.release(found)
-    cache.caches.give_up("s", 2)
-    cache.caches.give_up("other", 2)
+    cache.caches.handover.give_up("s", 2)
+    cache.caches.handover.give_up("other", 2)
     cache.caches.check_invariants()
     assert cache.caches.sessions() == [], "whatever pages of it were pinned then, and are evicted first"
 
@@ -100,7 +100,7 @@ def test_what_was_given_up_is_free_but_for_what_others_use(cache: Any) -> None:
 def test_a_session_that_is_given_up_while_it_has_a_turn_stays(cache: Any) -> None:
     turn = cache.reserve(IDS, epoch=2)
     cache.caches.advance(turn.id, 18)
-    cache.caches.give_up("s", 5)
+    cache.caches.handover.give_up("s", 5)
     cache.release(turn, 18)
     again = cache.reserve([*IDS, 1], epoch=3)
     assert again.cached_len == 18
@@ -116,14 +116,14 @@ def test_what_a_leaving_rank_hands_over(make_cache: MakeCache) -> None:
     cache.caches.retain("leased", duration_s=30.0, importance=Importance.HIGH, prefill_tokens_per_s=0.0)
     cache.clock.now += 10
     turn = cache.reserve([300, 301], session="running", epoch=9)
-    assert cache.caches.has_turns()
-    left = cache.caches.left_behind()
+    assert cache.caches.handover.has_turns()
+    left = cache.caches.handover.left_behind()
     assert [(one.session_id, one.epoch) for one in left] == [("leased", 2), ("new", 3), ("old", 1)]
     assert left[0].leased_s == pytest.approx(20.0)
     assert left[1].token_ids == tuple(range(200, 217)), "the full pages, and one token more"
     assert left[1].salt == SALT
     cache.release(turn)
-    assert not cache.caches.has_turns()
+    assert not cache.caches.handover.has_turns()
 
 
 def spare(cache: Any, token_ids: list[int], **named: Any) -> Any:

@@ -29,7 +29,8 @@ from hypothesis.stateful import (
 
 from seamount.wire.errors import Aborted, AlreadyExists, FailedPrecondition, NotFound, OutOfRange, ResourceExhausted
 from seamount.wire.hashes import root_hash
-from seamount.workers.cache import holdings, reservations
+from seamount.workers.cache import holdings
+from seamount.workers.cache import reservation as reservation_module
 from seamount.workers.cache.copies import Copy
 from seamount.workers.cache.prefix import PageNode
 from seamount.workers.cache.reservation import Reservation, ReservationState
@@ -90,7 +91,7 @@ class CacheMachine(RuleBasedStateMachine):
         return live[pick % len(live)]
 
     def _of_turns(self) -> list[Reservation]:
-        return [reservation for reservation in self.caches._live.values() if not reservation.is_ahead]
+        return [reservation for reservation in self.caches._live.by_id.values() if not reservation.is_ahead]
 
     # ---- rules
 
@@ -327,7 +328,7 @@ class CacheMachine(RuleBasedStateMachine):
         else:
             assert lease is not None
             assert lease.expires_at == self.now + decision.duration_s
-            held = [*self.caches._live.values(), *self.caches._ending.values()]
+            held = self.caches._live.all()
             if any(reservation.session_id == session for reservation in held):
                 self.leased.pop(session, None)  # it holds what that one is going to leave
             else:
@@ -403,11 +404,13 @@ class CacheMachine(RuleBasedStateMachine):
     @invariant()
     def nothing_is_lost_or_spoilt(self) -> None:
         self.caches.check_invariants()
-        held = [*self.caches._live.values(), *self.caches._ending.values()]
+        held = self.caches._live.all()
         for reservation in held:
             for position, slot in enumerate(reservation.slots(0, reservation.computed_len)):
                 assert self.memory[slot] == self._entry(reservation, position)
-        sessions = [reservation.session_id for reservation in self.caches._live.values() if reservation.session_id]
+        sessions = [
+            reservation.session_id for reservation in self.caches._live.by_id.values() if reservation.session_id
+        ]
         assert len(set(sessions)) == len(sessions)
         assert len(self.aborted) == len(set(self.aborted))
         leases = self.caches._holdings.sessions.leases
@@ -428,7 +431,7 @@ class CacheMachine(RuleBasedStateMachine):
             self._end_copy(0, True)
         if self.restore is not None:
             self.end_restore(0, True)
-        for reservation in [*caches._live.values(), *caches._ending.values()]:
+        for reservation in caches._live.all():
             caches.release(reservation.id)
             if reservation.receive is not None:
                 caches.end_receive(reservation.id, 0)
@@ -474,7 +477,7 @@ def test_pages_with_colliding_hashes_are_never_served_for_each_other(monkeypatch
         return digests
 
     monkeypatch.setattr(holdings, "page_hashes", weak_hashes)
-    monkeypatch.setattr(reservations, "page_hashes", weak_hashes)
+    monkeypatch.setattr(reservation_module, "page_hashes", weak_hashes)
     run_state_machine_as_test(CacheMachine, settings=settings(QUICK, max_examples=60))
 
 

@@ -110,7 +110,7 @@ async def new_rank() -> AsyncIterator[Callable[..., Awaitable[Rank]]]:
 
         yield start
     for rank in ranks:
-        for reservation in list(rank.reservations._live.values()):
+        for reservation in list(rank.reservations._live.by_id.values()):
             rank.reservations.release(reservation.id)
         rank.reservations.check_invariants()
         state = rank.reservations.state()
