@@ -10,27 +10,23 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import AsyncGenerator, Sequence
-from contextlib import aclosing, suppress
+from contextlib import aclosing
 from dataclasses import dataclass, field
 
 from seamount.router.account import Account
+from seamount.router.claim import Claim
 from seamount.router.directory import Role
-from seamount.router.fetching import fetched
-from seamount.router.placement import Need, PathRules, Placed, RankLoad, choose_decode_rank, choose_path, is_far_worse
+from seamount.router.placement import PathRules, RankLoad, choose_path
 from seamount.router.quarantine import NODE_WINDOW_S, Suspicion, quarantined
-from seamount.router.rank_client import RESERVED_FOR_S, RankClient, RankLost, ReservationGone, Work
+from seamount.router.rank_client import RESERVED_FOR_S, RankLost, ReservationGone
 from seamount.router.ranks import Ranks
 from seamount.v1 import common_pb2, worker_pb2
-from seamount.wire.errors import DeadlineExceeded, Internal, ResourceExhausted, SeamountError, Unavailable
-from seamount.wire.hashes import PAGE_SIZE
-from seamount.wire.ids import Epoch, RankId, ReservationId, SessionId, TurnId
+from seamount.wire.errors import Internal, SeamountError, Unavailable
+from seamount.wire.ids import Epoch, RankId, SessionId, TurnId
 
-PLACEMENT_TIMEOUT_S = 30.0
-"""How long a turn waits for a live decode rank: a killed gang is replaced in a few seconds."""
 PREFILL_STALL_S = 60.0
 """How long a prefill rank may queue or stand still, alive, before the work goes elsewhere."""
 RENEW_EVERY_S = RESERVED_FOR_S / 3
-_CLOCK_SLACK_S = 0.05
 
 
 @dataclass(slots=True, kw_only=True)
@@ -57,26 +53,32 @@ class Generation:
     num_left: int = 0
     forced_token_ids: Sequence[int] = ()
     token_ids: list[int] = field(default_factory=list)
-    num_below: int = 0
-    """Of what the preferred rank has: in a tier below its device, as it said when it was asked."""
-    _attempt: int = 0
-    _decode: RankClient | None = None
-    _reservation_id: ReservationId | None = None
-    _unclaimed: asyncio.Task[worker_pb2.ReserveResponse] | None = None
-    """A Reserve whose answer nobody waited for: what it reserved must be released all the same."""
-    _assigned: RankId | None = None
     _num_lost: int = 0
     _is_accounted: bool = False
-    _excluded: set[RankId] = field(default_factory=set)
+    _claim: Claim = field(init=False)
     _suspicion: Suspicion = field(init=False)
 
     def __post_init__(self) -> None:
         self._suspicion = Suspicion(deaths=self.ranks.deaths)
+        self._claim = Claim(
+            ranks=self.ranks,
+            rules=self.rules,
+            session_id=self.session_id,
+            turn_id=self.turn_id,
+            epoch=self.epoch,
+            cache_salt=self.cache_salt,
+            prompt=self.prompt,
+            token_ids=self.token_ids,
+            account=self.account,
+            deadline=self.deadline,
+            preferred=self.preferred,
+            num_left=self.num_left,
+        )
 
     @property
     def decode_rank(self) -> RankId | None:
         """Where the caches of this answer are."""
-        return self._decode.rank_id if self._decode else None
+        return self._claim.rank.rank_id if self._claim.rank else None
 
     async def batches(self) -> AsyncGenerator[worker_pb2.TokenBatch | worker_pb2.GenerateFinished, None]:
         """Token batches in order, then ``GenerateFinished``.
@@ -87,7 +89,7 @@ class Generation:
         """
         while True:
             try:
-                cached_len = await self._prefill_remotely(await self._reserve_somewhere())
+                cached_len = await self._prefill_remotely(await self._claim.stake())
                 async with aclosing(self._sample(cached_len)) as frames:
                     async for frame in frames:
                         yield frame
@@ -98,166 +100,27 @@ class Generation:
                 await self._give_up_rank(lost)
             except ReservationGone as gone:
                 self._count_loss(gone)
-                self.num_left = self._num_tokens
+                self._claim.num_left = self._claim.num_tokens
                 await self.release(None)
 
     async def release(self, keep_len: int | None, *, reuse_len: int | None = None) -> None:
-        """End the reservation, keeping the first ``keep_len`` cached tokens, of which the session's next prompt can
-        begin with ``reuse_len`` at the most. Best effort: a reservation expires."""
-        try:
-            with suppress(SeamountError):
-                if self._unclaimed is not None:
-                    self._reservation_id = ReservationId((await self._unclaimed).reservation_id)
-                if self._decode is not None and self._reservation_id is not None:
-                    await self._decode.release(self._reservation_id, keep_len=keep_len, reuse_len=reuse_len)
-        finally:
-            self._unclaimed = None
-            self._forget_reservation()
-
-    def _remaining_s(self) -> float:
-        remaining_s = self.deadline - time.monotonic()
-        if remaining_s < _CLOCK_SLACK_S:
-            raise deadline_passed()
-        return remaining_s
-
-    def _forget_reservation(self) -> None:
-        if self._assigned is not None:
-            self.ranks.unassign(self._assigned, self.cache_salt)
-        self._assigned = self._reservation_id = None
-
-    @property
-    def _num_tokens(self) -> int:
-        return len(self.prompt) + len(self.token_ids)
-
-    def _work(self) -> Work:
-        return Work(
-            session_id=self.session_id,
-            turn_id=self.turn_id,
-            epoch=self.epoch,
-            attempt=self._attempt,
-            cache_salt=self.cache_salt,
-            token_ids=[*self.prompt, *self.token_ids],
-        )
-
-    async def _reserve_somewhere(self) -> int:
-        """Returns how many tokens' entries are at the decode rank now."""
-        full: set[RankId] = set()
-        may_choose_again = True
-        if self.preferred is not None and self.ranks.source(self.preferred) is None:
-            self.preferred = self.ranks.holder(self.session_id) or self.preferred
-        while True:
-            placed = await self._place(full)
-            rank_id = placed.rank.rank_id
-            self._attempt += 1
-            self._decode = self.ranks.client(rank_id)
-            try:
-                reserved = await self._reserve()
-            except ResourceExhausted:
-                full.add(rank_id)
-                if self._chosen(full) is None:
-                    raise
-                continue
-            if rank_id == self.preferred and may_choose_again:
-                may_choose_again = False
-                believed, self.num_left = self._need(), reserved.cached_len
-                self.num_below = reserved.num_host_tokens + reserved.num_disk_tokens
-                again = self._chosen(full) if is_far_worse(believed, reserved.cached_len, self.rules) else None
-                if again is not None and again.rank.rank_id != rank_id:
-                    await self.release(None)
-                    continue
-            source = self.ranks.source(self.preferred) if rank_id != self.preferred else None
-            self._note_reservation(placed.rank, reserved)
-            if source is not None and placed.moves and self.num_left - reserved.cached_len >= PAGE_SIZE:
-                return await self._migrate(source, reserved.cached_len)
-            return reserved.cached_len
-
-    async def _migrate(self, source: RankLoad, cached_len: int) -> int:
-        """Let the decode rank fetch what ``source`` has; what does not come is computed. Returns the cached length."""
-        assert self._decode is not None
-        assert self._reservation_id is not None
-        finished = await fetched(
-            self._decode,
-            source,
-            reservation_id=self._reservation_id,
-            epoch=self.epoch,
-            remaining_s=self._remaining_s(),
-        )
-        if finished is not None:
-            self.account.add_migration(finished)
-            return finished.cached_len
-        now_cached = (await self._reserve()).cached_len
-        self.account.num_migrated += max(0, now_cached - cached_len)
-        return now_cached
-
-    async def _reserve(self) -> worker_pb2.ReserveResponse:
-        """Reserve at the decode rank, or renew and learn what has arrived. Cancelled: ``release`` sees to the rest."""
-        assert self._decode is not None
-        task = asyncio.create_task(self._decode.reserve(self._work()))
-        try:
-            reserved = await asyncio.shield(task)
-        except asyncio.CancelledError:
-            self._unclaimed = task
-            raise
-        self._reservation_id = ReservationId(reserved.reservation_id)  # a new one where the old one had ended
-        return reserved
-
-    def _note_reservation(self, load: RankLoad, reserved: worker_pb2.ReserveResponse) -> None:
-        before = self.account.before
-        self.account.add_reservation(
-            load.rank_id,
-            reserved,
-            num_prompt=self._num_tokens,
-            kv_bytes_per_token=load.kv_bytes_per_token,
-            last_rank_is_alive=before is not None and self.ranks.source(RankId(before.last_rank)) is not None,
-        )
-        self.ranks.assign(load.rank_id, self.cache_salt)
-        self._assigned = self.preferred = load.rank_id
-
-    def _need(self) -> Need:
-        return Need(
-            num_tokens=self._num_tokens,
-            home=self.preferred,
-            num_home=min(self.num_left, self._num_tokens),
-            num_below=self.num_below,
-            tenant_weight=self.ranks.tenant_weight(self.cache_salt),
-        )
-
-    def _chosen(self, full: set[RankId]) -> Placed | None:
-        return choose_decode_rank(
-            self.ranks.loads(Role.DECODE),
-            self._need(),
-            source=self.ranks.source(self.preferred),
-            prefills=self.ranks.loads(Role.PREFILL),
-            rules=self.rules,
-            excluded=self._excluded | full,
-        )
-
-    async def _place(self, full: set[RankId]) -> Placed:
-        until = time.monotonic() + min(PLACEMENT_TIMEOUT_S, self._remaining_s())
-        while True:
-            placed = self._chosen(full)
-            if placed is not None:
-                return placed
-            remaining_s = until - time.monotonic()
-            if remaining_s <= 0:
-                raise Unavailable("no decode rank is alive", reason="NO_DECODE_RANK", retry_after_s=2.0)
-            self._excluded.clear()  # a restarted rank is a new one: its directory entry decides from now on
-            await self.ranks.wait_for_change(min(remaining_s, 0.25))
+        """``Claim.release``."""
+        await self._claim.release(keep_len, reuse_len=reuse_len)
 
     async def _prefill_remotely(self, cached_len: int) -> int:
         """Let prefill ranks compute what pays off there; the rest is the decode rank's to append. Returns the new
         cached length."""
-        assert self._decode is not None
+        assert self._claim.rank is not None
         failed: set[RankId] = set()
         while len(failed) < self.max_attempts:
-            decode = self.ranks.source(self._decode.rank_id)  # one that has begun to leave since ends what it has
+            decode = self.ranks.source(self._claim.rank.rank_id)  # one that has begun to leave since ends what it has
             if decode is None:
                 raise RankLost("the decode rank left", reason="RANK_LOST", retry_after_s=1.0)
             chosen = choose_path(
                 decode,
                 self.ranks.loads(Role.PREFILL),
                 num_cached=cached_len,
-                num_missing=self._num_tokens - cached_len,
+                num_missing=self._claim.num_tokens - cached_len,
                 rules=self.rules,
                 excluded=failed,
                 tenant_weight=self.ranks.tenant_weight(self.cache_salt),
@@ -271,13 +134,13 @@ class Generation:
                     await self._suspect(error)
                 failed.add(chosen.rank_id)
                 self.account.num_retries += 1
-                cached_len = (await self._reserve()).cached_len
+                cached_len = (await self._claim.renew()).cached_len
         return cached_len
 
     async def _prefill_at(self, chosen: RankLoad, cached_len: int) -> int:
         """Returns how many tokens arrived at the decode rank."""
-        assert self._decode is not None
-        work = self._work()
+        assert self._claim.rank is not None
+        work = self._claim.work()
         request = worker_pb2.PrefillRequest(
             session_id=work.session_id,
             turn_id=work.turn_id,
@@ -285,15 +148,15 @@ class Generation:
             attempt=work.attempt,
             cache_salt=work.cache_salt,
             token_ids=work.token_ids,
-            reservation_id=self._reservation_id or "",
+            reservation_id=self._claim.reservation_id or "",
             cached_len=cached_len,
-            decode_rank_id=self._decode.rank_id,
-            decode_address=self._decode.address,
+            decode_rank_id=self._claim.rank.rank_id,
+            decode_address=self._claim.rank.address,
             alone=self._suspicion.is_suspect,
         )
         renewed = moved = time.monotonic()
         progress = worker_pb2.PrefillProgress()
-        frames = self.ranks.client(chosen.rank_id).prefill(request, timeout_s=self._remaining_s())
+        frames = self.ranks.client(chosen.rank_id).prefill(request, timeout_s=self._claim.remaining_s())
         async with aclosing(frames):
             async for frame in frames:
                 now = time.monotonic()
@@ -306,7 +169,7 @@ class Generation:
                 elif now - moved > PREFILL_STALL_S:  # alive, but it gets nowhere
                     break
                 if now - renewed > RENEW_EVERY_S:
-                    await self._reserve()
+                    await self._claim.renew()
                     renewed = now
         raise RankLost("the prefill rank ended early or got nowhere", reason="RANK_LOST", retry_after_s=1.0)
 
@@ -316,7 +179,7 @@ class Generation:
         if len(self.token_ids) >= self.sampling.max_output_tokens:  # the rank died between its last token and frame
             yield worker_pb2.GenerateFinished(reason=common_pb2.FINISH_REASON_LENGTH)
             return
-        num_missing = self._num_tokens - cached_len
+        num_missing = self._claim.num_tokens - cached_len
         began = time.monotonic()
         first_token = None
         try:
@@ -337,15 +200,15 @@ class Generation:
 
     async def _frames(self) -> AsyncGenerator[worker_pb2.TokenBatch | worker_pb2.GenerateFinished, None]:
         """What the decode rank sends. Its last batch is held back until its account is there."""
-        assert self._decode is not None
-        call = self._decode.generate(self._generate_request(), timeout_s=self._remaining_s())
+        assert self._claim.rank is not None
+        call = self._claim.rank.generate(self._generate_request(), timeout_s=self._claim.remaining_s())
         last = {self.eos_token_id, *self.sampling.stop_token_ids}
         held: worker_pb2.TokenBatch | None = None
         async with aclosing(call):
             async for frame in call:
                 event = frame.WhichOneof("event")
                 in_batch = event == "tokens" or frame.progress.in_batch
-                self._suspicion.in_batch_of = self._decode.rank_id if in_batch else None
+                self._suspicion.in_batch_of = self._claim.rank.rank_id if in_batch else None
                 if event == "finished":
                     if frame.finished.reason == common_pb2.FINISH_REASON_CANCELLED:
                         raise ReservationGone("the rank ended the request", reason="REQUEST_ENDED", retry_after_s=0.1)
@@ -370,7 +233,7 @@ class Generation:
         sampling.first_output_index = first
         sampling.max_output_tokens = self.sampling.max_output_tokens - first
         return worker_pb2.WorkerServiceGenerateRequest(
-            reservation_id=self._reservation_id or "",
+            reservation_id=self._claim.reservation_id or "",
             epoch=self.epoch,
             sampling=sampling,
             forced_token_ids=self.forced_token_ids[first:],
@@ -391,7 +254,7 @@ class Generation:
                 raise quarantined()
 
     def _count_loss(self, lost: RankLost | ReservationGone) -> None:
-        self._remaining_s()  # a call that ended with the turn's time says nothing about the rank
+        self._claim.remaining_s()  # a call that ended with the turn's time says nothing about the rank
         self.account.num_retries += 1
         self._num_lost += 1
         if self._num_lost < self.max_attempts:
@@ -405,16 +268,11 @@ class Generation:
         ) from lost
 
     async def _give_up_rank(self, lost: RankLost) -> None:
-        if self._decode is not None:
-            self._excluded.add(self._decode.rank_id)
+        if self._claim.rank is not None:
+            self._claim.excluded.add(self._claim.rank.rank_id)
             if lost.cause is None:
-                self.ranks.mark_lost(self._decode.rank_id)
+                self.ranks.mark_lost(self._claim.rank.rank_id)
             else:
                 await self.release(None)
-        self._forget_reservation()
-        self._decode = None
-
-
-def deadline_passed() -> DeadlineExceeded:
-    """What a turn ends with when its time is over."""
-    return DeadlineExceeded("the turn's deadline passed; set a longer one", reason="TURN_DEADLINE")
+        self._claim.forget()
+        self._claim.rank = None

@@ -11,9 +11,10 @@ from collections.abc import Sequence
 from contextlib import aclosing, suppress
 from dataclasses import dataclass, field
 
+from seamount.router.claim import deadline_passed
 from seamount.router.context_policy import NOTHING, Discards
 from seamount.router.events import TurnEvents, status_of
-from seamount.router.generation import Generation, deadline_passed
+from seamount.router.generation import Generation
 from seamount.router.history import common_len, pending_after, sampled_message
 from seamount.router.messages import ThinkingMode, TurnPlan, tool_calls_to_proto
 from seamount.router.rendering import Rendering

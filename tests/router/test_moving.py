@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from contextlib import aclosing
 from typing import Any
 
@@ -24,15 +24,21 @@ from seamount.wire.ids import Epoch, RankId, SessionId, TurnId
 PROMPT = list(range(100, 200))
 
 
-def generation(system: Any, *, num_left: int = 90) -> Generation:
+def generation(
+    system: Any,
+    *,
+    num_left: int = 90,
+    prompt: Sequence[int] = PROMPT,
+    rules: PathRules = PathRules(policy="local"),  # noqa: B008 - frozen
+) -> Generation:
     return Generation(
         ranks=system.ranks,
-        rules=PathRules(policy="local"),
+        rules=rules,
         session_id=SessionId("s"),
         turn_id=TurnId("t"),
         epoch=Epoch(3),
         cache_salt=bytes(32),
-        prompt=PROMPT,
+        prompt=prompt,
         sampling=worker_pb2.ResolvedSampling(max_output_tokens=3, top_p=1.0, num_logprobs=-1),
         preferred=RankId("home"),
         num_left=num_left,
@@ -140,10 +146,12 @@ async def test_a_home_that_lost_most_of_it_is_left_for_a_better_rank(system: Any
     home.state.pull_bytes_per_s = other.state.pull_bytes_per_s = 1.0  # to fetch would take for ever
     home.state.kv_bytes_per_token = other.state.kv_bytes_per_token = 100
     await system.until(lambda: all(rank.prefill_tokens_per_s for rank in system.ranks.loads(Role.DECODE)))
-    made = generation(system)
-    made.rules = PathRules(policy="local", local_append_max_tokens=16)
-    made.prompt = [*PROMPT] * 60  # home would be the choice if it had 5,990 of these 6,000
-    made.num_left = 5990
+    made = generation(
+        system,
+        rules=PathRules(policy="local", local_append_max_tokens=16),
+        prompt=PROMPT * 60,  # home would be the choice if it had 5,990 of these 6,000
+        num_left=5990,
+    )
     assert len(await answer(made)) == 3
     assert (len(home.reserved), len(home.released)) == (1, 1)
     assert (len(other.reserved), other.migrated) == (1, [])

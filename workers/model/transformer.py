@@ -73,7 +73,17 @@ class Transformer:
         MoE layers still happen.
         """
         batch = batch.to(self.device)
-        plan = AttentionPlan.create(batch, self.config.index_topk)
+        return self.forward_planned(batch, AttentionPlan.create(batch, self.config.index_topk), planes, on_layer)
+
+    @torch.inference_mode()
+    def forward_planned(
+        self,
+        batch: ForwardBatch,
+        plan: AttentionPlan,
+        planes: CachePlanes,
+        on_layer: Callable[[int], None] | None = None,
+    ) -> Tensor:
+        """``forward`` of a batch on this device along a plan of its own; no list of the batch is read."""
         angles = rope_angles(batch.positions, self._frequencies, self.config.rope_amplitude)
         x = embedding(batch.token_ids, self._embedding)
         for number, layer in enumerate(self._layers):
