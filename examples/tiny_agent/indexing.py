@@ -115,24 +115,29 @@ def selected_pairs(picked: Tensor, length: int) -> Tensor:
 
 def selection_mask(picked: Tensor) -> BlockMask | Tensor:
     """[B, T, topk] to the mask of ``attend``."""
-    pairs = selected_pairs(picked, picked.shape[1])
     if not picked.is_cuda:
-        return pairs
-    words, blocks = pack_bits(pairs)
+        return selected_pairs(picked, picked.shape[1])
+    words, blocks = selected_bits(picked)
 
     def selected(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
-        return ((words[batch, query, key >> 5] >> (key & 31)) & 1) == 1
+        return ((words[batch, key >> 5, query] >> (key & 31)) & 1) == 1
 
     return block_mask(blocks, torch.zeros_like(blocks), selected)
 
 
-@compiled
-def pack_bits(pairs: Tensor) -> tuple[Tensor, Tensor]:
-    """[B, T, T] bool to [B, T, T / 32] int32, key k in bit k % 32 of word k // 32, and the blocks that hold a pair."""
-    bits = torch.arange(32, dtype=torch.int32, device=pairs.device)
-    words = (pairs.unflatten(2, (-1, 32)).to(torch.int32) << bits).sum(-1, dtype=torch.int32)
-    tiles = words.unflatten(2, (-1, BLOCK // 32)).unflatten(1, (-1, BLOCK))
-    return words, (tiles != 0).any(-1).any(2)
+def selected_bits(picked: Tensor) -> tuple[Tensor, Tensor]:
+    """[B, T, topk] to words [B, T / 32, T] int32, key k of a row in bit k % 32 of word k // 32, and the blocks that
+    hold a pair [B, T / 128, T / 128] bool. T is a multiple of 128; Triton runs it."""
+    from examples.tiny_agent import selection_kernels
+
+    batch, length, count = picked.shape
+    words = torch.zeros((batch, length // 32, length), dtype=torch.int32, device=picked.device)
+    blocks = torch.zeros((batch, length // BLOCK, length // BLOCK), dtype=torch.int8, device=picked.device)
+    width = 1 << (count - 1).bit_length()
+    selection_kernels.selected_bits[(length, batch)](
+        picked.contiguous(), words, blocks, length, COUNT=count, WIDTH=width, num_warps=4
+    )
+    return words, blocks.bool()
 
 
 def learn(

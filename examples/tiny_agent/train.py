@@ -1,7 +1,7 @@
 """Trains tiny-agent in runs that stop and resume.
 
-The same command again goes on where the folder stands, through the stages dense, long, indexer, sparse and
-reinforce.
+The same command again goes on where the folder stands, through the stages dense, anneal, long, indexer, sparse,
+sparse_long and reinforce.
 
 Started by torchrun, one process a GPU shares every step's sequences; the steps stay the same.
 
@@ -38,6 +38,7 @@ class StageName(enum.Enum):
     LONG = "long"
     INDEXER = "indexer"
     SPARSE = "sparse"
+    SPARSE_LONG = "sparse_long"
     REINFORCE = "reinforce"
 
 

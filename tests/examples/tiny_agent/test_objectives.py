@@ -17,7 +17,6 @@ from examples.tiny_agent.indexing import (
     Rows,
     SelectedAttention,
     learn,
-    pack_bits,
     select,
     selected_pairs,
 )
@@ -109,14 +108,6 @@ def test_scores_and_selection(seed: int) -> None:
                 assert (scores[b, t - 32, t + 1 :] == float("-inf")).all()
             best = {first + int(i) for i in expected.argsort(descending=True, stable=True)[:10]}
             assert {int(at) for at in picked[b, t] if at >= 0} == best
-
-
-def test_bits_say_what_is_visible(seed: int) -> None:
-    visible = torch.rand(2, 256, 256) < 0.001
-    words, blocks = pack_bits(visible)
-    key = torch.arange(256)
-    assert torch.equal((words[..., key // 32] >> (key % 32)) & 1 == 1, visible)
-    assert torch.equal(blocks, visible.view(2, 2, 128, 2, 128).any(4).any(2))
 
 
 def _divergence(

@@ -93,6 +93,7 @@ def test_stages_follow_each_other(tmp_path: Path) -> None:
         "long",
         "indexer",
         "sparse",
+        "sparse_long",
         "reinforce",
     ]
     assert [line["stage"] for line in _lines(rest)] == list(running.ORDER[1:])
@@ -104,7 +105,7 @@ def test_stages_follow_each_other(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("args", "told"),
     [
-        (("--stage", "wrong"), "is not one of 'dense', 'anneal', 'long', 'indexer', 'sparse', 'reinforce'"),
+        (("--stage", "wrong"), "is not one of 'dense', 'anneal', 'long', 'indexer', 'sparse', 'sparse_long', "),
         (("--stage", "sparse"), "stage dense is next, at step 0"),
     ],
 )
