@@ -42,6 +42,7 @@ class LocalProcess:
     process: asyncio.subprocess.Process | ForkedProcess
     log: Path
     address: str = ""
+    metrics_address: str = ""
 
     @property
     def pid(self) -> int:
@@ -79,12 +80,13 @@ class LocalCluster:
         hosts = (self.settings.router.host, self.settings.pools.host)
         if self.allow_forced_tokens and not all(map(is_loopback, hosts)):
             raise InvalidArgument("forced tokens are for tests on loopback only", field="allow_forced_tokens")
-        if self.settings.pools.host == NODE_ADDRESS:
-            raise InvalidArgument(
-                f"pools.host = {NODE_ADDRESS} is Ray's to resolve; plain processes need an address: set pools.host to "
-                "one of this machine",
-                field="pools.host",
-            )
+        for name, host in (("pools.host", self.settings.pools.host), ("metrics.host", self.settings.metrics.host)):
+            if host == NODE_ADDRESS:
+                raise InvalidArgument(
+                    f"{name} = {NODE_ADDRESS} is Ray's to resolve; plain processes need an address: set {name} to "
+                    "one of this machine",
+                    field=name,
+                )
         try:
             self.settings.run_dir.mkdir(parents=True, exist_ok=True)
             url = self.settings.redis_url
@@ -170,7 +172,7 @@ class LocalCluster:
                     f"{name} did not start:\n{_last_lines(log_path)}\n(whole log: {log_path})", reason="START_FAILED"
                 )
             news = json.loads(line)
-            local.address = str(news.get("address", ""))
+            local.address, local.metrics_address = str(news.get("address", "")), str(news.get("metrics", ""))
             if "loading" in news and self.on_loading is not None:
                 self.on_loading(name, *news["loading"])
         if self.on_ready is not None:

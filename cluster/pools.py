@@ -49,6 +49,7 @@ class Rank:
             gang_id=GangId(f"{context.app_name}-{gang.gang_id}"),
             gang_rank=gang.rank,
             host=bind_address(settings.pools.host),
+            metrics_host=bind_address(settings.metrics.host),
         )
         self._rank = RegisteredRank(spec, settings)
         await self._rank.start()
@@ -113,7 +114,7 @@ def actor_options(pool: PoolSettings) -> dict[str, object]:
 
 
 def bind_address(host: str) -> str:
-    """The address to bind to on this node for ``pools.host``."""
+    """The address to bind to on this node for ``pools.host`` or ``metrics.host``."""
     if host != NODE_ADDRESS:
         return host
     return str(ray.util.get_node_ip_address())  # type: ignore[no-untyped-call]

@@ -1,8 +1,9 @@
 """One rank or one router as a plain process: ``python -m seamount.cluster.process``.
 
 What to be stands in one JSON object on standard input (it holds secrets, so never on the command line). When it serves,
-the process prints one JSON line, ``{"address": …}``, and runs until SIGTERM, SIGINT or the end of its parent. Before
-that, a rank prints ``{"loading": [bytes read, bytes to read]}`` at each percent of its weights.
+the process prints one JSON line, ``{"address": …, "metrics": …}`` (of its gRPC server, and of ``/metrics``), and runs
+until SIGTERM, SIGINT or the end of its parent. Before that, a rank prints ``{"loading": [bytes read, bytes to read]}``
+at each percent of its weights.
 """
 
 from __future__ import annotations
@@ -67,6 +68,8 @@ _START: TypeAdapter[RankStart | RouterStart] = TypeAdapter(
 
 
 class _Part(Protocol):
+    @property
+    def metrics_address(self) -> str: ...
     async def start(self) -> str: ...
     async def leave_and_stop(self, grace_s: float) -> None: ...
 
@@ -119,7 +122,7 @@ async def _serve(start: RankStart | RouterStart) -> None:
         with contextlib.suppress(asyncio.CancelledError):
             await starting
     elif not stop.is_set():
-        _tell({"address": starting.result()})
+        _tell({"address": starting.result(), "metrics": part.metrics_address})
         await stop.wait()
     stopping.cancel()
     await part.leave_and_stop(GRACE_S)
@@ -133,7 +136,11 @@ def _part(start: RankStart | RouterStart) -> _Part:
 
         return RouterServer(
             router_spec(
-                settings, redis_url=start.redis_url, port=start.port, allow_forced_tokens=start.allow_forced_tokens
+                settings,
+                redis_url=start.redis_url,
+                port=start.port,
+                metrics_host=settings.metrics.host,
+                allow_forced_tokens=start.allow_forced_tokens,
             )
         )
     from seamount.cluster.rank import RegisteredRank
@@ -145,6 +152,7 @@ def _part(start: RankStart | RouterStart) -> _Part:
         gang_id=GangId(start.gang_id),
         gang_rank=start.gang_rank,
         host=settings.pools.host,
+        metrics_host=settings.metrics.host,
         allow_forced_tokens=start.allow_forced_tokens,
     )
     return RegisteredRank(spec, settings, on_loading=lambda done, total: _tell({"loading": [done, total]}))

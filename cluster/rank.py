@@ -59,6 +59,11 @@ class RegisteredRank:
         await self._registration.start()
         return address
 
+    @property
+    def metrics_address(self) -> str:
+        """``host:port`` of ``/metrics``; empty unless the rank serves."""
+        return self._server.metrics_address
+
     def healthy(self) -> bool:
         """Whether the engine's loop answers."""
         return self._server.healthy()

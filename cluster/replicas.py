@@ -15,6 +15,7 @@ from seamount.cluster.pools import (
     HEALTH_TIMEOUT_S,
     IDLE_CPUS,
     ServeGangs,
+    bind_address,
 )
 from seamount.cluster.settings import Settings
 from seamount.cluster.specs import router_spec
@@ -33,7 +34,12 @@ class Router:
     async def __init__(self, settings: Settings) -> None:  # type: ignore[misc]
         logs.configure()
         assert settings.redis_url is not None
-        spec = router_spec(settings, redis_url=settings.redis_url.get_secret_value(), port=settings.router.port)
+        spec = router_spec(
+            settings,
+            redis_url=settings.redis_url.get_secret_value(),
+            port=settings.router.port,
+            metrics_host=bind_address(settings.metrics.host),
+        )
         self._server = RouterServer(spec)
         self._address: str = await self._server.start()
 

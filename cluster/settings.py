@@ -206,6 +206,20 @@ class TransferSettings(_Section):
     max_links: int = Field(default=32, ge=1, description="Open pair links; the least recently used one closes")
 
 
+class MetricsSettings(_Section):
+    host: str = Field(
+        default="127.0.0.1",
+        min_length=1,
+        description=f"Where /metrics of each process listens; '{NODE_ADDRESS}' = its node's address",
+    )
+    port: int = Field(
+        default=0,
+        ge=0,
+        le=65535,
+        description="0 = any free port, told in the log; else the first free one from there on, on each address",
+    )
+
+
 class RedisSettings(_Section):
     data_dir: LocalPath = Field(default=Path(".run/redis"), description="Of the server that the system starts itself")
     timeout_s: float = Field(default=2.0, gt=0, description="Of one command")
@@ -228,6 +242,7 @@ class Settings(_Section):
     placement: PlacementSettings = PlacementSettings()
     directory: DirectorySettings = DirectorySettings()
     transfer: TransferSettings = TransferSettings()
+    metrics: MetricsSettings = MetricsSettings()
     redis: RedisSettings = RedisSettings()
     redis_url: SecretStr | None = Field(default=None, description=f"From {REDIS_VARIABLE} alone")
 

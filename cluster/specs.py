@@ -30,9 +30,10 @@ def rank_spec(
     gang_id: GangId,
     gang_rank: int,
     host: str,
+    metrics_host: str,
     allow_forced_tokens: bool = False,
 ) -> RankSpec:
-    """What rank ``gang_rank`` of a gang is told; ``host`` is the address of its own node."""
+    """What rank ``gang_rank`` of a gang is told; ``host`` and ``metrics_host``: addresses of its own node."""
     engine = settings.engine
     return RankSpec(
         rank_id=RankId(f"{gang_id}.{gang_rank}"),
@@ -59,11 +60,15 @@ def rank_spec(
         num_threads=engine.num_threads,
         transfer_timeout_s=settings.transfer.timeout_s,
         max_links=settings.transfer.max_links,
+        metrics_host=metrics_host,
+        metrics_port=settings.metrics.port,
     )
 
 
-def router_spec(settings: Settings, *, redis_url: str, port: int, allow_forced_tokens: bool = False) -> RouterSpec:
-    """What a router is told; ``port`` 0 = any free one."""
+def router_spec(
+    settings: Settings, *, redis_url: str, port: int, metrics_host: str, allow_forced_tokens: bool = False
+) -> RouterSpec:
+    """What a router is told; ``port`` 0 = any free one; ``metrics_host``: an address of its own node."""
     router = settings.router
     return RouterSpec(
         router_id=RouterId(f"router-{uuid.uuid4().hex[:12]}"),
@@ -92,6 +97,8 @@ def router_spec(settings: Settings, *, redis_url: str, port: int, allow_forced_t
         progress_timeout_s=settings.engine.step_timeout_s,
         token_log_kept_s=router.token_log_kept_s,
         cut_ahead=router.cut_ahead,
+        metrics_host=metrics_host,
+        metrics_port=settings.metrics.port,
         allow_forced_tokens=allow_forced_tokens,
     )
 

@@ -20,6 +20,7 @@ from seamount.router.messages import (
     checked_messages,
     thinking_mode_from_proto,
 )
+from seamount.router.metrics import RouterMetrics, TokenTimes
 from seamount.router.model import ServedModel
 from seamount.router.parameters import check_sampling, fit_context, resolve
 from seamount.router.parsing import OutputMode
@@ -30,7 +31,7 @@ from seamount.router.spec import RouterSpec
 from seamount.router.tenants import caller
 from seamount.v1 import common_pb2, inference_pb2, inference_pb2_grpc, worker_pb2
 from seamount.wire import limits
-from seamount.wire.errors import InvalidArgument
+from seamount.wire.errors import InvalidArgument, SeamountError
 from seamount.wire.hashes import tenant_salt
 from seamount.wire.ids import Epoch, SessionId, TurnId
 
@@ -46,6 +47,7 @@ class InferenceService(inference_pb2_grpc.InferenceServiceServicer):
     ranks: Ranks
     rendering: Rendering
     secret: bytes
+    metrics: RouterMetrics
     running: set[TurnId] = field(default_factory=set)
     """Answers in the making."""
 
@@ -57,7 +59,8 @@ class InferenceService(inference_pb2_grpc.InferenceServiceServicer):
         forced = forced_token_ids(context)
         if forced and not self.spec.allow_forced_tokens:
             raise InvalidArgument("forced token ids are for tests", field="forced_token_ids")
-        deadline = time.monotonic() + self._time_s(context)
+        arrived = time.monotonic()
+        deadline = arrived + self._time_s(context)
         prompt, mode = await self._prompt(request)
         sampling = resolve(request.sampling, common_pb2.SamplingParameters(), self.spec.defaults)
         turn_id = TurnId(f"gen_{uuid.uuid4().hex}")
@@ -81,11 +84,17 @@ class InferenceService(inference_pb2_grpc.InferenceServiceServicer):
         )
         self.running.add(turn_id)
         try:
-            async with aclosing(self._answer(generation, turn_id, mode, sampling)) as responses:
-                async for response in responses:
-                    yield response
+            times = TokenTimes(metrics=self.metrics, account=generation.account, arrived=arrived)
+            with self.metrics.streams.track_inprogress():
+                async with aclosing(self._answer(generation, turn_id, mode, sampling, times)) as responses:
+                    async for response in responses:
+                        yield response
+        except SeamountError as error:
+            self.metrics.failed(error)
+            raise
         finally:
             self.running.discard(turn_id)
+            self.metrics.answered(generation.account, num_prompt=len(prompt), num_output=len(generation.token_ids))
             await generation.release(None)
 
     async def stop(self, grace_s: float) -> None:
@@ -157,7 +166,12 @@ class InferenceService(inference_pb2_grpc.InferenceServiceServicer):
         return await self.rendering.prompt((), messages, mode, num_bytes=num_bytes)
 
     async def _answer(
-        self, generation: Generation, turn_id: TurnId, mode: OutputMode, sampling: common_pb2.SamplingParameters
+        self,
+        generation: Generation,
+        turn_id: TurnId,
+        mode: OutputMode,
+        sampling: common_pb2.SamplingParameters,
+        times: TokenTimes,
     ) -> AsyncGenerator[inference_pb2.GenerateResponse, None]:
         events = turn_events(turn_id, mode, sampling, self.model.tokenizer)
         num_prompt = len(generation.prompt)
@@ -169,6 +183,7 @@ class InferenceService(inference_pb2_grpc.InferenceServiceServicer):
                 if isinstance(batch, worker_pb2.GenerateFinished):
                     reason = batch.reason
                     break
+                times.tokens(len(batch.token_ids))
                 yield inference_pb2.GenerateResponse(
                     events=events.tokens(batch.token_ids, batch.logprobs), token_ids=batch.token_ids
                 )

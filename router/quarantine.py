@@ -40,11 +40,13 @@ class Deaths:
     """Ranks' processes that this router saw end, the latest ones."""
 
     clock: Callable[[], float] = time.monotonic
+    num_noted: int = 0
     _known: deque[Death] = field(default_factory=lambda: deque(maxlen=_MAX_KNOWN))
 
     def note(self, rank_id: RankId, *, gang_id: str, host: str) -> None:
         """A rank died; said again of the same death, it changes nothing: a rank that comes back has another id."""
         if self.last_of(rank_id) is None:
+            self.num_noted += 1
             self._known.append(Death(rank_id=rank_id, gang_id=gang_id, host=host, at=self.clock()))
 
     def last_of(self, rank_id: RankId) -> Death | None:

@@ -14,6 +14,7 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any
 
+from seamount.router.metrics import RouterMetrics
 from seamount.router.rank_client import RankLost
 from seamount.router.ranks import Ranks
 from seamount.router.receipts import lease_state
@@ -37,6 +38,7 @@ class Retention:
     sessions: Sessions
     ranks: Ranks
     waits: ToolWaits
+    metrics: RouterMetrics
     _noting: set[asyncio.Task[None]] = field(default_factory=set)
 
     async def report_tool_wait(self, tenant: TenantId, request: session_pb2.ReportToolWaitRequest) -> events_pb2.Lease:
@@ -130,6 +132,7 @@ class Retention:
     ) -> record_pb2.StoredLease:
         instance, asked_at = self.ranks.instance(rank_id), time.time()
         answer = await self.ranks.client(rank_id).retain(session_id, duration_s=duration_s, importance=importance)
+        self.metrics.leased(answer.outcome)
         return record_pb2.StoredLease(lease=_lease(answer, rank_id, asked_at), rank_instance=instance or "")
 
     def lease_of(self, view: SessionView) -> events_pb2.Lease | None:

@@ -18,6 +18,7 @@ from seamount.router.cut_ahead import CutAhead
 from seamount.router.directory import PeerRecord, Role, new_instance
 from seamount.router.followed_turns import FollowedTurns
 from seamount.router.inference_service import InferenceService
+from seamount.router.metrics import RouterMetrics, RouterView
 from seamount.router.model import ServedModel
 from seamount.router.moves import Moves
 from seamount.router.ranks import Ranks
@@ -47,6 +48,7 @@ from seamount.v1 import (
 from seamount.wire import limits
 from seamount.wire.credentials import server_credentials
 from seamount.wire.interceptors import listening
+from seamount.wire.metrics import MetricsEndpoint, new_registry
 
 _LOG = logging.getLogger(__name__)
 _HEALTH_POLL_S = 0.25
@@ -68,6 +70,9 @@ class RouterServer:
         self._inference: InferenceService | None = None
         self._take_over: TakeOver | None = None
         self._health_task: asyncio.Task[None] | None = None
+        self._registry = new_registry()
+        self._metrics = RouterMetrics(self._registry)
+        self.metrics_address = ""
 
     async def start(self) -> str:
         """Connect to Redis, follow the directory, serve; returns ``host:port``.
@@ -106,7 +111,10 @@ class RouterServer:
         spec, parts = self.spec, self._parts
         keys = read_api_keys(spec.api_key_file) if spec.api_key_file is not None else None
         model = ServedModel.load(spec.model_path, name=spec.model_name, max_context_tokens=spec.max_context_tokens)
-        store = await Store.open(spec.redis_url, command_timeout_s=spec.redis_timeout_s)
+        metrics = self._metrics
+        store = await Store.open(
+            spec.redis_url, command_timeout_s=spec.redis_timeout_s, on_attempt=metrics.redis_attempt
+        )
         parts.push_async_callback(store.close)
         secret = await load_or_create_secret(store)
         sessions = Sessions(
@@ -149,15 +157,18 @@ class RouterServer:
                 moves=moves,
             ),
             followed=FollowedTurns(model=model, sessions=sessions, rendering=rendering),
-            retention=Retention(sessions=sessions, ranks=ranks, waits=ToolWaits(store)),
+            retention=Retention(sessions=sessions, ranks=ranks, waits=ToolWaits(store), metrics=metrics),
             cut_ahead=CutAhead(spec=spec, ranks=ranks, rendering=rendering, secret=secret),
+            metrics=metrics,
         )
-        inference = InferenceService(spec=spec, model=model, ranks=ranks, rendering=rendering, secret=secret)
+        inference = InferenceService(
+            spec=spec, model=model, ranks=ranks, rendering=rendering, secret=secret, metrics=metrics
+        )
         self._turns, self._inference = turns, inference
 
         server = grpc.aio.server(interceptors=router_interceptors(keys), options=_server_options())
         session_pb2_grpc.add_SessionServiceServicer_to_server(
-            SessionService(model=model, sessions=sessions, turns=turns, retention=turns.retention),
+            SessionService(model=model, sessions=sessions, turns=turns, retention=turns.retention, metrics=metrics),
             server,
         )
         inference_pb2_grpc.add_InferenceServiceServicer_to_server(inference, server)
@@ -189,7 +200,12 @@ class RouterServer:
         )
         self._take_over.start()
         self._health_task = asyncio.create_task(self._follow_health(ranks), name="health")
-        _LOG.info("router_ready", extra={"router_id": spec.router_id, "port": port})
+        metrics.follow(lambda: _view(turns, ranks))
+        endpoint = MetricsEndpoint(self._registry, host=spec.metrics_host, port=spec.metrics_port)
+        parts.callback(endpoint.close)
+        self.metrics_address = endpoint.address
+        ready = {"router_id": spec.router_id, "port": port, "metrics": endpoint.address}
+        _LOG.info("router_ready", extra=ready)
         return address
 
     def _listen(self, server: grpc.aio.Server) -> int:
@@ -219,6 +235,11 @@ class RouterServer:
             status = health_pb2.HealthCheckResponse.SERVING if serving else health_pb2.HealthCheckResponse.NOT_SERVING
             await self._health.set("", status)
             await asyncio.sleep(_HEALTH_POLL_S)
+
+
+def _view(turns: Turns, ranks: Ranks) -> RouterView:
+    num_ranks = {role.value: len(ranks.loads(role)) for role in (Role.PREFILL, Role.DECODE)}
+    return RouterView(num_running_turns=turns.num_running, num_ranks=num_ranks, num_rank_deaths=ranks.deaths.num_noted)
 
 
 def _server_options() -> list[tuple[str, int]]:

@@ -10,6 +10,7 @@ import grpc
 
 from seamount.router.context_policy import context_policy_from_proto
 from seamount.router.messages import message_from_proto, message_to_proto, thinking_mode_from_proto
+from seamount.router.metrics import RouterMetrics
 from seamount.router.model import ServedModel
 from seamount.router.parameters import check_sampling
 from seamount.router.retention import Retention
@@ -35,6 +36,7 @@ class SessionService(session_pb2_grpc.SessionServiceServicer):
     sessions: Sessions
     turns: Turns
     retention: Retention
+    metrics: RouterMetrics
 
     async def CreateSession(
         self, request: session_pb2.CreateSessionRequest, context: Context
@@ -97,17 +99,19 @@ class SessionService(session_pb2_grpc.SessionServiceServicer):
         self, request: session_pb2.RunTurnRequest, context: Context
     ) -> AsyncIterator[session_pb2.RunTurnResponse]:
         stream = await self.turns.open(caller().tenant, request, forced_token_ids=forced_token_ids(context))
-        async with aclosing(stream.follow()) as batches:
-            async for events in batches:
-                yield session_pb2.RunTurnResponse(events=events)
+        with self.metrics.streams.track_inprogress():
+            async with aclosing(stream.follow()) as batches:
+                async for events in batches:
+                    yield session_pb2.RunTurnResponse(events=events)
 
     async def ResumeTurn(
         self, request: session_pb2.ResumeTurnRequest, context: Context
     ) -> AsyncIterator[session_pb2.ResumeTurnResponse]:
         stream = await self.turns.resume(caller().tenant, SessionId(request.session_id), TurnId(request.turn_id))
-        async with aclosing(stream.follow(request.after_sequence)) as batches:
-            async for events in batches:
-                yield session_pb2.ResumeTurnResponse(events=events)
+        with self.metrics.streams.track_inprogress():
+            async with aclosing(stream.follow(request.after_sequence)) as batches:
+                async for events in batches:
+                    yield session_pb2.ResumeTurnResponse(events=events)
 
     async def CancelTurn(
         self, request: session_pb2.CancelTurnRequest, context: Context

@@ -53,4 +53,7 @@ class RouterSpec:
     progress_timeout_s: float = 5.0
     token_log_kept_s: float = 600.0
     cut_ahead: bool = True
+    metrics_host: str = "127.0.0.1"
+    metrics_port: int = 0
+    """0 = any free one, else the first free one from there on."""
     allow_forced_tokens: bool = False

@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import re
+import time
 from collections.abc import Awaitable, Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -46,6 +47,8 @@ Reply = list[Any]
 """A Function's answer: nested lists of bytes and ints, the first element a constant name."""
 Keys = Sequence[str]
 Arguments = Sequence[bytes | str | int]
+OnAttempt = Callable[[str, float, bool], None]
+"""Told of each attempt: name of the Function (``plain`` for other commands), seconds, whether it was answered."""
 
 
 class _Busy(Exception):
@@ -61,6 +64,7 @@ _RETRIED = (
     _Busy,
     TimeoutError,  # of one attempt as a whole
 )
+_PLAIN = "plain"
 _BUSY_PREFIXES = ("BUSY", "MISCONF", "NOREPLICAS", "MASTERDOWN", "TRYAGAIN", "CLUSTERDOWN", "LOADING", "READONLY")
 
 
@@ -84,8 +88,10 @@ class Store:
         command_timeout_s: float,
         retry_budget_s: float,
         facts: ServerFacts,
+        on_attempt: OnAttempt | None = None,
     ) -> None:
         self._client = client
+        self._on_attempt = on_attempt
         self._command_timeout_s = command_timeout_s
         self._retry_budget_s = retry_budget_s
         self.namespace = namespace
@@ -100,6 +106,7 @@ class Store:
         command_timeout_s: float = 1.0,
         retry_budget_s: float = 5.0,
         max_connections: int = 64,
+        on_attempt: OnAttempt | None = None,
     ) -> Store:
         """Connect, check the server, load the Functions.
 
@@ -134,6 +141,7 @@ class Store:
             command_timeout_s=command_timeout_s,
             retry_budget_s=retry_budget_s,
             facts=unchecked,
+            on_attempt=on_attempt,
         )
         try:
             store.facts = check_server(await store.command("INFO", "everything"))
@@ -160,7 +168,7 @@ class Store:
         arguments), ``ResourceExhausted`` (STORE_FULL), ``DataLoss`` (a key holds something else).
         """
         command = called(name, keys, arguments, read_only=read_only)
-        return await self._retried(lambda: self._with_library(lambda: self._send(command)), budget_s)
+        return await self._retried(lambda: self._with_library(lambda: self._send(command)), budget_s, name)
 
     async def command(self, *arguments: bytes | str | int | float, budget_s: float | None = None) -> Any:
         """One plain command that may be repeated harmlessly; errors as ``function``."""
@@ -173,7 +181,8 @@ class Store:
         ``[]`` for none. Errors as ``function``: of the first that failed, the others have been done all the same."""
         if not commands:
             return []
-        return await self._retried(lambda: self._with_library(lambda: self._send_all(commands)), budget_s)
+        about = _first_function(commands)
+        return await self._retried(lambda: self._with_library(lambda: self._send_all(commands)), budget_s, about)
 
     async def _with_library(self, call: Callable[[], Awaitable[_T]]) -> _T:
         try:
@@ -197,7 +206,7 @@ class Store:
     async def _send(self, arguments: Sequence[bytes | str | int | float]) -> Any:
         return await self._client.execute_command(*arguments)  # type: ignore[no-untyped-call]
 
-    async def _retried(self, call: Callable[[], Awaitable[_T]], budget_s: float | None) -> _T:
+    async def _retried(self, call: Callable[[], Awaitable[_T]], budget_s: float | None, operation: str = _PLAIN) -> _T:
         budget = self._retry_budget_s if budget_s is None else budget_s
         retrying = AsyncRetrying(
             stop=stop_after_delay(budget),
@@ -207,21 +216,35 @@ class Store:
         )
 
         async def attempt() -> _T:
+            began = time.monotonic()
             try:
-                with _kept_cancellation():
-                    async with asyncio.timeout(self._command_timeout_s):
-                        return await call()
-            except (redis_errors.AuthenticationError, redis_errors.NoPermissionError) as error:
-                raise _refused_access(error) from error
-            except redis_errors.ResponseError as error:
-                if str(error).startswith(_BUSY_PREFIXES):
-                    raise _Busy(str(error)) from error
-                raise _typed(error) from error
+                reply = await self._tried(call)
+            except _RETRIED:
+                self._told(operation, began, False)
+                raise
+            self._told(operation, began, True)
+            return reply
 
         try:
             return await retrying(attempt)
         except _RETRIED as error:
             raise _unavailable() from error
+
+    async def _tried(self, call: Callable[[], Awaitable[_T]]) -> _T:
+        try:
+            with _kept_cancellation():
+                async with asyncio.timeout(self._command_timeout_s):
+                    return await call()
+        except (redis_errors.AuthenticationError, redis_errors.NoPermissionError) as error:
+            raise _refused_access(error) from error
+        except redis_errors.ResponseError as error:
+            if str(error).startswith(_BUSY_PREFIXES):
+                raise _Busy(str(error)) from error
+            raise _typed(error) from error
+
+    def _told(self, operation: str, began: float, is_answered: bool) -> None:
+        if self._on_attempt is not None:
+            self._on_attempt(operation, time.monotonic() - began, is_answered)
 
     async def _load_library(self) -> None:
         await self._retried(self._load_library_once, None)
@@ -236,6 +259,14 @@ class Store:
 def called(name: str, keys: Keys, arguments: Arguments, *, read_only: bool = False) -> tuple[bytes | str | int, ...]:
     """The command that calls a Function, for ``Store.pipeline``."""
     return ("FCALL_RO" if read_only else "FCALL", f"{LIBRARY}_{name}", len(keys), *keys, *arguments)
+
+
+def _first_function(commands: Sequence[Sequence[bytes | str | int]]) -> str:
+    """The Function that the commands are about; ``plain`` where none of them calls one."""
+    for command in commands:
+        if command[0] in ("FCALL", "FCALL_RO"):
+            return str(command[1]).removeprefix(f"{LIBRARY}_")
+    return _PLAIN
 
 
 @contextmanager

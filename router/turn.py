@@ -17,6 +17,7 @@ from seamount.router.events import TurnEvents, status_of
 from seamount.router.generation import Generation
 from seamount.router.history import common_len, pending_after, sampled_message
 from seamount.router.messages import ThinkingMode, TurnPlan, tool_calls_to_proto
+from seamount.router.metrics import RouterMetrics, TokenTimes
 from seamount.router.rendering import Rendering
 from seamount.router.retention import Retention
 from seamount.router.session_turns import BegunTurn
@@ -42,6 +43,7 @@ class TurnParts:
     retention: Retention
     rendering: Rendering
     tokenizer: Tokenizer
+    metrics: RouterMetrics
 
 
 @dataclass(slots=True, kw_only=True)
@@ -49,7 +51,8 @@ class Turn:
     """One turn in the making; owned by its task. ``discards``: what its prompt leaves out; ``generation``: None where
     it only records; ``deadline``: by ``time.monotonic()``; ``is_ending``: its outcome is being stored, to cancel it is
     too late; ``reuse_len``: of its tokens, what the next prompt can begin with. A turn that was taken over has its
-    logged tokens in ``generation``, ``events`` and ``stream`` already."""
+    logged tokens in ``generation``, ``events`` and ``stream`` already, and no ``arrived``: when its request came, by
+    ``time.monotonic()``."""
 
     begun: BegunTurn
     input: Sequence[common_pb2.Message]
@@ -64,12 +67,14 @@ class Turn:
     deadline: float
     log: TurnLog
     stream: TurnStream
+    arrived: float | None = None
     logprobs: list[common_pb2.TokenLogprobs] = field(default_factory=list)
     reuse_len: int | None = None
     cancelled_by_client: bool = False
     is_ending: bool = False
     told_when_committed: Sequence[events_pb2.TurnEvent] = ()
     committed: record_pb2.TurnRecord | None = None
+    failure: SeamountError | None = None
 
 
 async def run_turn(turn: Turn, parts: TurnParts) -> bool:
@@ -82,7 +87,7 @@ async def run_turn(turn: Turn, parts: TurnParts) -> bool:
         async with asyncio.timeout(turn.deadline - time.monotonic()):
             if not turn.stream.last_sequence:
                 turn.log.add_prompt(turn.num_prompt_tokens, [_started(turn)])
-            ended_by = await generate(turn) if turn.generation is not None else None
+            ended_by = await generate(turn, parts.metrics) if turn.generation is not None else None
             await turn.log.is_logged()
             turn.is_ending = True
             record = finished_turn(turn, ended_by, parts)
@@ -107,16 +112,18 @@ async def run_turn(turn: Turn, parts: TurnParts) -> bool:
             await turn.generation.release(keep_len, reuse_len=turn.reuse_len)
 
 
-async def generate(turn: Turn) -> common_pb2.FinishReason:
+async def generate(turn: Turn, metrics: RouterMetrics) -> common_pb2.FinishReason:
     """Tokens to the log and to events, until the model, the parser or the limit ends the output; returns which."""
     generation = turn.generation
     assert generation is not None
     if turn.events.output_is_over:  # the router before this one did not come to commit it
         return common_pb2.FINISH_REASON_STOP
+    times = TokenTimes(metrics=metrics, account=generation.account, arrived=turn.arrived)
     async with aclosing(generation.batches()) as batches:
         async for batch in batches:
             if isinstance(batch, worker_pb2.GenerateFinished):
                 return batch.reason
+            times.tokens(len(batch.token_ids))
             turn.logprobs.extend(batch.logprobs)
             events = turn.events.tokens(batch.token_ids, batch.logprobs)
             turn.log.add(batch.token_ids, batch.logprobs, events, decode_rank=generation.decode_rank)
@@ -187,13 +194,14 @@ async def end_without_commit(turn: Turn, error: SeamountError, parts: TurnParts)
     """Give the session back with its head as it was, then tell the clients: what they hear is what is stored.
 
     Returns as ``run_turn`` does."""
-    turn.is_ending = True
+    turn.is_ending, turn.failure = True, error
     failure: SeamountError | None = None
     try:
         turn.stream.append(await _stored_end(turn, error, parts))
     except Aborted as refusal:
         if refusal.reason != "TURN_COMMITTED":
             return False
+        turn.failure = None
         turn.stream.append(turn.told_when_committed)  # the commit came through, only its answer did not
     except NotFound:  # deleted, and what was told of it with it
         turn.stream.append(_last_events(turn, error))

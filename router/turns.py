@@ -14,6 +14,7 @@ from seamount.router.cut_ahead import CutAhead
 from seamount.router.followed_turns import FollowedTurns
 from seamount.router.logged_turn import LogEvents, LoggedTurn
 from seamount.router.messages import checked_messages
+from seamount.router.metrics import Outcome, RouterMetrics
 from seamount.router.model import ServedModel
 from seamount.router.rendering import Rendering
 from seamount.router.retention import Retention
@@ -26,7 +27,7 @@ from seamount.router.turn_maker import TurnMaker
 from seamount.router.turn_stream import TurnStream
 from seamount.v1 import record_pb2, session_pb2
 from seamount.wire import failpoints
-from seamount.wire.errors import Aborted, DataLoss, SeamountError, Unavailable
+from seamount.wire.errors import Aborted, Cancelled, DataLoss, SeamountError, Unavailable
 from seamount.wire.ids import SessionId, TenantId, TurnId
 
 BEGIN_WAIT_S = 5.0
@@ -54,6 +55,7 @@ class Turns:
     followed: FollowedTurns
     retention: Retention
     cut_ahead: CutAhead
+    metrics: RouterMetrics
     _running: dict[TurnId, _Running] = field(default_factory=dict)
     _locks: WeakValueDictionary[tuple[TenantId, SessionId], asyncio.Lock] = field(default_factory=WeakValueDictionary)
     _is_leaving: bool = False
@@ -145,6 +147,7 @@ class Turns:
                 raise
             if turn.generation is not None:
                 turn.generation.account.num_retries += 1
+            self.metrics.take_overs.inc()
             self._go(turn, logged.start)
             return True
 
@@ -237,6 +240,7 @@ class Turns:
             with suppress(SeamountError):  # the turn's deadline frees the session if Redis went away just now
                 await self.sessions.abandon_turn(begun)
             raise
+        turn.arrived = checked.deadline - checked.deadline_s
         return self._go(turn, start)
 
     def _go(self, turn: Turn, start: record_pb2.TurnStart) -> TurnStream:
@@ -256,15 +260,34 @@ class Turns:
             retention=self.retention,
             rendering=self.rendering,
             tokenizer=self.model.tokenizer,
+            metrics=self.metrics,
         )
         try:
             is_over = await run_turn(turn, parts)
+            self._count(turn, is_over=is_over)
             self.cut_ahead.after(turn)
         finally:
             if self._running.get(begun.turn_id) is running:  # not one that took it over past its deadline
                 del self._running[begun.turn_id]
         if not is_over:
             self.followed.go_on(begun.tenant, begun.session_id, begun.turn_id, turn.stream)
+
+    def _count(self, turn: Turn, *, is_over: bool) -> None:
+        outcome = Outcome.HANDED_OVER
+        if is_over and turn.failure is not None:
+            is_cancelled = isinstance(turn.failure, Cancelled)
+            outcome = Outcome.CANCELLED if is_cancelled else Outcome.FAILED
+        elif is_over:
+            outcome = Outcome.FINISHED if turn.generation is not None else Outcome.RECORDED
+        took_s = None
+        if turn.arrived is not None and outcome is not Outcome.HANDED_OVER:
+            took_s = time.monotonic() - turn.arrived
+        self.metrics.turn_ended(outcome, took_s)
+        if outcome is Outcome.FAILED and turn.failure is not None:
+            self.metrics.failed(turn.failure)
+        if turn.generation is not None and outcome is not Outcome.HANDED_OVER:  # else the next router counts all of it
+            num_output = len(turn.generation.token_ids)
+            self.metrics.answered(turn.generation.account, num_prompt=turn.num_prompt_tokens, num_output=num_output)
 
     def _refused(self, running: _Running) -> None:
         """Its log is closed to this router: the turn was cancelled, deleted or taken over elsewhere."""

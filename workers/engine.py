@@ -13,6 +13,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
+from enum import Enum
 
 from seamount.kernels.layout import CachePlanes
 from seamount.wire import failpoints
@@ -36,6 +37,23 @@ _HEARD_S = 0.005
 """What the word that a suspect enters the batch gets to leave this process."""
 
 Outcome = tuple[scheduling.Sequence, EngineEvent]
+
+
+class StepKind(Enum):
+    """What this rank computed in a step of its gang: nothing, tokens of answers, parts of prompts, or both."""
+
+    IDLE = "idle"
+    DECODE = "decode"
+    PREFILL = "prefill"
+    MIXED = "mixed"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FaultCounts:
+    """Since the start: sequences that gave their pages back, requests that ended in an error."""
+
+    num_preemptions: int
+    num_failed: int
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -71,7 +89,7 @@ class Engine:
     limits: ``max_context_tokens`` is also bounded by what all pages together hold.
     health_timeout_s: how old the last sign of life may be.
     on_fatal: called once, on the engine's thread, after all requests were failed, when the loop cannot go on: a peer of
-    the gang is lost, or lock-step with it.
+    the gang is lost, or lock-step with it. on_step: told, on the engine's thread, of each step and how long it took.
     """
 
     def __init__(
@@ -86,6 +104,7 @@ class Engine:
         limits: EngineLimits,
         health_timeout_s: float = 5.0,
         on_fatal: Callable[[SeamountError], None] | None = None,
+        on_step: Callable[[StepKind, float], None] | None = None,
     ) -> None:
         capacity = reservations.num_pages * reservations.page_size
         self._limits = replace(limits, max_context_tokens=min(limits.max_context_tokens, capacity))
@@ -93,6 +112,7 @@ class Engine:
         self._vocab_limit = vocab_limit
         self._health_timeout_s = health_timeout_s
         self._on_fatal = on_fatal
+        self._on_step = on_step
         self._runner = Runner(model=model, planes=planes)
         self._reservations = reservations
         self._gang = gang
@@ -110,7 +130,7 @@ class Engine:
         self._leaving = False
         self._beat_at = self._renewed_at = time.monotonic()
         self._num_steps = self._num_computed_tokens = self._num_sampled_tokens = 0
-        self._num_background_tokens = self._num_blocked = 0
+        self._num_background_tokens = self._num_blocked = self._num_failed = 0
         self._recent_prefill_tokens = self._recent_prefill_s = self._answer_s = 0.0
 
     # ---- from any thread
@@ -199,6 +219,9 @@ class Engine:
             answer_s=self._answer_s,
             is_resting=self._resting,
         )
+
+    def faults(self) -> FaultCounts:
+        return FaultCounts(num_preemptions=self._scheduler.num_preemptions, num_failed=self._num_failed)
 
     # ---- the engine's thread
 
@@ -422,6 +445,7 @@ class Engine:
         for sequence, event in outcomes:
             request = sequence.request
             if isinstance(event, Finished | Failed):
+                self._num_failed += isinstance(event, Failed)
                 self._note_answer(sequence, event)
                 self._scheduler.remove(sequence)
                 self._sequences.pop(request.id, None)
@@ -447,11 +471,19 @@ class Engine:
 
     def _count(self, schedule: Schedule, took_s: float) -> None:
         self._num_steps += 1
+        if self._on_step is not None:
+            self._on_step(_kind(schedule), took_s)
         if schedule.prefill and not schedule.decode:
             num_tokens = schedule.num_prefill_tokens
             keep = 0.5 ** (num_tokens / (8 * self._limits.prefill_chunk_tokens))  # half forgotten after 8 chunks
             self._recent_prefill_tokens = keep * self._recent_prefill_tokens + num_tokens
             self._recent_prefill_s = keep * self._recent_prefill_s + took_s
+
+
+def _kind(schedule: Schedule) -> StepKind:
+    if schedule.decode:
+        return StepKind.MIXED if schedule.prefill else StepKind.DECODE
+    return StepKind.PREFILL if schedule.prefill else StepKind.IDLE
 
 
 def _draw(chunk: Chunk) -> Draw:

@@ -197,6 +197,7 @@ class Scheduler:
     limits: EngineLimits
     waiting: list[Sequence] = field(default_factory=list)
     running: list[Sequence] = field(default_factory=list)
+    num_preemptions: int = 0
 
     def add(self, sequence: Sequence) -> None:
         insort(self.waiting, sequence, key=_by_arrival)
@@ -322,6 +323,7 @@ class Scheduler:
         victim.is_preempted = True
         if victim in self.running:
             victim.num_preemptions += 1
+            self.num_preemptions += 1
             self.running.remove(victim)
             self.add(victim)
         return True

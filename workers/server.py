@@ -19,6 +19,7 @@ from seamount.wire import limits
 from seamount.wire.credentials import bearer
 from seamount.wire.errors import InvalidArgument, SeamountError
 from seamount.wire.interceptors import listening, rank_interceptors
+from seamount.wire.metrics import MetricsEndpoint, new_registry
 from seamount.workers.ahead import Ahead
 from seamount.workers.cache.reservations import Reservations
 from seamount.workers.cache.retention import Tier
@@ -27,6 +28,7 @@ from seamount.workers.engine import Engine
 from seamount.workers.experts.dispatch import ExpertParallel, GangExperts, LocalExperts
 from seamount.workers.gang import Gang
 from seamount.workers.loading import LoadingProgress, OnLoading
+from seamount.workers.metrics import RankMetrics, RankView
 from seamount.workers.migration import Migration
 from seamount.workers.model.checkpoint_files import model_fingerprint
 from seamount.workers.model.config import ModelConfig
@@ -94,6 +96,9 @@ class RankServer:
         self._on_loading = on_loading
         self._on_fatal = on_fatal
         self._parts: _Parts | None = None
+        self._registry = new_registry()
+        self._metrics = RankMetrics(self._registry, pool=spec.pool, gang_rank=spec.gang_rank)
+        self._endpoint: MetricsEndpoint | None = None
         self._server: grpc.aio.Server | None = None
         self._health = health.aio.HealthServicer()
         self._draining = False
@@ -123,8 +128,11 @@ class RankServer:
         parts.core.engine.start()
         parts.service.ahead.start()
         self._housekeeping = asyncio.create_task(self._keep_house())
+        self._metrics.follow(self._view)
+        self._endpoint = MetricsEndpoint(self._registry, host=self.spec.metrics_host, port=self.spec.metrics_port)
         await self._health.set("", health_pb2.HealthCheckResponse.SERVING)
-        _LOG.info("rank_ready", extra={"rank_id": self.spec.rank_id, "pool": self.spec.pool, "port": port})
+        ready = {"rank_id": self.spec.rank_id, "pool": self.spec.pool, "port": port, "metrics": self.metrics_address}
+        _LOG.info("rank_ready", extra=ready)
         return f"{self.spec.host}:{port}"
 
     async def stop(self, grace_s: float) -> None:
@@ -146,6 +154,14 @@ class RankServer:
         if self._server is not None:
             await self._server.stop(0.5)
             self._server = None
+        if self._endpoint is not None:
+            self._endpoint.close()
+            self._endpoint = None
+
+    @property
+    def metrics_address(self) -> str:
+        """``host:port`` of ``/metrics``; empty unless the rank serves."""
+        return self._endpoint.address if self._endpoint is not None else ""
 
     def healthy(self) -> bool:
         """Whether the engine's loop answers and reservations are looked after; False before ``start``."""
@@ -196,6 +212,11 @@ class RankServer:
             answer_s=engine.answer_s,
             num_prepared_tokens=engine.num_background_tokens,
         )
+
+    def _view(self) -> RankView:
+        assert self._parts is not None
+        core = self._parts.core
+        return RankView(state=self.state(), faults=core.engine.faults(), tiers=core.reservations.tiers.counts())
 
     def _build(self, rendezvous: Rendezvous) -> _Core:
         spec = self.spec
@@ -258,6 +279,7 @@ class RankServer:
             ),
             health_timeout_s=spec.step_timeout_s,
             on_fatal=self._on_fatal,
+            on_step=self._metrics.step,
         )
         return _Core(
             model=model,
@@ -294,8 +316,17 @@ class RankServer:
             transfer=transfer,
             num_layers=len(core.planes.latent),
         )
+        active: set[str] = set()
+        draining = Draining(
+            spec=spec,
+            reservations=core.reservations,
+            engine=core.engine,
+            active=active,
+            metadata=bearer(spec.worker_token),
+        )
         service = WorkerService(
             spec=spec,
+            active=active,
             reservations=core.reservations,
             engine=core.engine,
             prefill=prefill,
@@ -303,7 +334,7 @@ class RankServer:
             rates=core.mover.rates,
             migration=Migration(spec=spec, reservations=core.reservations, transfer=transfer),
             ahead=Ahead(reservations=core.reservations, engine=core.engine),
-            draining=Draining(spec=spec, reservations=core.reservations, metadata=bearer(spec.worker_token)),
+            draining=draining,
             watch=self._watch,
         )
         return _Parts(core=core, transfer=transfer, service=service)

@@ -48,3 +48,6 @@ class RankSpec:
     """torch's intra-op threads."""
     transfer_timeout_s: float = 10.0
     max_links: int = 32
+    metrics_host: str = "127.0.0.1"
+    metrics_port: int = 0
+    """0 = any free one, else the first free one from there on."""

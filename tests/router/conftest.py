@@ -23,6 +23,7 @@ from seamount.router.directory import Role as PeerRole
 from seamount.router.followed_turns import FollowedTurns
 from seamount.router.history import History
 from seamount.router.messages import Message, Role, Tool, ToolCall
+from seamount.router.metrics import RouterMetrics
 from seamount.router.model import ServedModel
 from seamount.router.moves import Moves
 from seamount.router.ranks import Ranks
@@ -40,6 +41,7 @@ from seamount.router.watcher import Directory, DirectoryWatcher, Registration
 from seamount.v1 import common_pb2, worker_pb2, worker_pb2_grpc
 from seamount.wire.ids import RankId, RouterId
 from seamount.wire.interceptors import rank_interceptors
+from seamount.wire.metrics import new_registry
 
 FRAGMENTS = [
     *(control.value for control in Control),
@@ -426,6 +428,7 @@ def router_turns(
         max_context_tokens=max_context_tokens,
     )
     sessions, rendering = Sessions(store, secret=SECRET, router_id=spec.router_id), Rendering(model.history)
+    metrics = RouterMetrics(new_registry())
     return Turns(
         model=model,
         sessions=sessions,
@@ -441,8 +444,9 @@ def router_turns(
             moves=Moves(store, "test"),
         ),
         followed=FollowedTurns(model=model, sessions=sessions, rendering=rendering),
-        retention=Retention(sessions=sessions, ranks=system.ranks, waits=ToolWaits(store)),
+        retention=Retention(sessions=sessions, ranks=system.ranks, waits=ToolWaits(store), metrics=metrics),
         cut_ahead=CutAhead(spec=spec, ranks=system.ranks, rendering=rendering, secret=SECRET),
+        metrics=metrics,
     )
 
 

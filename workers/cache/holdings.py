@@ -50,6 +50,8 @@ class Holdings:
         self._leaves: dict[int, None] = {}
         """Every idle page with nothing on the device behind it, and pages that were such before."""
         self._age = EvictionAge()
+        self.num_evicted = 0
+        self.num_damaged = dict.fromkeys(TIERS, 0)
         self.pool = PagePool(num_pages)
         self.tree = PrefixTree()
         num_below = num_below or {}
@@ -209,6 +211,7 @@ class Holdings:
             if is_current:  # superseded pages go at any age
                 self._age.note(now - self.pool.idle_since(page), now)
             parent = self._evict(page)
+            self.num_evicted += 1
             if parent is not None and self._is_leaf(parent) and not self.pool.num_leases(parent):
                 heappush(order, (*self._page_key(parent), parent))
 
@@ -320,6 +323,7 @@ class Holdings:
 
     def lose_copy(self, node: PageNode, tier: Tier) -> None:
         """The page's bytes in the tier are damaged: that copy goes, and with it what lies behind it there."""
+        self.num_damaged[tier] += 1
         dead = self.copies.behind(node, tier)
         leases = self.leases.of(dead)
         for _, lease in leases:

@@ -50,6 +50,7 @@ class LowerTier:
     ) -> None:
         self.tier, self.num_pages = tier, num_pages
         self.age = EvictionAge()
+        self.num_evicted = 0
         self._key, self._may_go, self._on_drop = key, may_go, on_drop
         self._free = list(range(num_pages - 1, -1, -1))
         self._nodes: dict[int, PageNode] = {}
@@ -135,6 +136,7 @@ class LowerTier:
             self.age.note(now - node.used_at, now)
             parent = node.parent
             self.drop(node)
+            self.num_evicted += 1
             self._on_drop(node)
             if parent is not None and self._is_leaf(parent) and self._may_go(parent, self.tier):
                 heappush(order, (*self._key(parent, self.tier), id(parent), parent))

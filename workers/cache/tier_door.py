@@ -43,6 +43,14 @@ class TierState:
     num_cached: int
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TierCounts:
+    """Pages since the start: evicted to make room; copies dropped because their checksum was wrong."""
+
+    num_evicted: int
+    num_damaged: int
+
+
 class TierDoor:
     """Made by ``Reservations``, whose lock it takes. on_work: called when there may be something to do; set later."""
 
@@ -105,6 +113,14 @@ class TierDoor:
             if lower is None:
                 return TierState(num_pages=0, num_cached=0)
             return TierState(num_pages=lower.num_pages, num_cached=lower.num_cached)
+
+    def counts(self) -> dict[Tier, TierCounts]:
+        """Of the device, and of each tier below that there is."""
+        with self._lock:
+            evicted = {tier: lower.num_evicted for tier, lower in self._holdings.copies.tiers.items()}
+            evicted[Tier.DEVICE] = self._holdings.num_evicted
+            damaged = self._holdings.num_damaged
+            return {tier: TierCounts(num_evicted=evicted[tier], num_damaged=damaged[tier]) for tier in evicted}
 
     @property
     def is_busy(self) -> bool:
