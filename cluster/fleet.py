@@ -23,6 +23,7 @@ from typing import Any, Protocol
 
 import redis
 
+from seamount.cluster.fleet_metrics import FleetMetrics
 from seamount.cluster.fleet_state import FleetState
 from seamount.cluster.settings import Settings
 from seamount.cluster.specs import pool_settings
@@ -205,8 +206,11 @@ class GangApplications(Protocol):
 class Reconciler:
     """One pass after the other until stopped; owned by one thread."""
 
-    def __init__(self, wanted: Sequence[WantedPool], state: FleetState, gangs: GangApplications) -> None:
+    def __init__(
+        self, wanted: Sequence[WantedPool], state: FleetState, gangs: GangApplications, metrics: FleetMetrics
+    ) -> None:
         self._wanted = wanted
+        self._metrics = metrics
         self._state = state
         self._gangs = gangs
         self._not_before: dict[PoolName, float] = {}
@@ -233,6 +237,7 @@ class Reconciler:
                     logger.info("fleet_claimed", extra={"epoch": self._state.epoch})
                 self.reconcile()
                 self._last_pass = time.monotonic()
+                self._metrics.passed()
             except Aborted:
                 logger.warning("fleet_superseded", extra={"epoch": self._state.epoch})
                 return  # healthy() is false from here on
@@ -246,6 +251,10 @@ class Reconciler:
     def reconcile(self) -> None:
         """One pass: look, plan, act."""
         running = self._gangs.running()
+        for pool in self._wanted:
+            self._metrics.wanted(pool.pool, pool.num_gangs)
+        seen = [(gang.pool, gang.phase.value) for gang in running]
+        self._metrics.gangs(seen, pools=POOL_NAMES, phases=[phase.value for phase in Phase])
         given_up = frozenset(
             pool.pool for pool in self._wanted if self._state.num_failures(pool.pool, pool.version) >= MAX_FAILURES
         )
@@ -263,10 +272,12 @@ class Reconciler:
         name = f"{wanted.pool}-{number}"
         logger.info("gang_starting", extra=self._about(name, wanted.version))
         self._gangs.start(name, wanted)
+        self._metrics.gang_started(wanted.pool)
 
     def _delete_gang(self, action: Delete) -> None:
         self._state.admit_delete()
         if action.failed:
+            self._metrics.gang_failed(action.pool)
             count = self._state.count_failure(action.pool, action.version)
             pause_s = min(MAX_BACKOFF_S, 2.0**count)
             self._not_before[action.pool] = time.monotonic() + pause_s

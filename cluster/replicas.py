@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 
 import ray
 from ray import serve
 from ray.serve.deployment import Application
 
 from seamount.cluster.fleet import Reconciler, wanted_pools
+from seamount.cluster.fleet_metrics import FleetMetrics
 from seamount.cluster.fleet_state import FleetState, connect
 from seamount.cluster.pools import (
     HEALTH_PERIOD_S,
@@ -16,13 +18,16 @@ from seamount.cluster.pools import (
     IDLE_CPUS,
     ServeGangs,
     bind_address,
+    reachable_host,
 )
 from seamount.cluster.settings import Settings
 from seamount.cluster.specs import router_spec
 from seamount.router.server import RouterServer
 from seamount.wire import logs
 from seamount.wire.errors import Unavailable
+from seamount.wire.metrics import MetricsEndpoint, new_registry
 
+_LOG = logging.getLogger("seamount.fleet")
 DRAIN_S = 10.0
 """What a leaving router has to end its streams."""
 _FLEET_STOP_S = 10.0
@@ -39,6 +44,7 @@ class Router:
             redis_url=settings.redis_url.get_secret_value(),
             port=settings.router.port,
             metrics_host=bind_address(settings.metrics.host),
+            advertised_host=reachable_host(settings.router.host),
         )
         self._server = RouterServer(spec)
         self._address: str = await self._server.start()
@@ -65,8 +71,13 @@ class Fleet:
         client = connect(settings.redis_url.get_secret_value(), timeout_s=settings.redis.timeout_s)
         session = ray.get_runtime_context().get_session_name()
         state = FleetState(client, cluster_name=settings.cluster_name, ray_session=session)
-        self._reconciler = Reconciler(wanted_pools(settings), state, ServeGangs(settings))
+        registry = new_registry()
+        metrics = FleetMetrics(registry)
+        self._reconciler = Reconciler(wanted_pools(settings), state, ServeGangs(settings), metrics)
         self._reconciler.start()
+        host = bind_address(settings.metrics.host)
+        self._endpoint = MetricsEndpoint(registry, host=host, port=settings.metrics.port)
+        _LOG.info("fleet_ready", extra={"metrics": self._endpoint.address})
 
     async def check_health(self) -> None:
         if not self._reconciler.healthy():
@@ -76,6 +87,8 @@ class Fleet:
         """Leaves the gangs as they are: a new version of the fleet takes them over."""
         if hasattr(self, "_reconciler"):
             await asyncio.to_thread(self._reconciler.stop, _FLEET_STOP_S)
+        if hasattr(self, "_endpoint"):
+            self._endpoint.close()
 
 
 def router_application(settings: Settings, resources: dict[str, float]) -> Application:

@@ -17,9 +17,11 @@ from seamount.cluster.fleet import (
     plan,
     running_gangs,
 )
+from seamount.cluster.fleet_metrics import FleetMetrics
 from seamount.cluster.fleet_state import FleetState, connect
 from seamount.cluster.redis_server import RedisServer
 from seamount.wire.errors import Aborted
+from seamount.wire.metrics import new_registry
 from seamount.workers.spec import PoolName
 
 READY, STARTING, FAILED, LEAVING = Phase.READY, Phase.STARTING, Phase.FAILED, Phase.LEAVING
@@ -27,6 +29,10 @@ READY, STARTING, FAILED, LEAVING = Phase.READY, Phase.STARTING, Phase.FAILED, Ph
 
 def wants(num_gangs: int, *, pool: PoolName = "decode", version: str = "v2", expert_parallel: int = 2) -> WantedPool:
     return WantedPool(pool=pool, num_gangs=num_gangs, expert_parallel=expert_parallel, version=version)
+
+
+def told() -> FleetMetrics:
+    return FleetMetrics(new_registry())
 
 
 def gang(number: int, phase: Phase = READY, *, pool: PoolName = "decode", version: str = "v2") -> RunningGang:
@@ -198,10 +204,10 @@ class ServeInMemory:
 def test_reconciling_starts_what_is_wanted_and_a_successor_adopts_it(redis_url: str) -> None:
     serve = ServeInMemory(comes_up=True)
     pools = [wants(2), wants(1, pool="prefill", expert_parallel=1)]
-    first = Reconciler(pools, fleet_state(redis_url, "adopt"), serve)
+    first = Reconciler(pools, fleet_state(redis_url, "adopt"), serve, told())
     first.start()
     wait_until(lambda: len(serve.gangs) == 3)
-    second = Reconciler(pools, fleet_state(redis_url, "adopt"), serve)
+    second = Reconciler(pools, fleet_state(redis_url, "adopt"), serve, told())
     second.start()
     time.sleep(1.2)  # two passes of both
     assert serve.started == ["decode-0", "decode-1", "prefill-0"]
@@ -219,12 +225,13 @@ def test_a_pool_that_cannot_come_up_is_tried_a_bounded_number_of_times(redis_url
     state = fleet_state(redis_url, "bounded")
     state.claim()
     for _ in range(10):
-        fleet = Reconciler([wants(1)], state, serve)  # a new one each time: the count survives it, the pause does not
+        # A new one each time: the count survives it, the pause does not.
+        fleet = Reconciler([wants(1)], state, serve, told())
         fleet.reconcile()
         fleet.reconcile()
     assert serve.started == [f"decode-{n}" for n in range(MAX_FAILURES)]
     assert [g.phase for g in serve.gangs.values()] == [FAILED]
-    fixed = Reconciler([wants(1, version="v3")], state, ServeInMemory(comes_up=True))
+    fixed = Reconciler([wants(1, version="v3")], state, ServeInMemory(comes_up=True), told())
     fixed.reconcile()
     state.forget()
 
@@ -233,7 +240,7 @@ def test_after_a_failure_the_fleet_pauses(redis_url: str) -> None:
     serve = ServeInMemory(comes_up=False)
     state = fleet_state(redis_url, "pause")
     state.claim()
-    fleet = Reconciler([wants(1)], state, serve)
+    fleet = Reconciler([wants(1)], state, serve, told())
     for _ in range(5):
         fleet.reconcile()
     assert serve.started == ["decode-0"]
@@ -245,7 +252,7 @@ def test_without_redis_the_fleet_waits_and_does_nothing(tmp_path: Path) -> None:
     server = RedisServer()
     url = server.start(tmp_path)
     server.stop()
-    fleet = Reconciler([wants(1)], fleet_state(url, "away"), serve)
+    fleet = Reconciler([wants(1)], fleet_state(url, "away"), serve, told())
     fleet.start()
     time.sleep(0.5)
     assert serve.started == []
