@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 import time
+from collections.abc import Collection
 from contextlib import aclosing, suppress
 
 from seamount.router.directory import Role
@@ -15,6 +16,7 @@ from seamount.router.rank_client import RankLost
 from seamount.router.ranks import Ranks
 from seamount.router.store import Store
 from seamount.v1 import admin_pb2, worker_pb2
+from seamount.wire.durations import duration
 from seamount.wire.errors import FailedPrecondition, NotFound, SeamountError
 from seamount.wire.ids import RankId, SessionId
 
@@ -43,16 +45,26 @@ class Moves:
         return None
 
 
-async def drained(ranks: Ranks, moves: Moves, rank_id: RankId, *, deadline_s: float) -> admin_pb2.DrainRankResponse:
+async def drained(
+    ranks: Ranks,
+    moves: Moves,
+    rank_id: RankId,
+    *,
+    deadline_s: float,
+    turns_s: float | None = None,
+    excluded: Collection[RankId] = (),
+) -> admin_pb2.DrainRankResponse:
     """Have a decode rank hand its sessions to the others, and note where they went; for at most ``deadline_s``.
 
+    turns_s: what running turns have before they are ended there and go on elsewhere (None = until their own end);
+    excluded: ranks that are to take none.
     Raises ``NotFound`` for a rank that is not there, ``FailedPrecondition`` where no other decode rank is, and as
     ``RankClient.drain`` does.
     """
     until = time.monotonic() + deadline_s - min(_ANSWER_S, deadline_s / 2)
     if ranks.source(rank_id) is None:
         raise NotFound("there is no such decode rank; ListRanks names those there are", reason="RANK_NOT_FOUND")
-    peers = [peer for peer in ranks.loads(Role.DECODE) if peer.rank_id != rank_id]
+    peers = [peer for peer in ranks.loads(Role.DECODE) if peer.rank_id != rank_id and peer.rank_id not in excluded]
     if not peers:
         raise FailedPrecondition("there is no other decode rank to take the sessions", reason="NO_OTHER_RANK")
     request = worker_pb2.DrainRequest(
@@ -63,7 +75,8 @@ async def drained(ranks: Ranks, moves: Moves, rank_id: RankId, *, deadline_s: fl
                 num_usable_pages=peer.num_free_pages + peer.num_cached_pages,
             )
             for peer in peers
-        ]
+        ],
+        turns_time=None if turns_s is None else duration(turns_s),
     )
     answer = admin_pb2.DrainRankResponse()
     frames = ranks.client(rank_id).drain(request, timeout_s=until - time.monotonic())

@@ -1,15 +1,18 @@
 """A rank that leaves hands the caches of its sessions to peers: leased ones first, then the most recent.
 
 For each session it does at a peer what a router does for a turn: Reserve, Migrate (with itself as the source), Release,
-and Retain where a lease is to go on. A session whose turn runs here is handed over when that has ended.
+and Retain where a lease is to go on. A session whose turn runs here is handed over when that has ended, or, where turns
+have a time of their own, ended here when it is over: its router then places the rest elsewhere, and has the caches
+fetched from here.
 """
 
 from __future__ import annotations
 
 import asyncio
 import logging
+import math
 import time
-from collections.abc import AsyncGenerator, Sequence
+from collections.abc import AsyncGenerator, Callable, Sequence
 from contextlib import AsyncExitStack, suppress
 from dataclasses import dataclass, field
 
@@ -30,6 +33,10 @@ _LOG = logging.getLogger(__name__)
 MAX_PEERS = 4_096
 MAX_ATTEMPTS = 2
 """At different peers, before a session is left to die with the rank: its history is durable, its caches are not."""
+MIN_TURNS_S = 1.0
+"""Routers have heard by then that this rank is leaving, and place nothing here any more."""
+FETCHED_WITHIN_S = 5.0
+"""What the router of a turn that was ended here has to fetch its session, before it is handed over like any other."""
 _LOOK_AGAIN_S = 0.05
 _CALL_TIMEOUT_S = 5.0
 _CHANNEL_OPTIONS = [("grpc.max_send_message_length", limits.MAX_MESSAGE_BYTES)]
@@ -45,10 +52,13 @@ class _Peer:
 
 @dataclass(slots=True, kw_only=True)
 class Draining:
-    """Runs ``WorkerService.Drain``. address: where peers reach this rank, once it serves."""
+    """Runs ``WorkerService.Drain``. address: where peers reach this rank, once it serves; active: reservations whose
+    answer is in the making here, kept up to date by their owner; abort: ends one of those."""
 
     spec: RankSpec
     reservations: Reservations
+    active: set[str]
+    abort: Callable[[str], None]
     metadata: CallMetadata
     address: str = ""
     has_begun: bool = False
@@ -59,19 +69,26 @@ class Draining:
         """One response a session, and one each second. Ends when no session with caches is left here that a peer would
         take; the caller's deadline ends it before. Repeating it goes on. Raises ``InvalidArgument``."""
         limits.check_length(request.peers, field="peers", high=MAX_PEERS)
+        turns_s = request.turns_time.ToNanoseconds() / 1e9 if request.HasField("turns_time") else math.inf
+        turns_until = time.monotonic() + max(turns_s, MIN_TURNS_S)
         self.has_begun = True
         async with self._lock, AsyncExitStack() as stack:
             peers = [await self._connect(stack, peer) for peer in request.peers if peer.rank_id != self.spec.rank_id]
             refused: dict[str, set[str]] = {}  # by session: peers that did not take it
             told_at = time.monotonic()
+            fetched_until: dict[str, float] = {}  # by session: its router is about to fetch it
             while True:
+                if time.monotonic() >= turns_until:
+                    self._end_turns(fetched_until)
                 waiting = self.reservations.handover.left_behind()
+                expected = {one.session_id for one in waiting if _is_ahead(fetched_until, one)}
+                waiting = [one for one in waiting if one.session_id not in expected]
                 movable = [one for one in waiting if _fitting(one, peers, refused)]
                 moved = await self._hand_over(movable[0], peers, refused) if movable else None
                 if moved is not None:
                     yield moved
                 elif not movable:
-                    if not self.reservations.handover.has_turns():
+                    if not expected and not self.reservations.handover.has_turns():
                         return
                     await asyncio.sleep(_LOOK_AGAIN_S)
                 if moved is not None:
@@ -79,6 +96,13 @@ class Draining:
                 elif time.monotonic() - told_at >= KEEP_ALIVE_S:
                     told_at = time.monotonic()
                     yield worker_pb2.DrainResponse()
+
+    def _end_turns(self, fetched_until: dict[str, float]) -> None:
+        for reservation_id in tuple(self.active):
+            with suppress(SeamountError):  # it has ended meanwhile
+                session_id = self.reservations.get(reservation_id).session_id
+                fetched_until[session_id] = time.monotonic() + FETCHED_WITHIN_S
+            self.abort(reservation_id)
 
     async def _connect(self, stack: AsyncExitStack, peer: worker_pb2.DrainPeer) -> _Peer:
         channel = await stack.enter_async_context(grpc.aio.insecure_channel(peer.address, options=_CHANNEL_OPTIONS))
@@ -148,3 +172,7 @@ def _fitting(left: LeftSession, peers: Sequence[_Peer], refused: dict[str, set[s
     """Who may still be asked."""
     by = refused.get(left.session_id, set())
     return [p for p in peers if not p.is_lost and p.rank_id not in by] if len(by) < MAX_ATTEMPTS else []
+
+
+def _is_ahead(fetched_until: dict[str, float], left: LeftSession) -> bool:
+    return time.monotonic() < fetched_until.get(left.session_id, 0.0)

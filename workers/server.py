@@ -320,8 +320,8 @@ class RankServer:
         draining = Draining(
             spec=spec,
             reservations=core.reservations,
-            engine=core.engine,
             active=active,
+            abort=core.engine.abort,
             metadata=bearer(spec.worker_token),
         )
         service = WorkerService(

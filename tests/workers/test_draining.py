@@ -92,7 +92,9 @@ def draining(caches: Reservations) -> Draining:
         max_context_tokens=4096,
         step_timeout_s=5.0,
     )
-    return Draining(spec=spec, reservations=caches, metadata=(), address="127.0.0.1:1")
+    return Draining(
+        spec=spec, reservations=caches, active=set(), abort=lambda _: None, metadata=(), address="127.0.0.1:1"
+    )
 
 
 def turn(caches: Reservations, session: str, *, epoch: int = 1) -> Any:
@@ -170,3 +172,47 @@ async def test_a_turn_that_runs_is_waited_for(caches: Reservations, peers: list[
     assert not task.done()
     caches.release(running.id, 18)
     assert [session for session, _ in await task] == ["a"]
+
+
+async def test_turns_are_ended_when_their_time_is_over_and_their_routers_fetch_them(
+    draining: Draining, caches: Reservations, peers: list[Peer]
+) -> None:
+    running = turn(caches, "a")
+    draining.active.add(running.id)
+    ended: list[str] = []
+
+    def abort(reservation_id: str) -> None:
+        ended.append(reservation_id)
+        draining.active.discard(reservation_id)
+        caches.release(reservation_id, 18)  # as its router does
+
+    draining.abort = abort
+    asked = request(peers, 10, 10)
+    asked.turns_time.FromMilliseconds(1)  # no less than a second: routers must have heard that it leaves
+    begun = asyncio.get_running_loop().time()
+    task = asyncio.create_task(moved(draining, asked))
+    while not ended:  # noqa: ASYNC110
+        await asyncio.sleep(0.01)
+    assert asyncio.get_running_loop().time() - begun >= 1.0
+    await asyncio.sleep(0.3)
+    assert not task.done()
+    assert peers[0].calls == peers[1].calls == []  # it is left to its router
+    caches.handover.give_up("a", 1)  # who fetches it
+    assert await task == []
+    assert ended == [running.id]
+
+
+async def test_what_no_router_fetches_is_handed_over_after_a_while(
+    draining: Draining, caches: Reservations, peers: list[Peer], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("seamount.workers.draining.FETCHED_WITHIN_S", 0.3)
+    draining.active.add(turn(caches, "a").id)
+
+    def abort(reservation_id: str) -> None:
+        draining.active.discard(reservation_id)
+        caches.release(reservation_id, 18)
+
+    draining.abort = abort
+    asked = request(peers, 10, 20)
+    asked.turns_time.FromMilliseconds(1)
+    assert await moved(draining, asked) == [("a", "peer1")]

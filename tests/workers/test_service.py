@@ -78,7 +78,9 @@ async def served(make_rank: Callable[..., Any], tmp_path: Any, request: Any) -> 
         transfer=system,  # type: ignore[arg-type]
         migration=Migration(spec=spec, reservations=rank.reservations, transfer=system),  # type: ignore[arg-type]
         ahead=Ahead(reservations=rank.reservations, engine=rank.engine),
-        draining=Draining(spec=spec, reservations=rank.reservations, metadata=()),
+        draining=Draining(
+            spec=spec, reservations=rank.reservations, active=set(), abort=rank.engine.abort, metadata=()
+        ),
         watch=watch,
     )
     system.service.ahead.start()
