@@ -115,6 +115,14 @@ def actor_options(pool: PoolSettings) -> dict[str, object]:
 
 def bind_address(host: str) -> str:
     """The address to bind to on this node for ``pools.host`` or ``metrics.host``."""
-    if host != NODE_ADDRESS:
-        return host
+    return host if host != NODE_ADDRESS else node_address()
+
+
+def reachable_host(host: str) -> str:
+    """Where other nodes reach what listens on ``host`` here: "all addresses" is none that one could call."""
+    return node_address() if host in ("0.0.0.0", "::") else host
+
+
+def node_address() -> str:
+    """This node's address in the Ray cluster."""
     return str(ray.util.get_node_ip_address())  # type: ignore[no-untyped-call]

@@ -31,6 +31,8 @@ _LOG = logging.getLogger("seamount.fleet")
 DRAIN_S = 10.0
 """What a leaving router has to end its streams."""
 _FLEET_STOP_S = 10.0
+HEAD_RESOURCE = "node:__internal_head__"
+"""Ray's own name for one unit of its head node."""
 
 
 class Router:
@@ -98,7 +100,8 @@ def router_application(settings: Settings, resources: dict[str, float]) -> Appli
 
 
 def fleet_application(settings: Settings) -> Application:
-    return _single(Fleet, {"num_cpus": 0}, drain_s=_FLEET_STOP_S).bind(settings)
+    """The fleet, beside Ray's own state: on Kubernetes that pod alone has a token of the API server's."""
+    return _single(Fleet, {"num_cpus": 0, "resources": {HEAD_RESOURCE: 0.001}}, drain_s=_FLEET_STOP_S).bind(settings)
 
 
 def _single(replica: type[Router] | type[Fleet], options: dict[str, object], *, drain_s: float) -> serve.Deployment:

@@ -66,9 +66,15 @@ def rank_spec(
 
 
 def router_spec(
-    settings: Settings, *, redis_url: str, port: int, metrics_host: str, allow_forced_tokens: bool = False
+    settings: Settings,
+    *,
+    redis_url: str,
+    port: int,
+    metrics_host: str,
+    advertised_host: str | None = None,
+    allow_forced_tokens: bool = False,
 ) -> RouterSpec:
-    """What a router is told; ``port`` 0 = any free one; ``metrics_host``: an address of its own node."""
+    """What a router is told; ``port`` 0 = any free one; ``metrics_host``, ``advertised_host``: of its own node."""
     router = settings.router
     return RouterSpec(
         router_id=RouterId(f"router-{uuid.uuid4().hex[:12]}"),
@@ -82,6 +88,7 @@ def router_spec(
             policy=settings.placement.path, local_append_max_tokens=settings.placement.local_append_max_tokens
         ),
         host=router.host,
+        advertised_host=advertised_host,
         port=port,
         api_key_file=router.api_key_file,
         worker_token=read_token(router.worker_token_file),

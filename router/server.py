@@ -75,7 +75,7 @@ class RouterServer:
         self.metrics_address = ""
 
     async def start(self) -> str:
-        """Connect to Redis, follow the directory, serve; returns ``host:port``.
+        """Connect to Redis, follow the directory, serve; returns ``host:port`` as others reach it.
 
         Raises typed errors for an unusable checkpoint, key file or Redis; nothing stays open then.
         """
@@ -179,7 +179,7 @@ class RouterServer:
         await self._health.set("", health_pb2.HealthCheckResponse.NOT_SERVING)
         await server.start()
         parts.push_async_callback(server.stop, 0.5)
-        address = f"{spec.host}:{port}"
+        address = f"{spec.advertised_host or spec.host}:{port}"
         registration = Registration(directory, self._record(address), interval_s=spec.beat_s)
         await registration.start()
         parts.push_async_callback(registration.stop)

@@ -26,6 +26,7 @@ _DEFAULT_RULES = PathRules()
 class RouterSpec:
     """One router: one process, any number of them for one cluster.
 
+    advertised_host: where others reach it; None = ``host``, which it listens on.
     allow_forced_tokens: tests of plain processes may dictate the sampled ids; refused off loopback.
     """
 
@@ -38,6 +39,7 @@ class RouterSpec:
     defaults: SamplingDefaults = SamplingDefaults()
     rules: PathRules = _DEFAULT_RULES
     host: str = "127.0.0.1"
+    advertised_host: str | None = None
     port: int = 0
     api_key_file: Path | None = None
     worker_token: str | None = None
