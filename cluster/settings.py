@@ -313,12 +313,13 @@ def load_settings(path: Path | None = None, *, environ: Mapping[str, str] | None
     environ = os.environ if environ is None else environ
     file = _find(path, environ)
     chosen = _read(file)
-    if "redis_url" in chosen:
-        raise _refused("redis_url", f"redis_url may hold a password: set {REDIS_VARIABLE} in the environment instead")
-    if url := environ.get(REDIS_VARIABLE):
-        chosen["redis_url"] = url
     base = file.absolute().parent if file is not None else Path.cwd()
-    return validate(chosen, base=base)
+    return validate(_with_redis(chosen, environ), base=base)
+
+
+def declared_settings(chosen: Mapping[str, Any], *, environ: Mapping[str, str] | None = None) -> Settings:
+    """``load_settings`` where the content of ``serving.yaml`` is at hand, not a file."""
+    return validate(_with_redis(chosen, os.environ if environ is None else environ))
 
 
 def validate(chosen: Mapping[str, Any], *, base: Path | None = None) -> Settings:
@@ -357,6 +358,13 @@ def _find(path: Path | None, environ: Mapping[str, str]) -> Path | None:
         here = Path(CONFIG_NAME)
         return here if here.is_file() else None
     return path
+
+
+def _with_redis(chosen: Mapping[str, Any], environ: Mapping[str, str]) -> dict[str, Any]:
+    if "redis_url" in chosen:
+        raise _refused("redis_url", f"redis_url may hold a password: set {REDIS_VARIABLE} in the environment instead")
+    url = environ.get(REDIS_VARIABLE)
+    return {**chosen, "redis_url": url} if url else dict(chosen)
 
 
 def _read(path: Path | None) -> dict[str, Any]:
