@@ -8,6 +8,7 @@ The arguments are those of ``serving.yaml``; addresses and secrets come from the
 the application. Where the arguments differ from those before, Serve builds it anew and replaces the fleet, which starts
 new gangs beside the old ones, or the routers one by one. The gangs themselves are applications that nobody declares:
 applying a configuration deletes only what an earlier one has declared, so it leaves them alone.
+"""
 
 from __future__ import annotations
 
