@@ -24,15 +24,15 @@ import yaml
 from pydantic import (
     AfterValidator,
     BaseModel,
-    ConfigDict,
     Field,
     SecretStr,
     ValidationError,
     ValidationInfo,
     model_validator,
 )
-from pydantic_core import PydanticCustomError
 
+from seamount.cluster.autoscaling import AutoscalingSettings, DrainingSettings
+from seamount.cluster.section import Section, contradiction
 from seamount.wire import limits
 from seamount.wire.errors import InvalidArgument
 from seamount.wire.hashes import PAGE_SIZE
@@ -59,13 +59,7 @@ Resources = dict[str, Annotated[float, Field(ge=0)]]
 """Ray resources of one replica: ``CPU``, ``GPU`` or the name of a custom one."""
 
 
-class _Section(BaseModel):
-    model_config = ConfigDict(
-        frozen=True, extra="forbid", validate_default=True, allow_inf_nan=False, hide_input_in_errors=True
-    )
-
-
-class ModelSettings(_Section):
+class ModelSettings(Section):
     path: LocalPath = Field(
         default=Path("checkpoints/tiny-agent"), description="Folder with config.json, *.safetensors, tokenizer.json"
     )
@@ -74,7 +68,7 @@ class ModelSettings(_Section):
     )
 
 
-class CacheSettings(_Section):
+class CacheSettings(Section):
     layout: Literal["fp8", "bf16", "exact"] = Field(default="bf16", description="How a token's entries are stored")
     dtype: Literal["float32", "float64", "bfloat16"] = Field(default="float32", description="Compute type of the model")
     num_pages: int = Field(default=512, ge=2, description=f"Pages of {PAGE_SIZE} tokens on each rank")
@@ -87,7 +81,7 @@ class CacheSettings(_Section):
     disk_cache_bytes: int = Field(default=16 << 30, ge=0, description="Of each rank's files there")
 
 
-class EngineSettings(_Section):
+class EngineSettings(Section):
     max_batch_tokens: int = Field(default=512, ge=1, description="Tokens of one step over all its sequences")
     prefill_chunk_tokens: int = Field(default=256, ge=1, description="Prompt tokens of one sequence in one step")
     max_running: int = Field(default=64, ge=1, description="Sequences of one rank that run together")
@@ -101,7 +95,7 @@ class EngineSettings(_Section):
     device: Literal["cpu", "cuda"] = Field(default="cpu", description="Where the model and its caches are")
 
 
-class PoolSettings(_Section):
+class PoolSettings(Section):
     gangs: int = Field(default=1, ge=0, description="Groups of ranks that share one copy of the experts")
     expert_parallel: int = Field(default=1, ge=1, description="Ranks of a gang")
     resources: Resources = Field(
@@ -114,7 +108,7 @@ class DecodePoolSettings(PoolSettings):
     expert_parallel: int = Field(default=2, ge=1, description="Ranks of a gang")
 
 
-class PoolsSettings(_Section):
+class PoolsSettings(Section):
     host: str = Field(
         default="127.0.0.1",
         min_length=1,
@@ -124,14 +118,14 @@ class PoolsSettings(_Section):
     decode: DecodePoolSettings = DecodePoolSettings()
 
 
-class SamplingDefaults(_Section):
+class SamplingDefaults(Section):
     temperature: float = Field(default=1.0, ge=0, le=limits.MAX_TEMPERATURE, description="0 = greedy")
     top_p: float = Field(default=0.95, gt=0, le=1, description="Probability mass that is sampled from")
     top_k: int = Field(default=0, ge=0, le=limits.MAX_TOP_K, description="0 = off")
     max_output_tokens: int = Field(default=1024, ge=1, le=limits.MAX_OUTPUT_TOKENS, description="Of one turn")
 
 
-class RouterSettings(_Section):
+class RouterSettings(Section):
     host: str = Field(
         default="127.0.0.1",
         min_length=1,
@@ -163,19 +157,19 @@ class RouterSettings(_Section):
     @model_validator(mode="after")
     def _tls_is_whole(self) -> RouterSettings:
         if (self.tls_certificate_file is None) != (self.tls_key_file is None):
-            raise _contradiction(
+            raise contradiction(
                 "router.tls_certificate_file",
                 "router.tls_certificate_file and router.tls_key_file go together",
             )
         if self.client_ca_file is not None and self.tls_key_file is None:
-            raise _contradiction(
+            raise contradiction(
                 "router.client_ca_file",
                 "router.client_ca_file needs router.tls_certificate_file and router.tls_key_file",
             )
         return self
 
 
-class PlacementSettings(_Section):
+class PlacementSettings(Section):
     path: Literal["auto", "local", "remote"] = Field(
         default="auto", description="Where missing tokens are computed; auto compares estimates, the others never do"
     )
@@ -185,7 +179,7 @@ class PlacementSettings(_Section):
     max_attempts: int = Field(default=4, ge=1, description="How often a turn's work is placed before the turn fails")
 
 
-class DirectorySettings(_Section):
+class DirectorySettings(Section):
     beat_s: float = Field(default=0.5, gt=0, description="A rank's counter in the directory grows this often")
     dead_after_s: float = Field(
         default=3.0, gt=0, description="A counter that stood still for so long while Redis answered is dead"
@@ -194,19 +188,19 @@ class DirectorySettings(_Section):
     @model_validator(mode="after")
     def _silence_spans_beats(self) -> DirectorySettings:
         if self.dead_after_s < 3 * self.beat_s:
-            raise _contradiction(
+            raise contradiction(
                 "directory.dead_after_s",
                 "directory.dead_after_s must be at least 3 x directory.beat_s: a late beat is no death",
             )
         return self
 
 
-class TransferSettings(_Section):
+class TransferSettings(Section):
     timeout_s: float = Field(default=10.0, gt=0, description="Of one transfer over a pair link")
     max_links: int = Field(default=32, ge=1, description="Open pair links; the least recently used one closes")
 
 
-class MetricsSettings(_Section):
+class MetricsSettings(Section):
     host: str = Field(
         default="127.0.0.1",
         min_length=1,
@@ -220,12 +214,12 @@ class MetricsSettings(_Section):
     )
 
 
-class RedisSettings(_Section):
+class RedisSettings(Section):
     data_dir: LocalPath = Field(default=Path(".run/redis"), description="Of the server that the system starts itself")
     timeout_s: float = Field(default=2.0, gt=0, description="Of one command")
 
 
-class Settings(_Section):
+class Settings(Section):
     """Everything a deployment may choose; ``load_settings`` makes it."""
 
     cluster_name: str = Field(
@@ -240,6 +234,8 @@ class Settings(_Section):
     pools: PoolsSettings = PoolsSettings()
     router: RouterSettings = RouterSettings()
     placement: PlacementSettings = PlacementSettings()
+    autoscaling: AutoscalingSettings = AutoscalingSettings()
+    draining: DrainingSettings = DrainingSettings()
     directory: DirectorySettings = DirectorySettings()
     transfer: TransferSettings = TransferSettings()
     metrics: MetricsSettings = MetricsSettings()
@@ -256,19 +252,20 @@ class Settings(_Section):
     def _parts_agree(self) -> Settings:
         fits = self.cache.num_pages * PAGE_SIZE
         if self.engine.max_context_tokens > fits:
-            raise _contradiction(
+            raise contradiction(
                 "engine.max_context_tokens",
                 f"engine.max_context_tokens is {self.engine.max_context_tokens}, but cache.num_pages = "
                 f"{self.cache.num_pages} holds {fits} tokens: lower the one or raise the other",
             )
+        self._check_prefill_range()
         if not is_loopback(self.router.host) and self.router.api_key_file is None:
-            raise _contradiction(
+            raise contradiction(
                 "router.host",
                 f"router.host = {self.router.host} can be reached from outside, but there is no router.api_key_file: "
                 "give one, or listen on 127.0.0.1",
             )
         if not is_loopback(self.pools.host) and self.router.worker_token_file is None:
-            raise _contradiction(
+            raise contradiction(
                 "pools.host",
                 f"pools.host = {self.pools.host} can be reached from outside, but there is no "
                 "router.worker_token_file: give one, or listen on 127.0.0.1",
@@ -276,8 +273,23 @@ class Settings(_Section):
         for key in ("api_key_file", "worker_token_file", "tls_certificate_file", "tls_key_file", "client_ca_file"):
             path: Path | None = getattr(self.router, key)
             if path is not None and not path.is_file():
-                raise _contradiction(f"router.{key}", f"router.{key}: there is no file {path}")
+                raise contradiction(f"router.{key}", f"router.{key}: there is no file {path}")
         return self
+
+    def _check_prefill_range(self) -> None:
+        scaling, path = self.autoscaling, self.placement.path
+        if scaling.enabled and path == "remote" and scaling.prefill.min_gangs == 0:
+            raise contradiction(
+                "autoscaling.prefill.min_gangs",
+                "autoscaling.prefill.min_gangs is 0, but placement.path = remote never appends on decode ranks: raise "
+                "it to 1, or choose auto",
+            )
+        if scaling.enabled and path == "local" and scaling.prefill.max_gangs > 0:
+            raise contradiction(
+                "autoscaling.prefill.max_gangs",
+                f"autoscaling.prefill.max_gangs is {scaling.prefill.max_gangs}, but placement.path = local uses no "
+                "prefill gang: lower it to 0, or choose auto",
+            )
 
     def to_yaml(self, *, explained: bool = False) -> str:
         """What is in force, as ``serving.yaml`` says it; ``explained``: with a comment behind each key. No secrets."""
@@ -285,7 +297,7 @@ class Settings(_Section):
         return "\n".join([*lines, *_lines(self, "", explained)]) + "\n"
 
 
-class ClientEnvironment(_Section):
+class ClientEnvironment(Section):
     """What a client takes from the environment."""
 
     address: str | None = None
@@ -422,10 +434,6 @@ def _unknown(name: str, location: tuple[int | str, ...]) -> InvalidArgument:
 
 def _refused(field: str, message: str, *, reason: str = "INVALID_SETTING") -> InvalidArgument:
     return InvalidArgument(message, field=field, reason=reason)
-
-
-def _contradiction(key: str, message: str) -> PydanticCustomError:
-    return PydanticCustomError("contradiction", "{message}", {"key": key, "message": message})
 
 
 def _lines(section: BaseModel, indent: str, explained: bool) -> Iterator[str]:

@@ -138,6 +138,13 @@ def test_unknown_keys_are_named_with_the_closest_one(chosen: dict, field: str, c
         ({"router": {"tls_key_file": "k"}}, "router.tls_certificate_file"),
         ({"router": {"client_ca_file": "k"}}, "router.client_ca_file"),
         ({"router": {"api_key_file": "no-such-file"}}, "router.api_key_file"),
+        ({"autoscaling": {"decode": {"min_gangs": 3, "max_gangs": 2}}}, "autoscaling.decode.max_gangs"),
+        ({"autoscaling": {"decode": {"min_gangs": 0}}}, "autoscaling.decode.min_gangs"),
+        ({"autoscaling": {"routers": {"min_replicas": 2}}}, "autoscaling.routers.max_replicas"),
+        ({"autoscaling": {"max_occupancy": 1.1}}, "autoscaling.max_occupancy"),
+        ({"autoscaling": {"enabled": True}, "placement": {"path": "remote"}}, "autoscaling.prefill.min_gangs"),
+        ({"autoscaling": {"enabled": True}, "placement": {"path": "local"}}, "autoscaling.prefill.max_gangs"),
+        ({"draining": {"turns_s": 60, "timeout_s": 59}}, "draining.timeout_s"),
     ],
 )
 def test_wrong_values_are_refused_by_name(chosen: dict, field: str) -> None:
