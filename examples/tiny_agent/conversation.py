@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import bisect
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -60,19 +61,23 @@ class MarkedPiece:
     learnt: bool
 
 
-def marked_pieces(conversation: Conversation, mode: ThinkingMode) -> list[MarkedPiece]:
+def marked_pieces(
+    conversation: Conversation, mode: ThinkingMode, *, every_reasoning: bool = False
+) -> list[MarkedPiece]:
     """The whole conversation, rendered as it is served.
+
+    every_reasoning: each turn as it is served while it is the last one, with its reasoning: one document then teaches
+    all of its turns in full.
 
     What the assistant says begins behind the ``<think>`` or ``</think>`` that ends a prompt and goes on to EOS, EOS
     included. Of turns before the last one only the visible part is there, without reasoning; it is learnt where it can
     be said without.
     """
-    messages = conversation.messages()
-    learnt = _learnt_messages(conversation, mode)
+    learnt = _learnt_messages(conversation, mode, every_reasoning=every_reasoning)
     marked: list[MarkedPiece] = []
     asked = speaking = False
     num_said = 0
-    for piece in render(messages, mode=mode).pieces():
+    for piece in _pieces(conversation, mode, every_reasoning=every_reasoning):
         marked.append(MarkedPiece(piece, speaking and learnt[num_said]))
         if piece is Control.USER:
             asked = True  # the tools' preamble, before the first question, spells <think>, too
@@ -84,11 +89,21 @@ def marked_pieces(conversation: Conversation, mode: ThinkingMode) -> list[Marked
     return marked
 
 
-def _learnt_messages(conversation: Conversation, mode: ThinkingMode) -> list[bool]:
+def _pieces(conversation: Conversation, mode: ThinkingMode, *, every_reasoning: bool) -> list[Piece]:
+    if not every_reasoning:
+        return render(conversation.messages(), mode=mode).pieces()
+    pieces: list[Piece] = []
+    for i, turn in enumerate(conversation.turns):
+        before = [] if i else conversation.opening()
+        pieces += render([*before, *turn_messages(turn, i)], mode=mode, begins=not i).pieces()
+    return pieces
+
+
+def _learnt_messages(conversation: Conversation, mode: ThinkingMode, *, every_reasoning: bool) -> list[bool]:
     """For each assistant message in order."""
     last = len(conversation.turns) - 1
     return [
-        turn.chat or (mode is ThinkingMode.THINKING and i == last)
+        turn.chat or (mode is ThinkingMode.THINKING and (every_reasoning or i == last))
         for i, turn in enumerate(conversation.turns)
         for _ in range(len(turn.steps) + 1)
     ]
@@ -100,6 +115,22 @@ class Document:
     """[n], from BOS to the last EOS."""
     loss_mask: npt.NDArray[np.bool_]
     """[n], True at the tokens to learn."""
+    ends: tuple[int, ...] = ()
+    """Numbers of tokens at which it may end, behind a turn; empty where it must stay whole."""
+
+    def length_within(self, max_tokens: int) -> int:
+        """The most of its tokens that ``max_tokens`` hold, 0 if it has no such part."""
+        if len(self.token_ids) <= max_tokens:
+            return len(self.token_ids)
+        place = bisect.bisect_right(self.ends, max_tokens)
+        return self.ends[place - 1] if place else 0
+
+    def first(self, length: int) -> Document:
+        """As much of it; ``length`` is of ``length_within``."""
+        if length == len(self.token_ids):
+            return self
+        ends = self.ends[: bisect.bisect_left(self.ends, length)]
+        return Document(self.token_ids[:length], self.loss_mask[:length], ends)
 
 
 class DocumentEncoder:
@@ -112,15 +143,20 @@ class DocumentEncoder:
         self._known: dict[str, npt.NDArray[np.uint16]] = {}
         self._controls = {control: np.array([tokenizer.control_id(control)], np.uint16) for control in Control}
 
-    def encode(self, renderings: Sequence[Sequence[MarkedPiece]]) -> list[Document]:
-        """One document each."""
+    def encode(
+        self, renderings: Sequence[Sequence[MarkedPiece]], *, may_end: Sequence[bool] | None = None
+    ) -> list[Document]:
+        """One document each. may_end: which of them may end behind any turn; by default none."""
         texts = [m.piece for marked in renderings for m in marked if isinstance(m.piece, str)]
         unknown = list(dict.fromkeys(text for text in texts if text not in self._known))
         encoded = dict(zip(unknown, map(_ids, self._tokenizer.encode_all(unknown)), strict=True))
         self._known.update({text: ids for text, ids in encoded.items() if _is_template(text)})
-        return [self._document(marked, encoded) for marked in renderings]
+        may = may_end or [False] * len(renderings)
+        return [self._document(marked, encoded, each) for marked, each in zip(renderings, may, strict=True)]
 
-    def _document(self, marked: Sequence[MarkedPiece], encoded: dict[str, npt.NDArray[np.uint16]]) -> Document:
+    def _document(
+        self, marked: Sequence[MarkedPiece], encoded: dict[str, npt.NDArray[np.uint16]], may_end: bool
+    ) -> Document:
         parts, learnt = [], []
         for item in marked:
             if isinstance(item.piece, Control):
@@ -130,7 +166,11 @@ class DocumentEncoder:
                 part = self._known[item.piece] if item.piece in self._known else encoded[item.piece]
             parts.append(part)
             learnt.append(item.learnt)
-        return Document(np.concatenate(parts), np.repeat(learnt, [len(part) for part in parts]))
+        token_ids = np.concatenate(parts)
+        ends: tuple[int, ...] = ()
+        if may_end:
+            ends = tuple(np.nonzero(token_ids == self._controls[Control.USER])[0][1:].tolist())
+        return Document(token_ids, np.repeat(learnt, [len(part) for part in parts]), ends)
 
 
 def _ids(ids: list[int]) -> npt.NDArray[np.uint16]:

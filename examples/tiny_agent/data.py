@@ -23,8 +23,9 @@ from examples.tiny_agent.documents import SHORT, DocumentSource, Mixture
 
 PADDING = -1
 """Document id of padding, at the end of a row."""
-_DRAWN_SHARE = 1.05
+_DRAWN_SHARE = 1.15
 """Tokens that are drawn for a batch, over its room; what does not fit is dropped."""
+_SHORT_DOCUMENT = 500
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -124,24 +125,27 @@ def packed_batch(shape: BatchShape, index: int) -> PackedBatch:
 
 
 def _fill_rows(source: DocumentSource, shape: BatchShape, index: int) -> list[list[Document]]:
-    """A little more documents than there is room for, longest first, each into the fullest row that can take it."""
-    drawn: list[Document] = []
-    missing = _DRAWN_SHARE * shape.batch_size * shape.sequence_length
-    for document in source.documents(shape.mixture, seed=(shape.seed, index), max_tokens=shape.sequence_length):
-        drawn.append(document)
-        missing -= len(document.token_ids)
-        if missing <= 0:
-            break
+    """A little more documents than there is room for, each where it leaves the least waste; most may lose turns."""
     rows: list[list[Document]] = [[] for _ in range(shape.batch_size)]
     room = [shape.sequence_length] * shape.batch_size
-    for document in sorted(drawn, key=lambda document: -len(document.token_ids)):
-        length = len(document.token_ids)
-        fitting = [row for row in range(shape.batch_size) if room[row] >= length]
+    missing = _DRAWN_SHARE * shape.batch_size * shape.sequence_length
+    for document in source.documents(shape.mixture, seed=(shape.seed, index), max_tokens=shape.sequence_length):
+        missing -= len(document.token_ids)
+        lengths = [document.length_within(left) for left in room]
+        fitting = [row for row in range(shape.batch_size) if lengths[row]]
         if fitting:
-            row = min(fitting, key=room.__getitem__)
-            rows[row].append(document)
-            room[row] -= length
-    return rows
+            row = min(fitting, key=lambda row: _waste(room[row], lengths[row], len(document.token_ids)))
+            rows[row].append(document.first(lengths[row]))
+            room[row] -= lengths[row]
+        if missing <= 0:
+            return rows
+    raise AssertionError("documents have no end")
+
+
+def _waste(room: int, length: int, whole: int) -> float:
+    """Tokens: what is left of the row where no other document is likely to fit, and a part of what was made in vain."""
+    left = room - length
+    return (left if left < _SHORT_DOCUMENT else _SHORT_DOCUMENT / 4) + (whole - length) / 4
 
 
 def unpacked(packed: PackedBatch) -> Batch:

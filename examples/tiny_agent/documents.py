@@ -21,12 +21,16 @@ from seamount.router.tokenizer import Tokenizer
 TOKENIZER = Path(__file__).parent / "tokenizer"
 _AT_ONCE = 24
 """Conversations that are tokenised together."""
-_FULL_SHARE = 0.4
+_FULL_SHARE = 0.6
 """Of conversations whose tools allow long chains of calls."""
+_SERVED_SHARE = 0.2
+"""Of thinking conversations that look as they do when the last turn is asked: without the reasoning of earlier ones."""
+_SERVED_TURNS = 3
 _TOOLS_BESIDE_NOTES = 0.35
 """Of long documents that leave room for them: tools, and turns that need them between the questions."""
 _ROOM_FOR_TOOLS = 2500
 _MAX_REFUSALS = 12
+_MIN_QUESTIONS = 6
 _TOKENS_OF_A_QUESTION = 90
 """Roughly, with its answer: what a long document leaves room for."""
 
@@ -58,22 +62,22 @@ class Mixture:
 
 _WEIGHTS = (
     (TaskKind.SINGLE, 0.22),
-    (TaskKind.MULTI, 0.28),
-    (TaskKind.PARALLEL, 0.13),
-    (TaskKind.ERRORS, 0.11),
+    (TaskKind.MULTI, 0.3),
+    (TaskKind.PARALLEL, 0.15),
+    (TaskKind.ERRORS, 0.1),
     (TaskKind.FOLLOW_UP, 0.12),
-    (TaskKind.NO_TOOL, 0.07),
-    (TaskKind.PLAN, 0.07),
+    (TaskKind.NO_TOOL, 0.05),
+    (TaskKind.PLAN, 0.06),
 )
 SHORT = Mixture(
     name="short",
     weights=_WEIGHTS,
-    needle_share=0.1,
+    needle_share=0.08,
     min_length=200,
-    usual_turns=2,
-    max_turns=5,
+    usual_turns=4,
+    max_turns=9,
     max_tools=9,
-    chat_share=0.08,
+    chat_share=0.04,
 )
 """For sequences of about 2K tokens."""
 LONG = Mixture(
@@ -81,10 +85,10 @@ LONG = Mixture(
     weights=_WEIGHTS,
     needle_share=0.3,
     min_length=512,
-    usual_turns=2,
+    usual_turns=4,
     max_turns=16,
     max_tools=16,
-    chat_share=0.05,
+    chat_share=0.03,
 )
 """For sequences of up to 16K tokens."""
 
@@ -109,26 +113,32 @@ class DocumentSource:
         """Endless documents of at most ``max_tokens`` tokens each, a function of the arguments alone."""
         rng = random.Random(repr((mixture.name, seed, max_tokens)))
         while True:
-            renderings = [self._rendering(rng, mixture, max_tokens) for _ in range(_AT_ONCE)]
-            for document in self._encoder.encode(renderings):
-                if len(document.token_ids) <= max_tokens:
-                    yield document
+            every = [rng.random() >= _SERVED_SHARE for _ in range(_AT_ONCE)]
+            renderings = [self._rendering(rng, mixture, max_tokens, every_reasoning=each) for each in every]
+            for document in self._encoder.encode(renderings, may_end=every):
+                length = document.length_within(max_tokens)
+                if length:
+                    yield document.first(length)
 
     def count_tokens(self, texts: Sequence[str]) -> list[int]:
         """Number of tokens of each text."""
         return [len(ids) for ids in self._tokenizer.encode_all(texts)]
 
-    def _rendering(self, rng: random.Random, mixture: Mixture, max_tokens: int) -> list[MarkedPiece]:
+    def _rendering(
+        self, rng: random.Random, mixture: Mixture, max_tokens: int, *, every_reasoning: bool
+    ) -> list[MarkedPiece]:
         if rng.random() < mixture.needle_share:
-            draw = mixture.draw(rng)
-            return marked_pieces(self._needles(draw, mixture, max_tokens), ThinkingMode.THINKING)
-        mode = ThinkingMode.CHAT if rng.random() < mixture.chat_share else ThinkingMode.THINKING
-        return marked_pieces(conversation(rng, mixture), mode)
+            made, mode = self._needles(mixture.draw(rng), mixture, max_tokens), ThinkingMode.THINKING
+        else:
+            mode = ThinkingMode.CHAT if rng.random() < mixture.chat_share else ThinkingMode.THINKING
+            max_turns = mixture.max_turns if every_reasoning else _SERVED_TURNS
+            made = conversation(rng, mixture, max_turns=max_turns)
+        return marked_pieces(made, mode, every_reasoning=every_reasoning)
 
     def _needles(self, draw: Draw, mixture: Mixture, max_tokens: int) -> Conversation:
-        """A long document and questions about it; lengths are drawn evenly on a logarithmic scale."""
-        least, most = mixture.min_length, max(mixture.min_length, max_tokens - 2 * _TOKENS_OF_A_QUESTION)
-        length = int(least * (most / least) ** draw.rng.random())
+        """A long document and questions about it; on a logarithmic scale, the longer of two lengths drawn evenly."""
+        least, most = mixture.min_length, max(mixture.min_length, max_tokens - _MIN_QUESTIONS * _TOKENS_OF_A_QUESTION)
+        length = int(least * (most / least) ** max(draw.rng.random(), draw.rng.random()))
         num_questions = max(1, min(24, (max_tokens - length) // _TOKENS_OF_A_QUESTION, length // 64))
         document = make_long_document(draw, self.count_tokens, length=length, num_targets=num_questions)
         turns = [needle_turn(draw, document, fact) for fact in document.targets]
@@ -141,26 +151,28 @@ class DocumentSource:
         return Conversation(system=document.text, tools=tools, turns=tuple(turns))
 
 
-def conversation(rng: random.Random, mixture: Mixture) -> Conversation:
-    """Some turns over one world."""
+def conversation(rng: random.Random, mixture: Mixture, *, max_turns: int | None = None) -> Conversation:
+    """Some turns over one world. max_turns: in place of the mixture's."""
+    most = mixture.max_turns if max_turns is None else max_turns
+    usual = min(mixture.usual_turns, most)
     while True:
         draw = mixture.draw(rng)
         scene = _scene(draw, mixture)
-        turns = _turns(
-            scene, mixture, at_most=draw.between(1, mixture.usual_turns if draw.chance(0.5) else mixture.max_turns)
-        )
+        turns = _turns(scene, mixture, at_most=draw.between(1, usual) if draw.chance(0.5) else most)
         if turns:
             return Conversation(system=system_text(scene), tools=tuple(scene.tools.tools), turns=turns)
 
 
 def _scene(draw: Draw, mixture: Mixture) -> Scene:
     while True:
+        full = draw.chance(_FULL_SHARE)
+        least, fewest = (2, 6) if full else (1, 2)
         try:
             return Scene(
                 draw,
-                num_tables=draw.between(1, 3),
-                max_tools=draw.between(2, mixture.max_tools),
-                full=draw.chance(_FULL_SHARE),
+                num_tables=draw.between(least, 3),
+                max_tools=draw.between(fewest, mixture.max_tools),
+                full=full,
                 for_checking=False,
             )
         except NoVariant:

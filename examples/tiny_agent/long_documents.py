@@ -55,13 +55,14 @@ class _Line:
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LongDocument:
     """text: of ``num_tokens`` tokens. targets: facts to ask for, each in the text once. depth: position of the first
-    target's line, 0 at the beginning and 1 at the end, as it came out."""
+    target's line, 0 at the beginning and 1 at the end, as it came out. style: of all lines."""
 
     text: str
     num_tokens: int
     targets: tuple[Fact, ...]
     facts: tuple[Fact, ...]
     depth: float
+    style: str
 
 
 def make_long_document(
@@ -92,6 +93,7 @@ def make_long_document(
         targets=tuple(line.fact for line in targets if line.fact is not None),
         facts=tuple(line.fact for line in lines if line.fact is not None),
         depth=before / max(1, used),
+        style=style,
     )
 
 
@@ -117,7 +119,7 @@ def needle_turn(draw: Draw, document: LongDocument, fact: Fact) -> Turn:
         kind=TaskKind.NEEDLE,
         question=question,
         steps=(),
-        reasoning=f"The notes say: {subject} has {fact.field} {fact.value}.",
+        reasoning=f"The notes say: {_line(fact, document.style)}",
         answer=answer,
         check=check,
     )
@@ -185,8 +187,12 @@ def _text(draw: Draw) -> str:
     return draw.repeatable(draw.words.tags)
 
 
+def _line(fact: Fact, style: str) -> str:
+    return style.format(noun=fact.noun, key=fact.key, field=fact.field, value=fact.value)
+
+
 def _text_of(draw: Draw, fact: Fact | None, style: str) -> str:
     if fact is not None:
-        return style.format(noun=fact.noun, key=fact.key, field=fact.field, value=fact.value)
+        return _line(fact, style)
     tags, nouns = draw.words.tags, draw.words.nouns
     return draw.one(_FILLERS).format(a=draw.repeatable(tags), b=draw.repeatable(tags), noun=draw.repeatable(nouns))

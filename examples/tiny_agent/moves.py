@@ -36,7 +36,7 @@ def look_up(script: Script, table: Table, key: str, fields: Sequence[Field]) -> 
     """Look a record up; the thought says which tool."""
     lookup = script.scene.lookup(table)
     names = phrases.listed([field.name for field in fields])
-    script.think(f"I need the {names} of {phrases.record(table, key)}: {lookup.name}.")
+    script.think(f"I need the {names} of {phrases.record(table, key)}. {lookup.choice()}.")
     result = script.call(lookup, lookup_arguments(lookup, key, fields))
     script.scene.known.shown += [(table.noun, key, name) for name in result if name in _names(table)]
     return dict(result)

@@ -66,6 +66,12 @@ def question(draw: Draw, fields: Sequence[Field], subject: str) -> str:
     )
 
 
+def compared(name: str, numbers: Sequence[tuple[str, float]]) -> str:
+    """Numbers of records that are to be compared. The key comes again behind each: who finds the best number need not
+    look back for its key."""
+    return f"{name}: {', '.join(f'{key} has {number} ({key})' for key, number in numbers)}."
+
+
 def statement(field: Field, subject: str, value: Any) -> str:
     """One field's value, as an answer."""
     if field.kind is Kind.FLAG:

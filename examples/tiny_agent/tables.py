@@ -83,10 +83,12 @@ class Field:
 
 @dataclass(slots=True, kw_only=True)
 class Table:
-    """noun: singular; key: the name of the identifier; extra: a note's name, shown on demand only."""
+    """noun: singular; key: the name of the identifier, key_parameter: as all tools of the table call it; extra: a
+    note's name, shown on demand only."""
 
     noun: str
     key: str
+    key_parameter: str
     id_format: str
     fields: tuple[Field, ...]
     extra: str
@@ -117,9 +119,11 @@ def make_table(draw: Draw, *, target: Table | None = None) -> Table:
     if target is not None:
         fields.append(Field(name=target.noun, kind=Kind.REFERENCE, target=target.noun))
     draw.rng.shuffle(fields)
+    noun, key = draw.word(words.nouns), draw.recurring(words.keys)
     table = Table(
-        noun=draw.word(words.nouns),
-        key=draw.repeatable(words.keys),
+        noun=noun,
+        key=key,
+        key_parameter=draw.one((key, f"{noun}_{key}", noun)),
         id_format=draw.id_format(),
         fields=tuple(fields),
         extra=draw.word(words.extras),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from typing import TypeVar
+from typing import TypedDict, TypeVar
 
 from examples.tiny_agent.shapes import NoVariant, Parameter, ParameterType, signature, split_of
 from examples.tiny_agent.tables import Field, Kind, Table, World
@@ -72,7 +72,7 @@ def make_toolbox(draw: Draw, world: World, *, max_tools: int, full: bool = False
 
 
 def make_lookup(draw: Draw, table: Table) -> Lookup:
-    key_name = _key_name(draw, table)
+    key_name = table.key_parameter
     selection = draw.word(draw.words.changes)
 
     def build() -> _Parameters:
@@ -101,10 +101,10 @@ def make_lookup(draw: Draw, table: Table) -> Lookup:
 
     parameters = _of_split(draw, build)
     names = {parameter.name for parameter in parameters}
-    description = draw.one((f"Returns one {table.noun}.", f"Details of one {table.noun} by {table.key}."))
+    purpose, rest = draw.one((("Returns one", ""), ("Details of one", f" by {table.key}")))
     return Lookup(
         name=_tool_name(draw, draw.words.lookup_verbs, table.noun),
-        description=description,
+        **_described(f"{purpose} {table.noun}", rest),
         parameters=parameters,
         noun=table.noun,
         key=key_name,
@@ -137,9 +137,10 @@ def make_search(draw: Draw, table: Table) -> Search:
     names = {parameter.name for parameter in parameters}
     numbers = [field.name for field in table.of_kind(Kind.QUANTITY, Kind.MEASURE)]
     shown = draw.some(numbers, min(len(numbers), draw.between(1, 2)))
+    purpose, rest = draw.one((("Lists the", " that match"), ("All", " with given values")))
     return Search(
         name=_tool_name(draw, draw.words.search_verbs, table.plural),
-        description=draw.one((f"Lists the {table.plural} that match.", f"All {table.plural} with given values.")),
+        **_described(f"{purpose} {table.plural}", rest),
         parameters=parameters,
         noun=table.noun,
         filters=tuple(condition for condition, _ in conditions),
@@ -150,7 +151,7 @@ def make_search(draw: Draw, table: Table) -> Search:
 
 
 def make_update(draw: Draw, table: Table) -> Update:
-    key_name, group = _key_name(draw, table), draw.word(draw.words.changes)
+    key_name, group = table.key_parameter, draw.word(draw.words.changes)
     fields: list[Field] = []
 
     def build() -> _Parameters:
@@ -169,9 +170,10 @@ def make_update(draw: Draw, table: Table) -> Update:
     grouped = any(parameter.name == group for parameter in parameters)
     suffix = f"_{fields[0].name}" if len(fields) == 1 and draw.chance(0.7) else ""
     what = " or ".join(field.name for field in fields)
+    purpose, rest = draw.one((("Changes one", f": {what}"), ("Gives one", f" a new {what}")))
     return Update(
         name=_tool_name(draw, draw.words.update_verbs, table.noun + suffix),
-        description=draw.one((f"Changes {what} of one {table.noun}.", f"Gives one {table.noun} a new {what}.")),
+        **_described(f"{purpose} {table.noun}", rest),
         parameters=parameters,
         noun=table.noun,
         key=key_name,
@@ -190,9 +192,10 @@ def make_create(draw: Draw, table: Table) -> Create:
         return tuple(values)
 
     parameters = _of_split(draw, build)
+    purpose, rest = draw.one((("Adds a new", ""), ("Makes a new", f" and returns its {table.key}")))
     return Create(
         name=_tool_name(draw, draw.words.create_verbs, table.noun),
-        description=draw.one((f"Adds a new {table.noun}.", f"Makes a new {table.noun} and returns its {table.key}.")),
+        **_described(f"{purpose} {table.noun}", rest),
         parameters=parameters,
         noun=table.noun,
         group=group if parameters[0].name == group else "",
@@ -201,8 +204,8 @@ def make_create(draw: Draw, table: Table) -> Create:
 
 def make_action(draw: Draw, table: Table) -> Action:
     quantity = draw.one(table.of_kind(Kind.QUANTITY))
-    key_name, flag = _key_name(draw, table), draw.word(draw.words.flags)
-    verb, receipt = draw.repeatable(draw.words.action_verbs), draw.word(draw.words.receipts)
+    key_name, flag = table.key_parameter, draw.word(draw.words.flags)
+    verb, receipt = draw.recurring(draw.words.action_verbs), draw.word(draw.words.receipts)
 
     def build() -> _Parameters:
         parameters = [
@@ -217,7 +220,7 @@ def make_action(draw: Draw, table: Table) -> Action:
 
     return Action(
         name=_tool_name(draw, (verb,), table.noun),
-        description=f"To {verb} {quantity.name} of one {table.noun}; gives a {receipt}.",
+        **_described(f"To {verb} {quantity.name} of one {table.noun}", f"; gives a {receipt}"),
         parameters=_of_split(draw, build),
         noun=table.noun,
         key=key_name,
@@ -228,8 +231,8 @@ def make_action(draw: Draw, table: Table) -> Action:
 
 
 def make_release(draw: Draw, table: Table) -> Release:
-    key_name, flag = _key_name(draw, table), draw.word(draw.words.flags)
-    verb = draw.repeatable(draw.words.release_verbs)
+    key_name, flag = table.key_parameter, draw.word(draw.words.flags)
+    verb = draw.recurring(draw.words.release_verbs)
 
     def build() -> _Parameters:
         parameters = [_key(draw, table, key_name)]
@@ -241,7 +244,7 @@ def make_release(draw: Draw, table: Table) -> Release:
 
     return Release(
         name=_tool_name(draw, (verb,), table.noun),
-        description=f"To {verb} one {table.noun} that is locked.",
+        **_described(f"To {verb} one {table.noun}", " that is locked"),
         parameters=_of_split(draw, build),
         noun=table.noun,
         key=key_name,
@@ -249,6 +252,7 @@ def make_release(draw: Draw, table: Table) -> Release:
 
 
 def make_calculator(draw: Draw) -> Calculator:
+    """Of two numbers' parameters the first in order is the left one: their names are any words."""
     words = draw.words
     name = draw.repeatable(words.calculator_nouns)
     operator, left, right = (draw.word(words.operators), *(draw.word(words.calculator_operands) for _ in range(2)))
@@ -259,16 +263,18 @@ def make_calculator(draw: Draw) -> Calculator:
         sign = Parameter(name=operator, type=ParameterType.ENUM, choices=OPERATORS, about=about)
         match form:
             case "pair":
-                parameters = [sign, *(_number(draw, operand) for operand in (left, right))]
+                parameters = [_number(draw, operand) for operand in (left, right)]
+                parameters.insert(draw.between(0, 2), sign)
             case "list":
                 about = _maybe(draw, "the numbers")
                 parameters = [sign, Parameter(name=left, type=ParameterType.NUMBERS, about=about)]
+                draw.rng.shuffle(parameters)
             case _:
                 about = _maybe(draw, "such as 2+3 or 4*5")
                 parameters = [Parameter(name=left, type=ParameterType.STRING, about=about)]
                 if draw.chance(0.5):
-                    parameters.append(Parameter(name=operator, type=ParameterType.INTEGER, required=False))
-        draw.rng.shuffle(parameters)
+                    spare = Parameter(name=operator, type=ParameterType.INTEGER, required=False)
+                    parameters.insert(draw.between(0, 1), spare)
         return tuple(parameters)
 
     parameters = _of_split(draw, build)
@@ -314,10 +320,6 @@ def _bound_text(condition: Filter) -> str:
     return {"min": f"{condition.field} at least", "max": f"{condition.field} at most"}.get(condition.bound, "")
 
 
-def _key_name(draw: Draw, table: Table) -> str:
-    return draw.one((table.key, f"{table.noun}_{table.key}", table.noun))
-
-
 def _key(draw: Draw, table: Table, name: str) -> Parameter:
     return Parameter(name=name, type=ParameterType.STRING, about=_maybe(draw, f"{table.key} of the {table.noun}"))
 
@@ -326,12 +328,21 @@ def _number(draw: Draw, name: str) -> Parameter:
     return Parameter(name=name, type=ParameterType.NUMBER, about=_maybe(draw, "a number"))
 
 
+class _Description(TypedDict):
+    purpose: str
+    description: str
+
+
+def _described(purpose: str, rest: str) -> _Description:
+    return {"purpose": purpose, "description": f"{purpose}{rest}."}
+
+
 def _maybe(draw: Draw, text: str) -> str:
     return text if draw.chance(0.5) else ""
 
 
 def _tool_name(draw: Draw, verbs: tuple[str, ...], subject: str) -> str:
-    verb = draw.repeatable(verbs) if len(verbs) > 1 else verbs[0]
+    verb = draw.recurring(verbs) if len(verbs) > 1 else verbs[0]
     match draw.between(0, 5):
         case 0:
             return f"{subject}_{verb}"

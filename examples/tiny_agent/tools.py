@@ -23,12 +23,14 @@ class ToolError(Exception):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Tool(ABC):
-    """noun: of the table that it works on; empty for a calculator."""
+    """noun: of the table that it works on; empty for a calculator. purpose: what its description begins with, no two
+    tools of a toolbox alike."""
 
     name: str
     description: str
     parameters: tuple[Parameter, ...]
     noun: str = ""
+    purpose: str = ""
 
     def function(self) -> dict[str, Any]:
         """Name, description and JSON schema of the parameters, as the model reads them."""
@@ -36,6 +38,10 @@ class Tool(ABC):
 
     def function_json(self) -> str:
         return json.dumps(self.function(), ensure_ascii=False)
+
+    def choice(self) -> str:
+        """As a thought names it: quoting what it is for leads to its name, which stands before the description."""
+        return f"{self.purpose}: {self.name}" if self.purpose else self.name
 
     def shape(self) -> str:
         return signature(self.parameters)

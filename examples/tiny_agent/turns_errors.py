@@ -72,7 +72,7 @@ def _locked(scene: Scene) -> Turn | None:
     question += f" If it is locked, {verb} it{said}."
     proof = moves.evidence(table, key, [field])
     moves.look_up(script, table, key, [field])
-    script.think(f"It is locked. To {verb} it: {tool.name}.")
+    script.think(f"It is locked. {tool.choice()}.")
     script.call(tool, arguments)
     script.think(f"Now {lookup.name} again.")
     values = dict(script.call(lookup, moves.lookup_arguments(lookup, key, [field])))
@@ -96,7 +96,7 @@ def _too_much(scene: Scene) -> Turn | None:
     amount = draw.integer(available + 1, available + 90)
     arguments, said = moves.action_arguments(scene, tool, key, amount)
     verb, subject = moves.verb_of(tool.description), phrases.record(table, key)
-    script.think(f"To {verb} {tool.field}: {tool.name}.")
+    script.think(f"{tool.choice()}.")
     script.call(tool, arguments)
     script.think(f"At most {available}. I take {available}.")
     arguments = {**arguments, tool.amount: available}

@@ -92,7 +92,7 @@ def _set_it(scene: Scene) -> Turn | None:
     values = {field.name: moves.new_value(scene, field, table.rows[key].get(field.name)) for field in fields}
     said, script = assignments(fields, values), Script(scene)
     question = draw.one((f"Now give it {said}.", f"Please change that {table.noun}: {said}."))
-    script.think(f"It is {phrases.record(table, key)}. I change it: {tool.name}.")
+    script.think(f"It is {phrases.record(table, key)}. I change it. {tool.choice()}.")
     script.call(tool, moves.update_arguments(tool, key, values))
     script.think("It is done.")
     scene.known.field = fields[0]
@@ -110,7 +110,7 @@ def _act_on_it(scene: Scene) -> Turn | None:
         return None
     amount, verb = scene.draw.integer(1, available), moves.verb_of(tool.description)
     arguments, said = moves.action_arguments(scene, tool, key, amount)
-    script.think(f"It is {phrases.record(table, key)}. To {verb} {tool.field}: {tool.name}.")
+    script.think(f"It is {phrases.record(table, key)}. {tool.choice()}.")
     receipt = script.call(tool, arguments)[tool.receipt]
     script.think(f"The {tool.receipt} is {receipt}.")
     question = f"Now {verb} {amount} {tool.field} of it{said}."

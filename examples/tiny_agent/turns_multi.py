@@ -96,10 +96,10 @@ def _by_extreme(scene: Scene, script: Script) -> Located | None:
         return None
     most = f" (at most {query.limit})" if query.limit else ""
     word = "highest" if highest else "lowest"
-    script.think(f"I look for {table.plural} with {query.said}: {tool.name}.")
+    script.think(f"I look for {table.plural} with {query.said}. {tool.choice()}.")
     script.call(tool, query.arguments)
     key = next(key for key, number in hits if number == best)
-    script.think(f"{name}: {', '.join(f'{other} {number}' for other, number in hits)}. The {word} is {best}: {key}.")
+    script.think(f"{phrases.compared(name, hits)} The {word} is {best} ({key}).")
     said = f"the {table.noun} with the {word} {name} among those with {query.said}{most}"
     proof = (Evidence(key_name=table.key, key=key, field=name, value=best),)
     return Located(table=table, key=key, said=said, evidence=proof)
@@ -164,7 +164,7 @@ def _update(scene: Scene, script: Script, located: Located) -> Turn | None:
         fields = [scene.draw.one(fields)]
     values = {field.name: moves.new_value(scene, field, table.rows[key].get(field.name)) for field in fields}
     question = update_question(scene, fields, located.said, values)
-    script.think(f"I change {phrases.record(table, key)}: {tool.name}.")
+    script.think(f"I change {phrases.record(table, key)}. {tool.choice()}.")
     script.call(tool, moves.update_arguments(tool, key, values))
     script.think("It is done.")
     answer = f"Done: {phrases.record(table, key)} now has {assignments(fields, values)}."
@@ -191,7 +191,7 @@ def _raise(scene: Scene, script: Script, located: Located) -> Turn | None:
     number = moves.look_up(script, table, key, [field])[field.name]
     script.think(f"The {field.name} is {number}.")
     value = moves.calculate(script, calculator, operator, [number, amount])
-    script.think(f"The new {field.name} is {value}: {tool.name}.")
+    script.think(f"The new {field.name} is {value}. {tool.choice()}.")
     script.call(tool, moves.update_arguments(tool, key, {field.name: value}))
     script.think("It is done.")
     answer = f"Done: {phrases.record(table, key)} now has {field.name} {value}."
@@ -211,7 +211,7 @@ def _act(scene: Scene, script: Script, located: Located) -> Turn | None:
     amount = scene.draw.integer(1, available)
     arguments, said = moves.action_arguments(scene, tool, key, amount)
     verb = moves.verb_of(tool.description)
-    script.think(f"To {verb} {tool.field} of {phrases.record(table, key)}: {tool.name}.")
+    script.think(f"{tool.choice()}.")
     receipt = script.call(tool, arguments)[tool.receipt]
     script.think(f"The {tool.receipt} is {receipt}.")
     check = Check(
@@ -241,7 +241,7 @@ def combined(scene: Scene) -> Turn | None:
     question = f"What is the {word} of the {field.name} of {subjects[0]} and of {subjects[1]}?"
     proof = tuple(item for key in keys for item in moves.evidence(table, key, [field]))
     lookup = scene.lookup(table)
-    script.think(f"I need the {field.name} of both: {lookup.name}.")
+    script.think(f"I need the {field.name} of both. {lookup.choice()}.")
     found = script.calls([(lookup, moves.lookup_arguments(lookup, key, [field])) for key in keys])
     value = moves.calculate(script, calculator, operator, [result[field.name] for result in found])
     script.think(f"The result is {value}.")
@@ -261,13 +261,13 @@ def created(scene: Scene) -> Turn | None:
         return None
     script = Script(scene)
     values = {field.name: moves.new_value(scene, field) for field in table.fields}
-    script.think(f"A new {table.noun}: {tool.name}.")
+    script.think(f"{tool.choice()}.")
     key = str(script.call(tool, moves.create_arguments(tool, values))[table.key])
     script.think(f"Its {table.key} is {key}.")
     amount = draw.integer(1, values[action.field])
     arguments, said = moves.action_arguments(scene, action, key, amount)
     verb = moves.verb_of(action.description)
-    script.think(f"To {verb} {action.field} of {phrases.record(table, key)}: {action.name}.")
+    script.think(f"{action.choice()}.")
     receipt = script.call(action, arguments)[action.receipt]
     script.think(f"The {action.receipt} is {receipt}.")
     question = (

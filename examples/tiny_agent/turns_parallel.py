@@ -40,7 +40,7 @@ def _read_several(scene: Scene) -> Turn | None:
         (f"What is the {field.name} of {table.plural} {names}?", f"Tell me the {field.name} of {table.plural} {names}.")
     )
     proof = tuple(item for key in keys for item in moves.evidence(table, key, [field]))
-    script.think(f"I need the {field.name} of {names}: {lookup.name} for each.")
+    script.think(f"I need the {field.name} of {names}. {lookup.choice()} for each.")
     found = script.calls([(lookup, moves.lookup_arguments(lookup, key, [field])) for key in keys])
     said = [f"{key}: {phrases.spoken(result[field.name])}" for key, result in zip(keys, found, strict=True)]
     script.think("All are there.")
@@ -69,10 +69,10 @@ def _compare(scene: Scene) -> Turn | None:
         return None
     word, winner = "highest" if highest else "lowest", keys[numbers.index(best)]
     proof = tuple(item for key in keys for item in moves.evidence(table, key, [field]))
-    script.think(f"I need the {field.name} of {phrases.listed(keys)}: {lookup.name} for each.")
+    script.think(f"I need the {field.name} of {phrases.listed(keys)}. {lookup.choice()} for each.")
     script.calls([(lookup, moves.lookup_arguments(lookup, key, [field])) for key in keys])
-    shown = ", ".join(f"{key} {number}" for key, number in zip(keys, numbers, strict=True))
-    script.think(f"{field.name}: {shown}. The {word} is {best}: {winner}.")
+    shown = phrases.compared(field.name, list(zip(keys, numbers, strict=True)))
+    script.think(f"{shown} The {word} is {best} ({winner}).")
     question = f"Which {table.noun} has the {word} {field.name}: {phrases.listed(keys, 'or')}?"
     check = Check(
         values=(winner, best),
@@ -98,7 +98,7 @@ def _update_several(scene: Scene) -> Turn | None:
     field, keys = draw.one(fields), _keys(scene, table, 3)
     values = {key: moves.new_value(scene, field, table.rows[key].get(field.name)) for key in keys}
     said = phrases.listed([f"{key} {phrases.assignment(field, value)}" for key, value in values.items()])
-    script.think(f"I change {phrases.listed(keys)}: {tool.name} for each.")
+    script.think(f"I change {phrases.listed(keys)}. {tool.choice()} for each.")
     script.calls([(tool, moves.update_arguments(tool, key, {field.name: values[key]})) for key in keys])
     script.think("All are done.")
     question = draw.one((f"Change these {table.plural}: {said}.", f"Please update {table.plural}: {said}."))
@@ -145,7 +145,7 @@ def _two_tables(scene: Scene) -> Turn | None:
         said.append(phrases.statement(field, phrases.record(table, key), value))
         values.append(value)
         proof += moves.evidence(table, key, [field])
-    script.think(f"I need {phrases.listed(parts)}: {calls[0][0].name} and {calls[1][0].name}.")
+    script.think(f"I need {phrases.listed(parts)}. {' and '.join(tool.choice() for tool, _ in calls)}.")
     script.calls(calls)
     script.think("Both are there.")
     check = Check(values=tuple(values), evidence=proof, parallel=2)

@@ -51,16 +51,22 @@ def plan(scene: Scene) -> Turn | None:
 
 
 def _options(scene: Scene) -> tuple[str, ...]:
+    """No two begin alike, so that a choice once begun has one way to go on."""
     draw = scene.draw
-    count = draw.between(3, 6)
-    match draw.between(0, 2):
-        case 0:
-            made = [draw.repeatable(draw.words.tags) for _ in range(count)]
-        case 1:
-            made = [draw.identifier(draw.id_format()) for _ in range(count)]
-        case _:
-            made = [str(draw.integer(100, 9999)) for _ in range(count)]
-    return tuple(dict.fromkeys(made))
+    count, form = draw.between(3, 6), draw.between(0, 2)
+    made: dict[str, str] = {}
+    for _ in range(8 * count):
+        match form:
+            case 0:
+                option = draw.repeatable(draw.words.tags)
+            case 1:
+                option = draw.identifier(draw.id_format())
+            case _:
+                option = str(draw.integer(100, 9999))
+        made.setdefault(option[0].lower(), option)
+        if len(made) == count:
+            break
+    return tuple(made.values())
 
 
 def _follow(scene: Scene, script: Script, table: Table, key: str, said: str) -> tuple[Table, str, str]:

@@ -71,7 +71,7 @@ def _read_note(scene: Scene, table: Table, key: str) -> Turn:
     question = scene.draw.one(
         (f"Show {subject} with its {table.extra}.", f"What does the {table.extra} of {subject} say?")
     )
-    script.think(f"I need the {table.extra} of {subject}: {lookup.name}, {lookup.extra} true.")
+    script.think(f"I need the {table.extra} of {subject}, {lookup.extra} true. {lookup.choice()}.")
     selected = scene.draw.one(moves.readable_fields(table))
     if lookup.selection:
         question += f" I also need its {selected.name}."
@@ -92,7 +92,7 @@ def search(scene: Scene, tool: Search) -> Turn:
     query = moves.draw_query(scene, tool)
     most = f" Show at most {query.limit}." if query.limit else ""
     question = draw.one((f"Which {table.plural} have {query.said}?", f"List the {table.plural} with {query.said}."))
-    script.think(f"I look for {table.plural} with {query.said}: {tool.name}.")
+    script.think(f"I look for {table.plural} with {query.said}. {tool.choice()}.")
     hits = [str(hit[table.key]) for hit in script.call(tool, query.arguments)[table.plural]]
     script.think(f"It lists {phrases.listed(hits)}.")
     check = Check(
@@ -116,7 +116,7 @@ def update(scene: Scene, tool: Update, *, key: str = "") -> Turn:
     values = {field.name: moves.new_value(scene, field, table.rows[key].get(field.name)) for field in chosen}
     subject, said = phrases.record(table, key), assignments(chosen, values)
     question = update_question(scene, chosen, subject, values)
-    script.think(f"I change {subject}: {tool.name}.")
+    script.think(f"I change {subject}. {tool.choice()}.")
     script.call(tool, moves.update_arguments(tool, key, values))
     script.think("It is done.")
     scene.known.about(table, key, chosen[0])
@@ -159,7 +159,7 @@ def create(scene: Scene, tool: Create) -> Turn | None:
     values = {field.name: moves.new_value(scene, field) for field in table.fields}
     said = assignments(list(table.fields), values)
     question = scene.draw.one((f"Add a {table.noun} with {said}.", f"I want a new {table.noun}: {said}."))
-    script.think(f"A new {table.noun}: {tool.name}.")
+    script.think(f"{tool.choice()}.")
     key = str(script.call(tool, moves.create_arguments(tool, values))[table.key])
     script.think(f"Its {table.key} is {key}.")
     scene.known.about(table, key, table.fields[0])
@@ -183,7 +183,7 @@ def action(scene: Scene, tool: Action, *, key: str = "") -> Turn | None:
             f"I want to {verb} {amount} {tool.field} of {subject}{said}.",
         )
     )
-    script.think(f"To {verb} {tool.field}: {tool.name}.")
+    script.think(f"{tool.choice()}.")
     receipt = script.call(tool, arguments)[tool.receipt]
     script.think(f"The {tool.receipt} is {receipt}.")
     scene.known.about(table, key, table.field_named(tool.field))
@@ -197,7 +197,7 @@ def release(scene: Scene, tool: Release) -> Turn:
     key = draw.one(list(table.rows))
     subject, verb = phrases.record(table, key), moves.verb_of(tool.description)
     arguments, said = release_arguments(scene, tool, key)
-    script.think(f"To {verb} it: {tool.name}.")
+    script.think(f"{tool.choice()}.")
     script.call(tool, arguments)
     script.think("It is done.")
     check = Check(values=(key,), required_calls=((tool.name, arguments),))

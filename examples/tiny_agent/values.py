@@ -44,6 +44,12 @@ _ID_FORMATS = {
     ),
     "evaluation": _split("AAA99 9A9A A-9999 99-AA-9 999999 aa-9a"),
 }
+_RECURRING_SHARE = 0.25
+_ALIKE_SHARE = 0.12
+"""Of invented words: those that begin like another one of their task."""
+_FORMAT_GROUPS = _split("9 99 999 9999 A AA AAA AAAA a aa aaa A9 9A a9 9a A99 99A 9AA AA9 A9A 9A9 a99 9aa aa9")
+_INVENTED_FORMAT_SHARE = 0.7
+"""Of the formats of training."""
 _UPPER = "ABCDEFGHJKLMNPQRSTUVWXYZ"
 _LOWER = "abcdefghjkmnpqrstuvwxyz"
 _NONE = ("",)
@@ -101,6 +107,8 @@ class Draw:
         self.rng = rng
         self.words: Words = TRAINING if split is Split.TRAINING else EVALUATION
         self._taken: set[str] = set()
+        self._invented_before: list[str] = []
+        self._recurring: dict[Sequence[str], list[str]] = {}
 
     def chance(self, probability: float) -> bool:
         return self.rng.random() < probability
@@ -131,6 +139,15 @@ class Draw:
         """As ``word``, but it may come again: verbs, values."""
         return self._invented() if self._invents() else self.one(words)
 
+    def recurring(self, words: Sequence[str]) -> str:
+        """As ``repeatable``; in training often one that this list has given before, as a list of a few words does:
+        verbs of tools, names of keys, of people."""
+        before = self._recurring.setdefault(words, [])
+        if before and self.split is Split.TRAINING and self.chance(_RECURRING_SHARE):
+            return self.one(before)
+        before.append(self.repeatable(words))
+        return before[-1]
+
     def enumeration(self) -> EnumWords:
         """A field's name and its two to five values."""
         if self._invents():
@@ -144,9 +161,8 @@ class Draw:
 
     def person(self) -> str:
         """First and last name."""
-        first = self._invented().capitalize() if self._invents() else self.one(self.words.firsts)
-        last = self._invented().capitalize() if self._invents() else self.one(self.words.lasts)
-        return f"{first} {last}"
+        first, last = self.recurring(self.words.firsts), self.recurring(self.words.lasts)
+        return f"{first.capitalize()} {last.capitalize()}"
 
     def place(self) -> str:
         return self._invented().capitalize() if self._invents() else self.one(self.words.places)
@@ -156,14 +172,20 @@ class Draw:
 
     def _invented(self) -> str:
         while True:
-            word = pieced_word(self.rng) if self.rng.random() < self._pieced_share else invented_word(self.rng)
-            if word not in _known_words():
+            if self._invented_before and self.rng.random() < _ALIKE_SHARE:
+                word = alike_word(self.rng, self.one(self._invented_before))
+            else:
+                word = pieced_word(self.rng) if self.rng.random() < self._pieced_share else invented_word(self.rng)
+            if word not in _known_words() and not (self._pieced_share and word in _vocabulary()[1]):
+                self._invented_before.append(word)
                 return word
 
     # --- identifiers and numbers
 
     def id_format(self) -> str:
-        return self.one(id_formats(self.split))
+        """Invented where words are: who has seen eighteen formats only knows them instead of copying."""
+        invents = self._invents() and self.chance(_INVENTED_FORMAT_SHARE)
+        return invented_format(self.rng) if invents else self.one(id_formats(self.split))
 
     def identifier(self, id_format: str) -> str:
         return "".join(self._character(character) for character in id_format)
@@ -218,6 +240,23 @@ def pieced_word(rng: random.Random) -> str:
         word = "".join(rng.choice(pieces) for _ in range(rng.choice((1, 2, 2, 3))))
         if 4 <= len(word) <= 12 and word not in small_words:
             return word
+
+
+def alike_word(rng: random.Random, word: str) -> str:
+    """Four to twelve letters that begin as another word does: only all of a word tells the two apart."""
+    begins = word[: rng.randint(2, max(2, min(8, len(word) - 2)))]
+    return begins + invented_word(rng)[-rng.randint(2, 4) :]
+
+
+def invented_format(rng: random.Random) -> str:
+    """Four to nine characters in one to three groups, letters and digits; none of the held-out formats."""
+    while True:
+        separator = rng.choice(("", "-", "-", "_"))
+        groups = [rng.choice(_FORMAT_GROUPS) for _ in range(rng.choice((1, 2, 2, 3)))]
+        made = separator.join(groups)
+        held_out = made in _ID_FORMATS[Split.EVALUATION.value]
+        if 4 <= len(made) <= 9 and "9" in made and re.search("[Aa]", made) and not held_out:
+            return made
 
 
 def invented_word(rng: random.Random) -> str:

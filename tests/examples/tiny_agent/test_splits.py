@@ -12,7 +12,7 @@ from examples.tiny_agent.shapes import Parameter, split_of
 from examples.tiny_agent.tables import World
 from examples.tiny_agent.tasks import MAKERS, Task, make_task
 from examples.tiny_agent.toolbox import OPERATORS
-from examples.tiny_agent.values import SMALLEST_SPLIT_NUMBER, Draw, Split, id_formats, is_of
+from examples.tiny_agent.values import SMALLEST_SPLIT_NUMBER, Draw, Split, id_formats, invented_format, is_of
 from examples.tiny_agent.words import EVALUATION, TRAINING
 from seamount.router.tokenizer import Tokenizer
 
@@ -114,6 +114,14 @@ def test_identifiers_of_one_split_have_no_format_of_the_other() -> None:
             identifier = draw.identifier(own)
             assert matches_format(identifier, own)
             assert not any(matches_format(identifier, other) for other in id_formats(Split.TRAINING))
+
+
+def test_invented_formats_are_none_of_the_held_out_ones() -> None:
+    rng = random.Random(5)
+    invented = {invented_format(rng) for _ in range(20_000)}
+    assert len(invented) > 1000
+    assert not invented & set(id_formats(Split.EVALUATION))
+    assert all(re.search("[Aa]", made) and "9" in made for made in invented)
 
 
 def test_every_number_belongs_to_one_split_and_small_ones_to_both() -> None:
