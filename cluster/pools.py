@@ -7,6 +7,7 @@ processes alone.
 
 from __future__ import annotations
 
+import ray
 import ray.util
 from ray import serve
 from ray.serve.api import RunTarget
@@ -51,7 +52,7 @@ class Rank:
             host=bind_address(settings.pools.host),
             metrics_host=bind_address(settings.metrics.host),
         )
-        self._rank = RegisteredRank(spec, settings)
+        self._rank = RegisteredRank(spec, settings, node_id=node_id())
         await self._rank.start()
 
     async def check_health(self) -> None:
@@ -121,6 +122,11 @@ def bind_address(host: str) -> str:
 def reachable_host(host: str) -> str:
     """Where other nodes reach what listens on ``host`` here: "all addresses" is none that one could call."""
     return node_address() if host in ("0.0.0.0", "::") else host
+
+
+def node_id() -> str:
+    """Ray's name of this node."""
+    return str(ray.get_runtime_context().get_node_id())
 
 
 def node_address() -> str:

@@ -37,11 +37,14 @@ class RegisteredRank:
     this rank still holds open can mislead its peers.
     """
 
-    def __init__(self, spec: RankSpec, settings: Settings, *, on_loading: OnLoading | None = None) -> None:
-        """settings: with the ``redis_url`` in force. on_loading: see ``RankServer``."""
+    def __init__(
+        self, spec: RankSpec, settings: Settings, *, node_id: str = "", on_loading: OnLoading | None = None
+    ) -> None:
+        """settings: with the ``redis_url`` in force; node_id: Ray's, if any. on_loading: see ``RankServer``."""
         assert settings.redis_url is not None
         self._spec = spec
         self._settings = settings
+        self._node_id = node_id
         self._redis_url = settings.redis_url.get_secret_value()
         self._server = RankServer(spec, on_fatal=self._end_process, on_loading=on_loading)
         self._store: Store | None = None
@@ -110,6 +113,7 @@ class RegisteredRank:
             expert_parallel=spec.gang_size,
             layout=state.layout,
             fingerprint=state.fingerprint,
+            node_id=self._node_id,
         )
 
     def _state(self) -> bytes:

@@ -4,20 +4,24 @@ from __future__ import annotations
 
 import asyncio
 import logging
+from contextlib import suppress
 
 import ray
+import redis
 from ray import serve
 from ray.serve.deployment import Application
 
 from seamount.cluster.fleet import Reconciler, wanted_pools
 from seamount.cluster.fleet_metrics import FleetMetrics
 from seamount.cluster.fleet_state import FleetState, connect
+from seamount.cluster.leaving import LeavingRouters
 from seamount.cluster.pools import (
     HEALTH_PERIOD_S,
     HEALTH_TIMEOUT_S,
     IDLE_CPUS,
     ServeGangs,
     bind_address,
+    node_id,
     reachable_host,
 )
 from seamount.cluster.settings import Settings
@@ -25,11 +29,13 @@ from seamount.cluster.specs import router_spec
 from seamount.router.server import RouterServer
 from seamount.wire import logs
 from seamount.wire.errors import Unavailable
+from seamount.wire.ids import RouterId
 from seamount.wire.metrics import MetricsEndpoint, new_registry
 
 _LOG = logging.getLogger("seamount.fleet")
 DRAIN_S = 10.0
 """What a leaving router has to end its streams."""
+LEAVE_POLL_S = 0.5
 _FLEET_STOP_S = 10.0
 HEAD_RESOURCE = "node:__internal_head__"
 """Ray's own name for one unit of its head node."""
@@ -41,27 +47,49 @@ class Router:
     async def __init__(self, settings: Settings) -> None:  # type: ignore[misc]
         logs.configure()
         assert settings.redis_url is not None
+        redis_url = settings.redis_url.get_secret_value()
         spec = router_spec(
             settings,
-            redis_url=settings.redis_url.get_secret_value(),
+            redis_url=redis_url,
             port=settings.router.port,
             metrics_host=bind_address(settings.metrics.host),
             advertised_host=reachable_host(settings.router.host),
+            node_id=node_id(),
         )
         self._server = RouterServer(spec)
         self._address: str = await self._server.start()
+        client = connect(redis_url, timeout_s=settings.redis.timeout_s)
+        self._leaving = LeavingRouters(client, settings.cluster_name)
+        self._has_left = self._may_return = False
+        self._look_out = asyncio.create_task(self._leave_when_asked(spec.router_id), name="leave when asked")
 
     async def address(self) -> str:
         """``host:port`` that clients connect to."""
         return self._address
 
     async def check_health(self) -> None:
-        if not self._server.healthy():
+        """Raises when the router does not answer. One that has left as it was asked to is well until it may return:
+        Serve would put another one into its place at once, on the node that is to be emptied."""
+        is_well = not self._may_return if self._has_left else self._server.healthy()
+        if not is_well:
             raise Unavailable("the router does not answer", reason="ROUTER_UNHEALTHY")
 
     async def __del__(self) -> None:
+        if hasattr(self, "_look_out"):
+            self._look_out.cancel()
         if hasattr(self, "_address"):
             await self._server.leave_and_stop(DRAIN_S)
+
+    async def _leave_when_asked(self, router_id: RouterId) -> None:
+        while True:
+            await asyncio.sleep(LEAVE_POLL_S)
+            with suppress(redis.RedisError):
+                is_asked = await asyncio.to_thread(self._leaving.is_asked, router_id)
+                self._may_return = self._has_left and not is_asked
+                if is_asked and not self._has_left:
+                    self._has_left = True
+                    _LOG.info("router_leaving", extra={"router_id": router_id})
+                    await self._server.leave_and_stop(DRAIN_S)
 
 
 class Fleet:

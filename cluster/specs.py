@@ -72,9 +72,11 @@ def router_spec(
     port: int,
     metrics_host: str,
     advertised_host: str | None = None,
+    node_id: str = "",
     allow_forced_tokens: bool = False,
 ) -> RouterSpec:
-    """What a router is told; ``port`` 0 = any free one; ``metrics_host``, ``advertised_host``: of its own node."""
+    """What a router is told; ``port`` 0 = any free one; ``metrics_host``, ``advertised_host``, ``node_id``: of its own
+    node."""
     router = settings.router
     return RouterSpec(
         router_id=RouterId(f"router-{uuid.uuid4().hex[:12]}"),
@@ -89,6 +91,7 @@ def router_spec(
         ),
         host=router.host,
         advertised_host=advertised_host,
+        node_id=node_id,
         port=port,
         api_key_file=router.api_key_file,
         worker_token=read_token(router.worker_token_file),

@@ -38,7 +38,8 @@ class Liveness(enum.Enum):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PeerRecord:
-    """What a peer says of itself once. ``instance`` is new for each process, also under the same id.
+    """What a peer says of itself once. ``instance`` is new for each process, also under the same id; ``node_id`` is
+    Ray's, empty in plain processes.
 
     Routers leave gang_id, layout and fingerprint empty and the sizes at their defaults.
     """
@@ -55,6 +56,7 @@ class PeerRecord:
     expert_parallel: int = 1
     layout: str = ""
     fingerprint: str = ""
+    node_id: str = ""
 
     def __post_init__(self) -> None:
         if not self.peer_id or not self.instance or ":" in self.instance:

@@ -21,6 +21,7 @@ from seamount.router.inference_service import InferenceService
 from seamount.router.metrics import RouterMetrics, RouterView
 from seamount.router.model import ServedModel
 from seamount.router.moves import Moves
+from seamount.router.own_load import OwnLoad
 from seamount.router.ranks import Ranks
 from seamount.router.rendering import Rendering
 from seamount.router.retention import Retention
@@ -180,7 +181,8 @@ class RouterServer:
         await server.start()
         parts.push_async_callback(server.stop, 0.5)
         address = f"{spec.advertised_host or spec.host}:{port}"
-        registration = Registration(directory, self._record(address), interval_s=spec.beat_s)
+        load = OwnLoad(lambda: turns.num_running + len(inference.running))
+        registration = Registration(directory, self._record(address), state=load.state, interval_s=spec.beat_s)
         await registration.start()
         parts.push_async_callback(registration.stop)
         links = RouterLinks(
@@ -226,6 +228,7 @@ class RouterServer:
             version=version("seamount"),
             process_id=os.getpid(),
             instance=new_instance(),
+            node_id=self.spec.node_id,
         )
 
     async def _follow_health(self, ranks: Ranks) -> None:

@@ -26,7 +26,8 @@ _DEFAULT_RULES = PathRules()
 class RouterSpec:
     """One router: one process, any number of them for one cluster.
 
-    advertised_host: where others reach it; None = ``host``, which it listens on.
+    node_id: Ray's, empty in plain processes; advertised_host: where others reach it, None = ``host``, which it listens
+    on.
     allow_forced_tokens: tests of plain processes may dictate the sampled ids; refused off loopback.
     """
 
@@ -38,6 +39,7 @@ class RouterSpec:
     max_context_tokens: int
     defaults: SamplingDefaults = SamplingDefaults()
     rules: PathRules = _DEFAULT_RULES
+    node_id: str = ""
     host: str = "127.0.0.1"
     advertised_host: str | None = None
     port: int = 0
