@@ -42,6 +42,11 @@ class Lane:
     def max_tokens(self) -> int:
         return max(group.max_tokens for group in self.groups)
 
+    @property
+    def work(self) -> int:
+        """Roughly, in tokens of a long prompt: a conversation of 200 sampled tokens takes as long as 700 of those."""
+        return sum(group.num_tasks * (group.length or 700) for group in self.groups)
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Checkpoints:
@@ -90,15 +95,23 @@ Take = Callable[[int], int | None]
 
 
 def play_lanes(
-    lanes: Sequence[Lane], checkpoints: Checkpoints, device: str, take: Take, tell: Callable[[Told], None]
+    lanes: Sequence[Lane],
+    checkpoints: Checkpoints,
+    device: str,
+    take: Take,
+    tell: Callable[[Told], None],
+    *,
+    first: int = 0,
 ) -> None:
-    """Play what ``take`` gives, lane after lane. One that fails does not keep the others from being played.
+    """Play what ``take`` gives, lane after lane from lane ``first`` on, then those before it. One that fails does not
+    keep the others from being played.
 
     Raises RuntimeError with the errors of those that failed.
     """
     tokenizer = Tokenizer.load(checkpoints.plain)
     errors = []
-    for number, lane in enumerate(lanes):
+    for number in (*range(first, len(lanes)), *range(first)):
+        lane = lanes[number]
         try:
             _play_lane(lane, checkpoints, device, tokenizer, partial(take, number), tell)
         except Exception:
@@ -199,7 +212,20 @@ def play_jobs(lanes: Sequence[Lane], checkpoints: Checkpoints, devices: Sequence
     deadline: of ``time.time``, when to begin no more groups.
     """
     taken = [_SPAWN.Value("q", 0) for _ in lanes]
-    return [partial(_play_in_this, lanes, checkpoints, device, taken, deadline) for device in devices]
+    firsts = first_lanes([lane.work for lane in lanes], len(devices))
+    return [
+        partial(_play_in_this, lanes, first, checkpoints, device, taken, deadline)
+        for device, first in zip(devices, firsts, strict=True)
+    ]
+
+
+def first_lanes(work: Sequence[int], num_processes: int) -> list[int]:
+    """With which lane each process begins: seats by D'Hondt's rule, so that an evaluation that is cut short has played
+    the same share of all."""
+    seats = [0] * len(work)
+    for _ in range(num_processes if work else 0):
+        seats[max(range(len(work)), key=lambda lane: work[lane] / (seats[lane] + 1))] += 1
+    return [lane for lane, count in enumerate(seats) for _ in range(count)] or [0] * num_processes
 
 
 def run_jobs(jobs: Sequence[Job], tell: Callable[[Any], None]) -> None:
@@ -246,6 +272,7 @@ def _run(job: Job, number: int, told: Any) -> None:
 
 def _play_in_this(
     lanes: Sequence[Lane],
+    first: int,
     checkpoints: Checkpoints,
     device: str,
     taken: Sequence[Synchronized[int]],
@@ -260,4 +287,4 @@ def _play_in_this(
             taken[lane].value = at + 1
             return at
 
-    play_lanes(lanes, checkpoints, device, take, tell)
+    play_lanes(lanes, checkpoints, device, take, tell, first=first)

@@ -22,12 +22,12 @@ from examples.tiny_agent.export import write_json as write_config
 from examples.tiny_agent.inference import LocalInference
 from examples.tiny_agent.journal import Journal, Results, read_journal
 from examples.tiny_agent.model import Angles, Layer, Model, Projected
-from examples.tiny_agent.players import MODELS, Checkpoints, Lane, Pace, Played, play_jobs, run_jobs
+from examples.tiny_agent.players import MODELS, Checkpoints, Lane, Pace, Played, first_lanes, play_jobs, run_jobs
 from examples.tiny_agent.plots import plot
 from examples.tiny_agent.recall import NUM_QUERIES, indexer_recall
-from examples.tiny_agent.reinforce import served_model
 from examples.tiny_agent.report import Report, write_json
 from examples.tiny_agent.scores import Share, paired
+from examples.tiny_agent.shared_weights import SharedWeights
 from examples.tiny_agent.suite import Suite, needle_row
 from examples.tiny_agent.turns import TaskKind
 from seamount.router.history import History
@@ -221,7 +221,10 @@ def test_prompts_that_fit_into_the_selection_are_left_out() -> None:
 
 
 def test_a_prompt_that_leaves_no_room_gets_no_output() -> None:
-    inference = LocalInference(served_model(model_with(16)), num_conversations=3, max_tokens=64)
+    model = model_with(16)
+    weights = SharedWeights(model.config, model.dtype)
+    weights.write(model)
+    inference = LocalInference(weights.served(torch.device("cpu"))[0], num_conversations=3, max_tokens=64)
     outputs = inference.generate({0: [3] * 64, 2: [3, 4]}, max_output_tokens=4)
     assert outputs[0] == []
     assert 1 <= len(outputs[2]) <= 4
@@ -253,6 +256,16 @@ def test_the_models_under_test_differ_in_what_they_attend_to_and_store(forms: Ch
     assert said["sparse"][1] != said["dense"][1]
     assert set(said["fp8"]) == {0, 1}
     assert all(said["fp8"].values())
+
+
+@pytest.mark.parametrize(
+    ("work", "num_processes", "expected"),
+    [([10], 3, [0, 0, 0]), ([60, 20, 19], 5, [0, 0, 0, 1, 2]), ([9, 1], 1, [0]), ([5, 5], 2, [0, 1]), ([], 2, [0, 0])],
+)
+def test_processes_begin_with_lanes_in_proportion_to_their_work(
+    work: list[int], num_processes: int, expected: list[int]
+) -> None:
+    assert first_lanes(work, num_processes) == expected
 
 
 def test_processes_share_the_tasks_and_play_them_as_one_would(
