@@ -21,8 +21,8 @@ from examples.tiny_agent.index_scores import attention_mass, index_scores, visib
 from examples.tiny_agent.model import Angles, Layer, Projected
 from seamount.kernels.topk import topk_indices
 
-ROW_STRIDE = 8
-"""Of how many rows one is compared with the main model's attention."""
+ROW_STRIDE = 16
+"""Of how many rows one is compared with the main model's attention. On CUDA lengths are multiples of 128 of it."""
 SELECTION_ROWS = 2048
 """Rows whose scores against all keys exist at one time while tokens are selected."""
 

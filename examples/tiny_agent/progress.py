@@ -17,7 +17,7 @@ from examples.tiny_agent.parallel import Ranks
 
 STATE = "training.json"
 METRICS = "metrics.jsonl"
-SAVE_EVERY_S = 120.0
+SAVE_EVERY_S = 60.0
 """A run that is killed loses no more than this."""
 OnMetrics = Callable[[dict[str, Any]], None]
 
