@@ -162,7 +162,7 @@ def paged_topk_indices(
 
     Arguments, and what is raised, as there; k >= 1, ValueError otherwise.
     Returns [B, k] or [B, N, k] int64: min(k, context_lens) positions in ascending order, then -1.
-    On CUDA two launches for one query a sequence: scores come with the maxima that the selection begins with.
+    On CUDA two launches: scores come with the samples that the selection begins with.
     """
     if k < 1:
         raise ValueError(f"k is {k}; it must be at least 1")

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from seamount.kernels.arguments import INTEGERS, check_tensor
 
-MAX_CUDA_K = 32768
+MAX_CUDA_K = 4096
 """The most that the CUDA kernel selects: its candidates are in one program's registers."""
 
 

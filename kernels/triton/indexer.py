@@ -5,10 +5,9 @@
 Tiles: 128 tokens (two pages) of e4m3 keys against all heads of one query: one product [128, D] x [D, H] on the tensor
 cores, H/4 partial sums a thread, two shuffles. A program walks a few tiles of one sequence, the next tiles' keys
 already on their way to shared memory; several programs share an SM. Two queries of a sequence (next_n) read a tile
-once. Programs beyond a sequence's length only write -inf. Where the k best of one query a sequence are wanted, the
-maxima of groups of scores, which top-k begins with, are taken from registers (``topk.store_group_maxima``).
-Bytes: 132 a token (D = 128) read once, 4 written a query, up to 1.25 more for maxima; D H a query read by each program
-(from L2).
+once. Programs beyond a sequence's length only write -inf. Where the k best are wanted, the samples that top-k begins
+with are stored with the scores. On Hopper the usual sizes have a kernel of their own: ``indexer_hopper.py``.
+Bytes: 132 a token (D = 128) read once, 4 written a query; D H a query read by each program (from L2).
 Work: 2 D H flops a token and query, 124 for each byte: memory-bound up to four queries.
 The tensor cores add e4m3 products over D in their own reduced accumulator, as every kernel on this chip does that does
 not promote it: about 2^-13 of the largest partial sum.
@@ -24,19 +23,28 @@ import triton.language as tl
 from torch import Tensor
 
 from seamount.kernels.layout import PAGE_SIZE, CacheLayout
+from seamount.kernels.triton import indexer_hopper
 from seamount.kernels.triton.topk import (
-    GROUPS,
-    group_levels,
-    maxima_columns,
+    Samples,
+    empty_samples,
+    num_samples,
+    sample_shift,
     select_rows,
-    store_group_maxima,
-    wants_maxima,
+    wants_samples,
 )
 
 _TOKENS = 128
 
 
 @triton.jit
+def _store(logits, at, width, out, samples, shift, SAMPLES: tl.constexpr):
+    # Selection reads the scores next: the keys that stream by shall not push them out of the L2.
+    tl.store(out + at, logits, mask=at < width, eviction_policy="evict_last" if SAMPLES else "")
+    if SAMPLES:
+        tl.store(samples + (at >> shift), logits, mask=(at & ((1 << shift) - 1)) == 0)
+
+
+@triton.jit(do_not_specialize=["shift"])
 def _paged_logits(
     q,
     keys,
@@ -45,20 +53,19 @@ def _paged_logits(
     lengths,
     page_tables,
     out,
-    maxima,
-    maxima_stride,
+    samples,
+    arrivals,
     num_pages,
     table_stride,
     tiles_per_program,
+    shift,
     NEXT: tl.constexpr,
     HEADS: tl.constexpr,
     BLOCK_HEADS: tl.constexpr,
     DIM: tl.constexpr,
     TOKENS: tl.constexpr,
     STAGES: tl.constexpr,
-    MAXIMA: tl.constexpr,
-    GROUPS: tl.constexpr,
-    LEVELS: tl.constexpr,
+    SAMPLES: tl.constexpr,
 ):
     PAGES: tl.constexpr = TOKENS // 64
     # Bytes of a page: 64 keys, then their 64 scales.
@@ -74,6 +81,7 @@ def _paged_logits(
     token = tl.arange(0, TOKENS)
     out += sequence * NEXT * width
     page_tables += sequence * table_stride
+    samples += sequence * NEXT * SAMPLES
 
     channel = tl.arange(0, DIM)
     head = tl.arange(0, BLOCK_HEADS)
@@ -95,15 +103,16 @@ def _paged_logits(
         scores = tl.maximum(tl.dot(key, query_0.T), 0.0)
         logits = tl.sum(scores * weight_0[None, :], axis=1) * scale
         logits = tl.where(at < length_0, logits, float("-inf"))
-        # Selection reads the scores next: the keys that stream by shall not push them out of the L2.
-        tl.store(out + at, logits, mask=at < width, eviction_policy="evict_last" if MAXIMA else "")
-        if MAXIMA:
-            row_maxima = maxima + sequence * maxima_stride
-            store_group_maxima(logits, tile * TOKENS, length_0, row_maxima, TOKENS, GROUPS, LEVELS)
+        _store(logits, at, width, out, samples, shift, SAMPLES)
         if NEXT == 2:
             scores = tl.maximum(tl.dot(key, query_1.T), 0.0)
             logits = tl.sum(scores * weight_1[None, :], axis=1) * scale
-            tl.store(out + width + at, tl.where(at < length_1, logits, float("-inf")), mask=at < width)
+            logits = tl.where(at < length_1, logits, float("-inf"))
+            _store(logits, at, width, out + width, samples + SAMPLES, shift, SAMPLES)
+    if SAMPLES:  # noqa: SIM102 (this one is the compiler's)
+        if tl.program_id(0) == 0:
+            for n in tl.static_range(NEXT):
+                tl.store(arrivals + sequence * NEXT + n, 0)
     for tile in range(end_used, end_tile):
         at = tile * TOKENS + token
         for n in tl.static_range(NEXT):
@@ -135,13 +144,9 @@ def paged_topk_indices(
         return paged_topk_indices(flat[0], plane, *flat[1:], layout, k).view(batch, queries, k)
     context_lens = context_lens.contiguous()
     width = page_tables.shape[1] * PAGE_SIZE
-    maxima = None
-    # Two queries' maxima would cost a program more registers than a launch of their own costs time; and a group lies in
-    # one tile.
-    if queries == 1 and wants_maxima(width, k) and 4 << (group_levels(width) - 1) <= _TOKENS:
-        maxima = torch.empty((batch, maxima_columns(width)), dtype=torch.float32, device=q.device)
-    scores = _write_scores(q, plane, weights, context_lens, page_tables, maxima)
-    rows = select_rows(scores.view(batch * queries, width), context_lens.view(-1), k, maxima)
+    samples = empty_samples(batch * queries, width, q.device) if wants_samples(width) else None
+    scores = _write_scores(q, plane, weights, context_lens, page_tables, samples)
+    rows = select_rows(scores.view(batch * queries, width), context_lens.view(-1), k, samples)
     return rows.view(batch, queries, k)
 
 
@@ -154,14 +159,18 @@ def _one_query_each(
 
 
 def _write_scores(
-    q: Tensor, plane: Tensor, weights: Tensor, context_lens: Tensor, page_tables: Tensor, maxima: Tensor | None
+    q: Tensor, plane: Tensor, weights: Tensor, context_lens: Tensor, page_tables: Tensor, samples: Samples | None
 ) -> Tensor:
-    """[B, N, P * 64] float32 for N of 1 or 2; maxima: [B, columns], written for N of 1, or None."""
+    """[B, N, P * 64] float32 for N of 1 or 2; samples: of B N rows, written, or None."""
     batch, queries, heads, dim = q.shape
     num_pages = page_tables.shape[1]
     width = num_pages * PAGE_SIZE
     out = torch.empty((batch, queries, width), dtype=torch.float32, device=q.device)
     if out.numel() == 0:
+        return out
+    q, weights = q.to(torch.float8_e4m3fn).contiguous(), weights.to(torch.float32).contiguous()
+    if indexer_hopper.is_supported(heads, dim, q.device):
+        indexer_hopper.write_scores(q, plane, weights, context_lens.contiguous(), page_tables, out, samples)
         return out
     num_tiles = triton.cdiv(width, _TOKENS)
     # About eight programs an SM if there is work for them; at most eight tiles each, so that the last wave is short. A
@@ -169,27 +178,25 @@ def _write_scores(
     tiles_per_program = max(1, min(8, batch * num_tiles // (8 * _num_sms(q.device))))
     tiles_per_program = 1 << (tiles_per_program.bit_length() - 1)
     _paged_logits[(triton.cdiv(num_tiles, tiles_per_program), batch)](
-        q.to(torch.float8_e4m3fn).contiguous(),
+        q,
         plane.view(torch.float8_e4m3fn),
         plane.view(torch.float32),
-        weights.to(torch.float32).contiguous(),
+        weights,
         context_lens.contiguous(),
         page_tables,
         out,
-        out if maxima is None else maxima,
-        maxima_columns(width),
+        *(samples or Samples(out, context_lens)),
         num_pages,
         page_tables.stride(0),
         tiles_per_program,
+        sample_shift(width),
         NEXT=queries,
         HEADS=heads,
         BLOCK_HEADS=max(16, triton.next_power_of_2(heads)),
         DIM=dim,
         TOKENS=_TOKENS,
         STAGES=2,
-        MAXIMA=maxima is not None,
-        GROUPS=GROUPS,
-        LEVELS=group_levels(width),
+        SAMPLES=num_samples(width) if samples else 0,
         num_warps=4,
         num_stages=2,
     )

@@ -1,88 +1,88 @@
-"""Exact top-k on the GPU, ties to the lowest index: maxima of groups of scores, then ``topk_select`` a row.
+"""Exact top-k on the GPU, ties to the lowest index: samples of each row, then ``topk_select``.
 
-Two launches: ``_group_maxima`` reads all scores once (4 L bytes, L/4 to L written), all SMs busy at one row too; then
-one program a row selects. Who computes the scores can store the maxima with them (``store_group_maxima``) and call
-``select_rows`` alone. One launch for rows of at most 8,192 scores, which a program holds in registers, and for many
-rows of at most 32,768, whose quads' maxima each program finds itself: the second read of a row then comes from L2.
+Two launches: ``_take_samples`` copies every 2^shift-th score of a row; then one or more programs a row select, as many
+as keep the SMs busy. Who computes the scores can store the samples with them and call ``select_rows`` alone. One launch
+for rows of at most 8,192 scores, which a program holds in registers.
 """
 
 from __future__ import annotations
 
+import math
 from functools import cache
+from typing import NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from seamount.kernels.triton.topk_select import select
 
-GROUPS = 8192
-"""Groups of a row at most, and columns of their maxima."""
 _CAPACITY = 8192
-_TILE = 8192
-_MAXIMA_TILE = 4096
+_MAX_SLICES = 128
+# The shares that samples are dealt to: the bound is one of their maxima.
+_SHARES = 128
+# Most samples of a row, and the logarithm of the least distance between them.
+_MAX_SAMPLES = 8192
+_MIN_SHIFT = 5
+# Standard deviations between the wanted number of candidates and k: of 10,000 rows of random scores a few hold fewer
+# than k and are counted again.
+_MARGIN = 4.0
 
 
-def group_levels(width: int) -> int:
-    """How many sizes of groups, from 4 scores on, rows of at most ``width`` scores need."""
-    levels = 1
-    while (GROUPS << (1 + levels)) < width:
-        levels += 1
-    return levels
+class Samples(NamedTuple):
+    """What the selection begins with."""
+
+    scores: Tensor
+    """[T, num_samples(width)] float32: scores 0, 2^shift, 2 * 2^shift, ... of a row; undefined behind its length."""
+    arrivals: Tensor
+    """[T] int32: zeros, which the selection changes."""
 
 
-def maxima_columns(width: int) -> int:
-    """Columns of the maxima of rows of at most ``width`` scores: groups, then quads where groups may be of 16."""
-    quads = triton.cdiv(width, _MAXIMA_TILE) * (_MAXIMA_TILE // 4)
-    return GROUPS + (quads if group_levels(width) > 2 else 0)
+def sample_shift(width: int) -> int:
+    """The logarithm of the distance between samples of rows of at most ``width`` scores."""
+    distance: int = triton.cdiv(width, _MAX_SAMPLES)
+    return max(_MIN_SHIFT, (distance - 1).bit_length())
 
 
-@triton.jit
-def store_group_maxima(scores, first, length, maxima, N: tl.constexpr, GROUPS: tl.constexpr, LEVELS: tl.constexpr):
-    """Store the maxima of the quads (if LEVELS > 2) and of the groups of a piece of a row.
+def num_samples(width: int) -> int:
+    """Columns of the samples of rows of at most ``width`` scores: a power of two, two a share at least."""
+    columns: int = triton.next_power_of_2(triton.cdiv(width, 1 << sample_shift(width)))
+    return max(2 * _SHARES, columns)
 
-    scores: [N] at positions from ``first``, both multiples of the largest group; -inf beyond the row's length. maxima:
-    the row's ``maxima_columns``. The L2 keeps what is stored, since it is read next.
+
+def wanted_groups(k: int, shift: int) -> int:
+    """In how many shares a sample is to reach the bound, so that k scores of the row surely do.
+
+    Of c scores that reach it about r = c / 2^shift are samples, give or take sqrt(r). The least r is wanted for which
+    r - margin * sqrt(r) = k / 2^shift. They lie in G (1 - exp(-r / G)) of G shares.
     """
-    shift = 2
-    for level in tl.static_range(1, LEVELS):
-        shift += (length > (GROUPS << (1 + level))).to(tl.int32)
-    best = tl.max(tl.reshape(scores, (N // 4, 4)), 1)
-    # NaN counts as -inf, which is what is left of a quad of nothing else.
-    best = tl.where(best != best, float("-inf"), best)
-    if LEVELS > 2:
-        tl.store(maxima + GROUPS + first // 4 + tl.arange(0, N // 4), best, eviction_policy="evict_last")
-    for level in tl.static_range(LEVELS):
-        if level > 0:
-            best = tl.max(tl.reshape(best, (N >> (2 + level), 2)), 1)
-        group = first // (4 << level) + tl.arange(0, N >> (2 + level))
-        mine = (shift == 2 + level) & (group < GROUPS)
-        tl.store(maxima + group, best, mask=mine, eviction_policy="evict_last")
+    root = (_MARGIN + math.sqrt(_MARGIN * _MARGIN + 4 * k / (1 << shift))) / 2
+    return min(_SHARES, math.ceil(-_SHARES * math.expm1(-root * root / _SHARES)))
 
 
-@triton.jit
-def _group_maxima(
-    logits,
-    stride,
-    lengths,
-    maxima,
-    maxima_stride,
-    GROUPS: tl.constexpr,
-    LEVELS: tl.constexpr,
-    TILE: tl.constexpr,
-    VECTOR: tl.constexpr,
-):
+def wants_samples(width: int) -> bool:
+    """Whether rows of ``width`` scores are selected from by their samples."""
+    return width > _CAPACITY
+
+
+@triton.jit(do_not_specialize=["shift"])
+def _take_samples(
+    logits, stride, lengths, samples, arrivals, shift,
+    SAMPLES: tl.constexpr, BLOCK: tl.constexpr, EARLY: tl.constexpr,
+):  # fmt: skip
+    if EARLY:
+        gdc_wait()
+        gdc_launch_dependents()
     row_id = tl.program_id(0).to(tl.int64)
-    start = tl.program_id(1) * TILE
-    length = tl.load(lengths + row_id).to(tl.int32)
-    if start < length:
-        at = start + tl.arange(0, TILE)
-        # With VECTOR rows are whole quads: a quad is read if its first score is the row's.
-        read = start + tl.arange(0, TILE) // 4 * 4 < length if VECTOR else at < length
-        x = tl.load(logits + row_id * stride + at, mask=read, other=0.0)
-        x = tl.where(at < length, x, float("-inf"))
-        store_group_maxima(x, start, length, maxima + row_id * maxima_stride, TILE, GROUPS, LEVELS)
+    number = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    length = tl.load(lengths + row_id)
+    at = number.to(tl.int64) << shift
+    x = tl.load(logits + row_id * stride + at, mask=at < length, other=0.0)
+    tl.store(samples + row_id * SAMPLES + number, x)
+    if tl.program_id(1) == 0:
+        tl.store(arrivals + row_id, 0)
 
 
 @cache
@@ -90,81 +90,113 @@ def _num_sms(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count
 
 
-def _in_quads(logits: Tensor) -> bool:
-    return logits.shape[1] % 4 == 0 and logits.stride(0) % 4 == 0 and logits.data_ptr() % 16 == 0
+@cache
+def starts_early(device: torch.device) -> bool:
+    """Whether a launch may begin before the one ahead of it has ended, and wait for it (from Hopper on)."""
+    return torch.cuda.get_device_capability(device) >= (9, 0)
 
 
-def _capacity(k: int) -> int:
-    capacity: int = max(_CAPACITY, triton.next_power_of_2(k))
-    return capacity
+def empty_samples(num_rows: int, width: int, device: torch.device) -> Samples:
+    """Room for the samples of rows, for who stores their scores."""
+    return Samples(
+        torch.empty((num_rows, num_samples(width)), dtype=torch.float32, device=device),
+        torch.empty((num_rows,), dtype=torch.int32, device=device),
+    )
 
 
-def wants_maxima(width: int, k: int) -> bool:
-    """Whether rows of ``width`` scores are selected from by their groups."""
-    return width > _capacity(k)
-
-
-def group_maxima(logits: Tensor, lengths: Tensor) -> Tensor:
-    """[T, maxima_columns] of logits [T, L] float32 with adjacent columns; lengths: [T]."""
+def _samples_of(logits: Tensor, lengths: Tensor) -> Samples:
     num_rows, width = logits.shape
-    maxima = torch.empty((num_rows, maxima_columns(width)), dtype=torch.float32, device=logits.device)
-    _group_maxima[(num_rows, triton.cdiv(width, _MAXIMA_TILE))](
+    samples = empty_samples(num_rows, width, logits.device)
+    columns = samples.scores.shape[1]
+    _take_samples[(num_rows, triton.cdiv(columns, 1024))](
         logits,
         logits.stride(0),
         lengths,
-        maxima,
-        maxima.stride(0),
-        GROUPS=GROUPS,
-        LEVELS=group_levels(width),
-        TILE=_MAXIMA_TILE,
-        VECTOR=_in_quads(logits),
-        num_warps=8,
+        *samples,
+        sample_shift(width),
+        SAMPLES=columns,
+        BLOCK=min(1024, columns),
+        EARLY=starts_early(logits.device),
+        num_warps=4,
+        launch_pdl=starts_early(logits.device),
     )
-    return maxima
+    return samples
 
 
-def select_rows(logits: Tensor, lengths: Tensor, k: int, maxima: Tensor | None = None) -> Tensor:
-    """[T, k] int64 from logits [T, L] float32 with adjacent columns, and contiguous lengths [T].
+class _Division(NamedTuple):
+    """How programs share the scores of the rows."""
 
-    maxima: [T, maxima_columns(L)] as ``store_group_maxima`` leaves them; None: found here, if they are wanted.
+    slices: int
+    """Programs a row, a power of two."""
+    tile: int
+    """Scores that a program looks at in one go."""
+    num_warps: int
+    max_registers: int | None = None
+    """Of a thread, at most; None: what it takes."""
+
+
+def _divide(num_rows: int, width: int, num_sms: int) -> _Division:
+    """A program an SM, or two where rows are many enough."""
+    if not wants_samples(width):
+        return _Division(slices=1, tile=2048, num_warps=16)
+    if num_rows > num_sms:
+        # Two programs an SM, one reading while the other counts, leave 128 registers to each of their threads.
+        return _Division(slices=1, tile=4096, num_warps=8, max_registers=128)
+    slices: int = min(num_sms // num_rows, triton.cdiv(width, 2048), _MAX_SLICES)
+    slices = 1 << (slices.bit_length() - 1)
+    if slices > 4:
+        # Slices are short: how long the last program selects is what counts, most of it exchanges between warps.
+        return _Division(slices, tile=2048, num_warps=8)
+    # Slices are long: reading them is what counts, and more threads have more reads under way.
+    return _Division(slices, tile=4096, num_warps=16)
+
+
+def select_rows(logits: Tensor, lengths: Tensor, k: int, samples: Samples | None = None) -> Tensor:
+    """[T, k] int64 from logits [T, L] float32 with adjacent columns, and contiguous lengths [T]; k <= MAX_CUDA_K.
+
+    samples: of every row, where ``wants_samples``; None: taken here.
     """
     num_rows, width = logits.shape
     device = logits.device
     out = torch.empty((num_rows, k), dtype=torch.int64, device=device)
     if num_rows == 0:
         return out
-    # A program fills an SM.
-    num_programs = min(num_rows, _num_sms(device))
-    short = not wants_maxima(width, k)
-    # With two rows an SM or more a launch for the maxima keeps no more SMs busy.
-    own_maxima = maxima is None and not short and num_rows >= 2 * num_programs and group_levels(width) == 1
-    if maxima is None:
-        if short or own_maxima:
-            maxima = torch.empty((num_programs, maxima_columns(width)), dtype=torch.float32, device=device)
-        else:
-            maxima = group_maxima(logits, lengths)
-    columns = maxima_columns(width)
-    capacity = _capacity(k)
+    slices, tile, num_warps, max_registers = _divide(num_rows, width, _num_sms(device))
+    slice_size = triton.cdiv(width, slices * tile) * tile
+    short = not wants_samples(width)
+    segment = min(_CAPACITY, slice_size)
+    num_parallel = min(num_rows, 2 * _num_sms(device))
+    num_programs = num_parallel * slices
+    if samples is None and not short:
+        samples = _samples_of(logits, lengths)
     select[(num_programs,)](
         logits,
         logits.stride(0),
+        width,
         lengths,
-        maxima,
-        columns,
-        torch.empty((num_programs, columns), dtype=torch.int32, device=device),
-        torch.empty((num_programs, capacity + _TILE), dtype=torch.int64, device=device),
-        out,
+        # Of short rows no samples are read.
+        *(samples or Samples(logits, lengths)),
+        sample_shift(width),
+        wanted_groups(k, sample_shift(width)),
+        torch.empty((num_programs,), dtype=torch.int32, device=device),
+        torch.empty((num_programs, 0 if short else segment + tile), dtype=torch.int64, device=device),
+        slice_size,
         num_rows,
         k,
-        GROUPS=GROUPS,
-        LEVELS=group_levels(width),
-        CAPACITY=capacity,
-        TILE=_TILE,
-        VECTOR=_in_quads(logits),
+        out,
+        SAMPLES=num_samples(width),
+        SHARES=_SHARES,
+        SLICES=slices,
+        SEGMENT=segment,
+        CAPACITY=_CAPACITY,
+        TILE=tile,
+        VECTOR=width % 4 == 0 and logits.stride(0) % 4 == 0 and logits.data_ptr() % 16 == 0,
         SHORT=short,
-        OWN_MAXIMA=own_maxima,
-        # Eight candidates a thread; where k makes the lists longer, more threads.
-        num_warps=16 if capacity == _CAPACITY else 32,
+        MANY=num_rows > num_parallel,
+        EARLY=starts_early(device),
+        num_warps=num_warps,
+        maxnreg=max_registers,
+        launch_pdl=starts_early(device),
     )
     return out
 

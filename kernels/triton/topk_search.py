@@ -14,6 +14,8 @@ from triton.experimental.gluon import language as gl
 
 MINUS_INFINITY = gl.constexpr(0x007FFFFF)
 """The key of -inf, the least of all scores."""
+ABOVE_ALL = gl.constexpr(0xFF800001)
+"""One more than the key of +inf."""
 
 
 @gluon.constexpr_function
@@ -34,13 +36,13 @@ def _flat(num_warps):
 
 
 @gluon.constexpr_function
-def _pairs(rows, num_warps):
-    """[ROWS, ROWS]: a warp's own rows by all rows, which its lanes share out."""
-    return gl.BlockedLayout([rows // num_warps, max(1, rows // 32)], [1, 32], [num_warps, 1], [1, 0])
+def _pairs(rows, words, num_warps):
+    """[ROWS, words]: a warp's own rows by all words, which its lanes share out."""
+    return gl.BlockedLayout([rows // num_warps, max(1, words // 32)], [1, 32], [num_warps, 1], [1, 0])
 
 
 @gluon.jit
-def _add(a, b):
+def add(a, b):
     return a + b
 
 
@@ -75,26 +77,48 @@ def items(quad, ROWS: gl.constexpr):
 
 
 @gluon.jit
+def _halves(x):
+    """Sums of the bytes of a word, the even ones below, the odd ones above."""
+    return (x & 0xFF00FF) + ((x >> 8) & 0xFF00FF)
+
+
+@gluon.jit
 def places(keep, ROWS: gl.constexpr):
     """The number of each kept item among the kept ones, from 0, and how many they are.
 
     keep: [ROWS, 32, 4] int32, 1 for kept and 0 for others, whose places mean nothing. One exchange between the warps.
     """
-    LAYOUT: gl.constexpr = layout(ROWS, gl.num_warps())
-    LANES: gl.constexpr = _lanes(ROWS, gl.num_warps())
+    NUM_WARPS: gl.constexpr = gl.num_warps()
+    LAYOUT: gl.constexpr = layout(ROWS, NUM_WARPS)
     ROW: gl.constexpr = gl.SliceLayout(1, gl.SliceLayout(2, LAYOUT))
-    PAIRS: gl.constexpr = _pairs(ROWS, gl.num_warps())
+    # A row keeps at most 128: up to four of a warp's rows share a word, a byte each, and are added up at once.
+    SHARE: gl.constexpr = 4 if ROWS // NUM_WARPS >= 4 else ROWS // NUM_WARPS
+    WORDS: gl.constexpr = ROWS // SHARE
+    SHARED: gl.constexpr = gl.BlockedLayout([WORDS // NUM_WARPS, SHARE, 1], [1, 1, 32], [NUM_WARPS, 1, 1], [2, 1, 0])
+    PAIRS: gl.constexpr = _pairs(ROWS, WORDS, NUM_WARPS)
     BEFORE: gl.constexpr = gl.SliceLayout(0, PAIRS)
     OWN: gl.constexpr = gl.SliceLayout(1, PAIRS)
     lane = gl.sum(keep, 2)
-    # A change of layout by name only: scans know no slices.
-    through = gl.convert_layout(gl.associative_scan(gl.convert_layout(lane, LANES), 1, _add), gl.SliceLayout(2, LAYOUT))
+    shift = gl.arange(0, ROWS, layout=ROW) % SHARE * 8
+    word = gl.sum(gl.reshape(lane << shift[:, None], [WORDS, SHARE, 32]), 1)
+    # A change of layout by name only, as those below: scans know no slices.
+    word = gl.convert_layout(word, _lanes(WORDS, NUM_WARPS))
+    through = gl.convert_layout(gl.associative_scan(word, 1, add), gl.SliceLayout(1, SHARED))
+    through = gl.expand_dims(through, 1) + gl.zeros([WORDS, SHARE, 32], gl.int32, SHARED)
+    through = gl.convert_layout(gl.reshape(through, [ROWS, 32]), gl.SliceLayout(2, LAYOUT))
+    through = (through >> shift[:, None]) & 0xFF
     # Each warp adds up for its own rows what lies before them: a scan's result would have to be exchanged again.
-    row = gl.convert_layout(gl.sum(lane, 1), BEFORE)
-    is_before = gl.arange(0, ROWS, layout=BEFORE)[None, :] < gl.arange(0, ROWS, layout=OWN)[:, None]
-    row_before = gl.convert_layout(gl.sum(gl.where(is_before, row[None, :], 0), 1), ROW)
+    words = gl.convert_layout(gl.sum(word, 1), BEFORE)
+    number = gl.arange(0, WORDS, layout=BEFORE)[None, :]
+    own = gl.arange(0, ROWS, layout=OWN)[:, None]
+    bytes_before = gl.where(
+        number < own // SHARE, -1, gl.where(number == own // SHARE, (1 << (own % SHARE * 8)) - 1, 0)
+    )
+    halves = gl.sum(_halves(words[None, :] & bytes_before), 1)
+    row_before = gl.convert_layout((halves & 0xFFFF) + (halves >> 16), ROW)
     before = through - lane + row_before[:, None] - 1
-    return gl.associative_scan(keep, 2, _add) + before[:, :, None], gl.sum(row, 0)
+    num = gl.sum(_halves(words), 0)
+    return gl.associative_scan(keep, 2, add) + before[:, :, None], (num & 0xFFFF) + (num >> 16)
 
 
 @gluon.jit
@@ -106,10 +130,14 @@ def total(x, ROWS: gl.constexpr):
 @gluon.jit
 def _warp_totals(x, ROWS: gl.constexpr):
     """The sums of the warps' parts, one in each lane of every warp: one exchange, then each warp adds for itself."""
+    return gl.convert_layout(_own_totals(x, ROWS), _flat(gl.num_warps()))
+
+
+@gluon.jit
+def _own_totals(x, ROWS: gl.constexpr):
+    """The same where they arise: each in its warp."""
     NUM_WARPS: gl.constexpr = gl.num_warps()
-    FLAT: gl.constexpr = _flat(NUM_WARPS)
-    x = gl.sum(gl.reshape(gl.sum(x, 2), [NUM_WARPS, ROWS // NUM_WARPS, 32]), 1)
-    return gl.convert_layout(gl.sum(x, 1), FLAT)
+    return gl.sum(gl.sum(gl.reshape(gl.sum(x, 2), [NUM_WARPS, ROWS // NUM_WARPS, 32]), 1), 1)
 
 
 @gluon.jit
@@ -122,8 +150,11 @@ def _count(keys, p1, p2, p3, ROWS: gl.constexpr):
         c = gl.sum((x & 1023) | ((x << 6) & 0x3FF0000), 0)
         return c & 0xFFFF, (c >> 16) & 0xFFFF, gl.sum(x >> 20, 0)
     else:  # noqa: RET505 (what follows a return is compiled too)
-        c = total((keys >= p1).to(gl.int32) + ((keys >= p2).to(gl.int32) << 16), ROWS)
-        return c & 0xFFFF, (c >> 16) & 0xFFFF, total((keys >= p3).to(gl.int32), ROWS)
+        # Two words, exchanged as one.
+        a = _own_totals((keys >= p1).to(gl.int32) + ((keys >= p2).to(gl.int32) << 16), ROWS)
+        b = _own_totals((keys >= p3).to(gl.int32), ROWS)
+        c = gl.sum(gl.convert_layout((b.to(gl.int64) << 32) | a.to(gl.uint32).to(gl.int64), _flat(gl.num_warps())), 0)
+        return c.to(gl.int32) & 0xFFFF, (c >> 16).to(gl.int32) & 0xFFFF, (c >> 32).to(gl.int32)
 
 
 @gluon.jit
@@ -140,11 +171,14 @@ def bounds(keys, ROWS: gl.constexpr):
 
 
 @gluon.jit
-def quarters(low, high):
-    """Pivots that part the scores between two keys evenly: from key to key the scores' sizes grow geometrically."""
+def parts(low, high, f1, f2, f3):
+    """Three pivots between two keys, at these parts of the way between their scores.
+
+    From key to key the scores' sizes grow geometrically, so that parts of the keys would not part the scores.
+    """
     least = score_of(low)
-    quarter = (score_of(high - 1) - least) / 4
-    return keys_of(least + quarter), keys_of(least + 2 * quarter), keys_of(least + 3 * quarter)
+    way = score_of(high - 1) - least
+    return keys_of(least + f1 * way), keys_of(least + f2 * way), keys_of(least + f3 * way)
 
 
 @gluon.jit

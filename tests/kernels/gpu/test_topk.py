@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+from collections.abc import Callable
 from types import ModuleType
 
 import pytest
@@ -11,47 +12,49 @@ from seamount.kernels.topk import topk_indices
 pytestmark = pytest.mark.gpu
 
 
-def _scores(kind: str, rows: int, width: int, device: torch.device) -> Tensor:
-    x = torch.randn((rows, width), device=device)
-    if kind == "few values":
-        return x.mul(1.5).round()
-    if kind == "zero plateau":
-        # Of both signs of zero; some rows have fewer than k scores above it.
-        x = torch.relu(x) * (torch.rand_like(x) > 0.95)
-        return torch.where((torch.rand_like(x) > 0.5) & (x == 0), -0.0, x)
-    if kind == "minus infinity":
-        x = x.masked_fill(torch.rand_like(x) > 0.01, float("-inf"))
-        return x.masked_fill(torch.rand_like(x) > 0.999, float("nan"))
-    if kind == "end":
-        # All of the best in the last places, as a recency-minded indexer has it.
-        return x + torch.arange(width, device=device) / width * 100
-    if kind == "ascending":
-        return x.sort(dim=1).values
-    if kind == "descending":
-        return x.sort(dim=1, descending=True).values
-    if kind == "equal":
-        return x[:, :1].expand_as(x).contiguous()
-    if kind == "wide plateau":
-        # More scores equal the k-th best than any list of candidates holds; a few are better.
-        return torch.where(torch.rand_like(x) > 0.999, x.abs() + 1, 1.0)
-    if kind == "one stretch":
-        # Whole groups above everything else: as many candidates as groups can hold.
-        return x + 100 * (torch.arange(width, device=device) % 16384 < 1024)
-    return x
+def _rare(x: Tensor, share: float) -> Tensor:
+    return torch.rand_like(x) < share
 
 
-_KINDS = [
-    "normal",
-    "few values",
-    "zero plateau",
-    "minus infinity",
-    "end",
-    "ascending",
-    "descending",
-    "equal",
-    "wide plateau",
-    "one stretch",
-]
+def _at(x: Tensor) -> Tensor:
+    return torch.arange(x.shape[1], device=x.device)
+
+
+def _zero_plateau(x: Tensor) -> Tensor:
+    """Of both signs of zero; some rows have fewer than k scores above it."""
+    x = torch.relu(x) * _rare(x, 0.05)
+    return torch.where(_rare(x, 0.5) & (x == 0), -0.0, x)
+
+
+def _minus_infinity(x: Tensor) -> Tensor:
+    return x.masked_fill(_rare(x, 0.99), float("-inf")).masked_fill(_rare(x, 0.001), float("nan"))
+
+
+def _twice(x: Tensor) -> Tensor:
+    """Every score has an equal one far away."""
+    half = x.shape[1] // 2
+    return torch.cat([x[:, :half], x[:, :half], x[:, 2 * half :]], dim=1)
+
+
+_KINDS: dict[str, Callable[[Tensor], Tensor]] = {
+    "normal": lambda x: x,
+    "few values": lambda x: x.mul(1.5).round(),
+    "zero plateau": _zero_plateau,
+    "minus infinity": _minus_infinity,
+    "not a number": lambda x: x.masked_fill(_rare(x, 0.5), float("nan")),
+    # All of the best in the last places, as a recency-minded indexer has it.
+    "end": lambda x: x + _at(x) / x.shape[1] * 100,
+    "ascending": lambda x: x.sort(dim=1).values,
+    "descending": lambda x: x.sort(dim=1, descending=True).values,
+    "equal": lambda x: x[:, :1].expand_as(x).contiguous(),
+    # More scores equal the k-th best than any list of candidates holds; a few are better.
+    "wide plateau": lambda x: torch.where(_rare(x, 0.001), x.abs() + 1, 1.0),
+    # As many above everything else as one slice of a row may hold.
+    "one stretch": lambda x: x + 100 * (_at(x) % 16384 < 1024),
+    "twice": _twice,
+    # Better than all others, and just beside the scores that a bound is found from.
+    "unsampled": lambda x: x + 9 * (_at(x) % 32 == 1),
+}
 
 
 @pytest.mark.parametrize("kind", _KINDS)
@@ -68,15 +71,18 @@ _KINDS = [
         (5, 131072, 2048),
         (3, 163840, 1000),
         (2, 70001, 20000),
+        (2, 70001, 4096),
         (2, 40000, 8),
         (300, 9000, 2048),
+        (40, 20000, 2048),
+        (100, 12000, 2048),
         (2, 600000, 2048),
     ],
 )
 def test_exact_with_lowest_index_among_equals(
     rows: int, width: int, k: int, kind: str, formulas: ModuleType, device: torch.device
 ) -> None:
-    logits = _scores(kind, rows, width, device)
+    logits = _KINDS[kind](torch.randn((rows, width), device=device))
     lengths = torch.randint(0, width + 1, (rows,), device=device)
     lengths[0] = width
     lengths[1] = min(k, width)
@@ -94,14 +100,29 @@ def test_exact_with_lowest_index_among_equals(
 
 
 def test_every_kind_of_length_in_one_batch(formulas: ModuleType, device: torch.device) -> None:
-    """Whole rows, rows in registers, rows with groups of 4, 8, 16 and 32 scores, and the edges between them."""
+    """Whole rows, rows in registers, rows of few and of many slices, and the edges between them."""
     k = 2048
-    edges = [k, 4096, 8192, 32768, 65536, 131072]
+    edges = [k, 4096, 8192, 16384, 32768, 131072]
     lengths = torch.tensor([0, 1, 63, 64, 65, 9000, 163840, *(e + d for e in edges for d in (-1, 0, 1))], device=device)
     logits = torch.randn((len(lengths), 163840), device=device)
     actual = topk_indices(logits, k, lengths)
     for row, length in enumerate(lengths.tolist()):
         assert torch.equal(actual[row].cpu(), formulas.best(logits[row], k, length)), length
+
+
+@pytest.mark.parametrize(("k", "width"), [(8, 9000), (512, 40000), (2048, 32768), (2048, 131072), (4096, 163840)])
+def test_bound_leaves_enough_candidates_and_not_too_many(k: int, width: int, device: torch.device) -> None:
+    """What ``wanted_groups`` promises of random rows: rows for which it fails are right too, but slow."""
+    from seamount.kernels.triton.topk import sample_shift, wanted_groups
+
+    logits = torch.randn((1000, width), device=device)
+    samples = logits[:, :: 1 << sample_shift(width)]
+    padded = torch.full((1000, -(-samples.shape[1] // 128) * 128), float("-inf"), device=device)
+    padded[:, : samples.shape[1]] = samples
+    maxima = padded.view(1000, -1, 128).amax(dim=1).sort(dim=1, descending=True).values
+    candidates = (logits >= maxima[:, wanted_groups(k, sample_shift(width)) - 1, None]).sum(dim=1)
+    assert int((candidates < k).sum()) <= 10
+    assert int((candidates > 8192).sum()) <= 10
 
 
 def test_no_rows_and_no_keys(device: torch.device) -> None:
