@@ -61,13 +61,13 @@ class Mixture:
 
 
 _WEIGHTS = (
-    (TaskKind.SINGLE, 0.22),
-    (TaskKind.MULTI, 0.3),
-    (TaskKind.PARALLEL, 0.15),
+    (TaskKind.SINGLE, 0.17),
+    (TaskKind.MULTI, 0.36),
+    (TaskKind.PARALLEL, 0.13),
     (TaskKind.ERRORS, 0.1),
-    (TaskKind.FOLLOW_UP, 0.12),
-    (TaskKind.NO_TOOL, 0.05),
-    (TaskKind.PLAN, 0.06),
+    (TaskKind.FOLLOW_UP, 0.15),
+    (TaskKind.NO_TOOL, 0.04),
+    (TaskKind.PLAN, 0.05),
 )
 SHORT = Mixture(
     name="short",
