@@ -1,5 +1,5 @@
 .DEFAULT_GOAL := help
-.PHONY: help setup demo serve test test-faults test-gpu memcheck-gpu test-interpreter check lint type bench bench-kernels eval eval-served clean
+.PHONY: help setup demo serve chart-tools check-helm test test-faults test-gpu memcheck-gpu test-interpreter check lint type bench bench-kernels eval eval-served clean
 
 # The first Python of a fitting version; PYTHON=... chooses another.
 PYTHON ?= $(shell for p in python3 python3.12 python3.11; do \
@@ -40,6 +40,12 @@ test-faults: $(READY)  ## every point of the fault suite: processes killed, stop
 	$(BIN)/python -m pytest -q -m "" tests/faults
 
 check: lint type  ## everything that reads code without running it
+
+chart-tools:  ## fetch what checks the Helm chart into build/tools: helm, checkov (a minute; tests skip without them)
+	@$(PYTHON) .ci/fetch_chart_tools.py
+
+check-helm: $(READY) chart-tools  ## every profile of the Helm chart: lint, schemas, policies, checkov
+	$(BIN)/python -m pytest -q tests/helm
 
 lint: $(READY)  ## ruff, import contracts, buf
 	$(BIN)/ruff check .

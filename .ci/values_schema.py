@@ -14,6 +14,7 @@ from seamount.cluster.settings import Settings
 PATH = Path(__file__).resolve().parents[1] / "helm" / "seamount" / "values.schema.json"
 OF_THE_CHART = {
     "": {"cluster_name", "run_dir", "pools", "metrics", "autoscaling", "redis_url"},
+    "draining": {"watch"},
     "redis": {"data_dir"},
     "autoscaling": {"enabled", "prefill", "decode", "routers"},
     "cache": {"disk_cache_dir"},
@@ -33,7 +34,9 @@ def generated(schema: dict[str, Any]) -> dict[str, Any]:
     """``schema`` with the settings' part as it should be."""
     settings = Settings.model_json_schema()
     definitions = settings["$defs"]
-    properties = {**schema["properties"], "serving": _section(settings, definitions, "")}
+    serving = _section(settings, definitions, "")
+    serving["properties"]["router"]["properties"]["port"]["minimum"] = 1  # a Service must know it
+    properties = {**schema["properties"], "serving": serving}
     if "autoscaling" in settings["properties"]:
         targets = _section(_resolved(settings["properties"]["autoscaling"], definitions), definitions, "autoscaling")
         autoscaling = properties["autoscaling"]
