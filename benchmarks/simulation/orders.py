@@ -1,7 +1,8 @@
 """Orders of eviction to compare with, in the place of the system's own. None of them is part of what is served.
 
 ``evicting_least_recently_used`` is what most systems do. ``evicting_furthest_return`` knows the future (Belady's MIN):
-of all pages the one goes that is asked for last, or never. Both see every tier, as the system's own order does.
+of all pages the one goes that is asked for last, or never. Both see every tier, as the system's own order does: from
+the device goes first what has a copy below, from below what a running turn has on the device.
 """
 
 from __future__ import annotations
@@ -35,13 +36,12 @@ def evicting_least_recently_used() -> Iterator[None]:
 
 @contextmanager
 def evicting_furthest_return(system: System) -> Iterator[None]:
-    """Until the end of ``with``, every cache evicts in the order that knows when the system's sessions come: what has
-    another copy first, as nothing is lost with it."""
+    """Until the end of ``with``, every cache evicts in the order that knows when the system's sessions come."""
     future = _Future(system)
 
     def tier_key(caches: Holdings, node: PageNode, tier: Tier) -> Key:
-        tiers = [*node.copies, *([Tier.DEVICE] if node.page is not None else [])]
-        has_other = any(one is not tier for one in tiers)
+        is_used = node.page is not None and not caches.pool.is_idle(node.page)
+        has_other = bool(node.copies) if tier is Tier.DEVICE else is_used
         return int(not has_other), -future.next_use(caches, node)
 
     def page_key(caches: Holdings, page: int) -> Key:

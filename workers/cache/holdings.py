@@ -81,7 +81,8 @@ class Holdings:
         if reservation.session_id:
             record = self.sessions.touch(reservation.session_id)
             record.live_id = record.latest_id = reservation.id
-            record.wait = PERSON
+            if not reservation.is_spare:
+                record.comes(reservation.turn_id)
             record.salt = reservation.salt
 
     def remember(self, reservation: Reservation, end: int) -> None:
@@ -345,7 +346,8 @@ class Holdings:
             node.used_at = now
         self.sessions.remember(session_id, token_ids, last.root)
         self.sessions.pass_through(session_id, chain)
-        self.sessions.touch(session_id).left_at = now
+        record = self.sessions.touch(session_id)
+        record.left_at, record.num_requests = now, 1  # at the least
         self.trim()
 
     def leaves(self) -> set[int]:

@@ -15,7 +15,6 @@ from seamount.workers.cache.retention import (
     Tier,
     TierRoom,
     decide,
-    tool_wait,
 )
 from seamount.workers.cache.sessions import Lease
 
@@ -45,7 +44,7 @@ class Leases:
         holdings, pool, sessions = self._holdings, self._holdings.pool, self._holdings.sessions
         record, present = sessions.get(session_id), sessions.leases.get(session_id)
         if record is not None:
-            record.wait = tool_wait(duration_s)
+            record.wait_for_tools(duration_s)
         nodes, num_pages, num_tokens = list[PageNode](), 0, 0
         if live is not None:
             nodes, num_pages, num_tokens = [*live.nodes, *live.to_restore], len(live.pages), live.present_len

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 from seamount.workers.cache.prefix import PageNode
-from seamount.workers.cache.retention import PERSON, PROGRAM, Tier, Wait
+from seamount.workers.cache.retention import PERSON, PROGRAM, Tier, Wait, person_wait, tool_wait
 
 MAX_RECORDS = 4_096
 """Sessions whose left ids are remembered."""
@@ -59,7 +59,8 @@ class SessionRecord:
     salt: what that is made of.
 
     left_at: when that was, seconds of the owner's clock, or None. chain: the full pages of it, some of which may have
-    been evicted since, as far as the next turn is expected to go through them. wait: until then. live_id: the
+    been evicted since, as far as the next turn is expected to go through them. wait: until then; waits_for_tools: for
+    their results, not for a person; num_requests: of a person, that came here; turn_id: the last turn. live_id: the
     reservation in force or None; latest_id: the last one ever made: only that one may leave a tail.
     """
 
@@ -72,6 +73,19 @@ class SessionRecord:
     live_id: str | None = None
     latest_id: str = ""
     wait: Wait = PERSON
+    waits_for_tools: bool = False
+    num_requests: int = 0
+    turn_id: str = ""
+
+    def comes(self, turn_id: str) -> None:
+        """A turn of the session: until it says that it waits for tools, a person's message is what comes next."""
+        if turn_id != self.turn_id:
+            self.turn_id = turn_id
+            self.num_requests += not self.waits_for_tools
+        self.waits_for_tools, self.wait = False, person_wait(self.num_requests)
+
+    def wait_for_tools(self, expected_s: float) -> None:
+        self.waits_for_tools, self.wait = True, tool_wait(expected_s)
 
 
 class SessionBook:

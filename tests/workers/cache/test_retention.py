@@ -26,6 +26,7 @@ from seamount.workers.cache.retention import (
     Wait,
     decide,
     eviction_key,
+    person_wait,
     rebuild_cost,
     return_rate,
     tool_wait,
@@ -126,7 +127,21 @@ def test_nine_of_ten_waits_for_a_tool_are_as_expected() -> None:
     assert sum(draw < 30.0 for draw in draws) / len(draws) == pytest.approx(0.9, abs=0.01)
 
 
-@pytest.mark.parametrize("wait", [PERSON, PROGRAM, tool_wait(0.25), tool_wait(3600.0)])
+def test_persons_who_came_back_before_come_back_again() -> None:
+    """Of sessions with n requests at least, those with more: from the published quantiles (1 at p50, 18, 137)."""
+    share, shares = 1.0, {1: 1.0}
+    for number in range(1, 138):
+        share *= 1 - person_wait(number).lost
+        shares[number + 1] = share
+    assert shares[2] == pytest.approx(0.45)
+    assert 0.05 < shares[18] < 0.2
+    assert 0.003 < shares[137] < 0.03
+    assert person_wait(0) == PERSON, "of an unknown session"
+    lost = [person_wait(number).lost for number in range(1, 200)]
+    assert lost == sorted(lost, reverse=True)
+
+
+@pytest.mark.parametrize("wait", [PERSON, PROGRAM, person_wait(1), tool_wait(0.25), tool_wait(3600.0)])
 def test_the_rate_is_finite_at_any_age_and_falls_in_the_end(wait: Wait) -> None:
     rates = [return_rate((wait,), idle_s) for idle_s in (-1.0, 0.0, 1e-9, 1.0, 1e3, 1e6, 1e9)]
     assert all(0 <= rate < 1e3 for rate in rates)
@@ -158,6 +173,8 @@ def page(
         (page(0, waits=(PERSON,), idle_s=1.0), page(0, waits=(tool_wait(30.0),), idle_s=20.0)),
         (page(0, waits=(tool_wait(600.0),)), page(0, waits=(tool_wait(10.0),))),
         (page(0, waits=(PERSON,), idle_s=3_600.0), page(0, waits=(PERSON,), idle_s=600.0)),
+        (page(0, waits=(person_wait(1),), idle_s=60.0), page(0, waits=(person_wait(2),), idle_s=60.0)),
+        (page(0, waits=(person_wait(2),), idle_s=600.0), page(0, waits=(person_wait(20),), idle_s=600.0)),
         (page(0, waits=(tool_wait(2.0),), idle_s=900.0), page(0, waits=(tool_wait(900.0),), idle_s=500.0)),
     ],
 )

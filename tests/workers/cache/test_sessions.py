@@ -5,7 +5,8 @@ from array import array
 import pytest
 
 from seamount.workers.cache import sessions
-from seamount.workers.cache.sessions import SessionBook, Tail
+from seamount.workers.cache.retention import PERSON, person_wait, tool_wait
+from seamount.workers.cache.sessions import SessionBook, SessionRecord, Tail
 
 
 def _ids(count: int) -> array[int]:
@@ -63,3 +64,17 @@ def test_a_session_is_listed_while_pages_it_brought_are_in_the_tree() -> None:
     assert book.cached_sessions() == ["a"]
     book.count_tree_page("a", -1)
     assert book.cached_sessions() == []
+
+
+def test_what_a_session_waits_for_and_how_many_requests_its_person_made() -> None:
+    record = SessionRecord()
+    assert record.wait == PERSON
+    record.comes("1")
+    assert record.wait == person_wait(1)
+    record.wait_for_tools(30.0)
+    assert record.wait == tool_wait(30.0)
+    record.comes("2")  # with the results
+    record.comes("2")  # the same turn, reserved again
+    assert record.wait == person_wait(1)
+    record.comes("3")
+    assert record.wait == person_wait(2)
