@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 from pydantic import Field, model_validator
 
 from seamount.cluster.load import Limits, Slo
@@ -76,6 +78,10 @@ class AutoscalingSettings(Section):
 
 
 class DrainingSettings(Section):
+    watch: Literal["none", "pods", "nodes"] = Field(
+        default="none",
+        description="What the fleet watches in Kubernetes to drain ahead: its pods that terminate, nodes that go, too",
+    )
     turns_s: float = Field(
         default=30.0, gt=0, description="What running turns have on a gang that leaves before they go on elsewhere"
     )

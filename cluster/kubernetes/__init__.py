@@ -1,0 +1,1 @@
+"""What Seamount asks of Kubernetes: is everything there, which nodes and pods are to go, empty this node."""
