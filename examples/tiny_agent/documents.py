@@ -11,7 +11,7 @@ from typing import ClassVar
 from examples.tiny_agent.conversation import Conversation, Document, DocumentEncoder, MarkedPiece, marked_pieces
 from examples.tiny_agent.long_documents import make_long_document, needle_turn
 from examples.tiny_agent.shapes import NoVariant
-from examples.tiny_agent.tasks import MAKERS, system_text
+from examples.tiny_agent.tasks import make_turn, system_text
 from examples.tiny_agent.tools import Tool
 from examples.tiny_agent.turns import Scene, TaskKind, Turn
 from examples.tiny_agent.values import INVENTED_SHARE, PIECED_SHARE, Draw, Split
@@ -65,7 +65,7 @@ _WEIGHTS = (
     (TaskKind.MULTI, 0.36),
     (TaskKind.PARALLEL, 0.13),
     (TaskKind.ERRORS, 0.1),
-    (TaskKind.FOLLOW_UP, 0.15),
+    (TaskKind.FOLLOW_UP, 0.24),
     (TaskKind.NO_TOOL, 0.04),
     (TaskKind.PLAN, 0.05),
 )
@@ -184,7 +184,7 @@ def _turns(scene: Scene, mixture: Mixture, *, at_most: int) -> tuple[Turn, ...]:
     turns: list[Turn] = []
     refusals = 0
     while len(turns) < at_most and refusals < _MAX_REFUSALS:
-        turn = MAKERS[scene.draw.rng.choices(kinds, weights)[0]](scene)
+        turn = make_turn(scene.draw.rng.choices(kinds, weights)[0], scene)
         if turn is None:
             refusals += 1
         else:

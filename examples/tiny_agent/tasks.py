@@ -11,7 +11,7 @@ from examples.tiny_agent.conversation import Conversation
 from examples.tiny_agent.long_documents import CountTokens, make_long_document, needle_turn
 from examples.tiny_agent.shapes import NoVariant
 from examples.tiny_agent.tables import World
-from examples.tiny_agent.turns import Scene, TaskKind, Turn
+from examples.tiny_agent.turns import Known, Scene, TaskKind, Turn
 from examples.tiny_agent.turns_errors import errors
 from examples.tiny_agent.turns_follow_up import follow_up
 from examples.tiny_agent.turns_multi import multi
@@ -37,7 +37,20 @@ MAKERS: dict[TaskKind, Callable[[Scene], Turn | None]] = {
     TaskKind.NO_TOOL: no_tool,
     TaskKind.PLAN: plan,
 }
+_FOLLOWED = (TaskKind.SINGLE, TaskKind.SINGLE, TaskKind.PARALLEL, TaskKind.MULTI)
 _MAX_ATTEMPTS = 200
+
+
+def make_turn(kind: TaskKind, scene: Scene) -> Turn | None:
+    """A turn of any kind but NEEDLE, None where this scene does not allow what was drawn. What "it" means to a
+    follow-up is what the turn before it spoke of, nothing older."""
+    if kind is TaskKind.FOLLOW_UP:
+        return follow_up(scene)
+    before, scene.known = scene.known, Known()
+    turn = MAKERS[kind](scene)
+    if turn is None:
+        scene.known = before
+    return turn
 
 
 def system_text(scene: Scene) -> str:
@@ -96,11 +109,11 @@ def _turns(scene: Scene, kind: TaskKind) -> tuple[Turn, ...] | None:
     """The turn that decides, behind another one where it needs one."""
     before: tuple[Turn, ...] = ()
     if kind is TaskKind.FOLLOW_UP:
-        first = scene.draw.one((single, single, parallel, multi))(scene)
+        first = make_turn(scene.draw.one(_FOLLOWED), scene)
         if first is None:
             return None
         before = (first,)
-    turn = MAKERS[kind](scene)
+    turn = make_turn(kind, scene)
     return None if turn is None else (*before, turn)
 
 
