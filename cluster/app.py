@@ -16,7 +16,8 @@ from typing import Any
 
 from pydantic import SecretStr
 
-from seamount.cluster.fleet import PASS_S, Phase, RunningGang, WantedPool, running_gangs, wanted_pools
+from seamount.cluster.fleet import PASS_S
+from seamount.cluster.fleet_plan import Phase, RunningGang, WantedPool, least_pools, running_gangs
 from seamount.cluster.local_ray import LocalRay
 from seamount.cluster.settings import Settings
 from seamount.wire.errors import DeadlineExceeded, SeamountError, Unavailable
@@ -114,7 +115,12 @@ def _run_applications(settings: Settings, redis_url: str) -> str:
     resources = {ROUTER_RESOURCE: 1.0} if ray.cluster_resources().get(ROUTER_RESOURCE) else {}  # type: ignore[no-untyped-call]
     serve.run(fleet_application(told), name=FLEET_APPLICATION, route_prefix=None)
     try:
-        router = serve.run(router_application(told, resources), name=ROUTER_APPLICATION, route_prefix=None)
+        router = serve.run(
+            router_application(told, resources),
+            name=ROUTER_APPLICATION,
+            route_prefix=None,
+            external_scaler_enabled=settings.autoscaling.enabled,
+        )
         return str(router.address.remote().result(timeout_s=10.0))
     except (RuntimeError, TimeoutError) as error:
         said = _explanation(_applications().get(ROUTER_APPLICATION)) or str(error)
@@ -122,7 +128,7 @@ def _run_applications(settings: Settings, redis_url: str) -> str:
 
 
 def _wait_for_pools(settings: Settings, on_progress: Callable[[list[PoolProgress]], None], timeout_s: float) -> None:
-    wanted = wanted_pools(settings)
+    wanted = least_pools(settings)
     deadline = time.monotonic() + timeout_s
     told: list[PoolProgress] = []
     failures = _Failures()

@@ -1,38 +1,54 @@
 """Keeps the wanted gangs running: each gang is one Serve application, started and deleted by the fleet alone.
 
-``plan`` says what to do and is pure. ``Reconciler`` does it, about once a second, from a thread of its own (calls into
-Serve block). What runs is read from Serve, so a new fleet adopts the gangs of a dead one without
-touching them. Redis keeps only what Serve cannot know: which fleet is the present one, which names were used up, how
-often a pool failed to come up.
+``fleet_plan.plan`` says what to do and is pure. ``Reconciler`` does it, about twice a second, from a thread of its own
+(calls into Serve block). What runs is read from Serve, so a new fleet adopts the gangs of a dead one without touching
+them. Redis keeps only what Serve cannot know: which fleet is the present one, which names were used up, how often a
+pool failed to come up, what was wanted last.
 
-An older fleet that is still about is fenced off: see ``fleet_state``.
+A gang that goes is emptied first (``fleet_draining``), whatever the reason: too little load (``fleet_scaling``), a node
+that is to be emptied (``fleet_nodes``), a newer version, or a younger Ray cluster of the same name that serves
+(``fleet_siblings``). An older fleet that is still about is fenced off: see ``fleet_state``.
 """
 
 from __future__ import annotations
 
-import hashlib
-import json
 import logging
-import re
 import threading
 import time
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
-from enum import Enum
-from typing import Any, Protocol
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Protocol
 
 import redis
 
+from seamount.cluster.autoscaling import AutoscalingSettings, DrainingSettings
+from seamount.cluster.fleet_draining import Drained, GangDrains
+from seamount.cluster.fleet_meter import gang_name
 from seamount.cluster.fleet_metrics import FleetMetrics
+from seamount.cluster.fleet_nodes import Node, NodeWork, emptying, node_work, statuses
+from seamount.cluster.fleet_plan import (
+    POOL_NAMES,
+    Cause,
+    Circumstances,
+    Delete,
+    Phase,
+    RunningGang,
+    Start,
+    WantedPool,
+    plan,
+)
+from seamount.cluster.fleet_scaling import ROUTERS, Scaler, Wanted
+from seamount.cluster.fleet_siblings import Siblings
 from seamount.cluster.fleet_state import FleetState
+from seamount.cluster.fleet_view import FleetView, View
+from seamount.cluster.leaving import LeavingRouters
+from seamount.cluster.node_drain import DrainRequests
 from seamount.cluster.settings import Settings
-from seamount.cluster.specs import pool_settings
 from seamount.wire.errors import Aborted
 from seamount.workers.spec import PoolName
 
 logger = logging.getLogger("seamount.fleet")
 
-POOL_NAMES: tuple[PoolName, ...] = ("decode", "prefill")
 PASS_S = 0.5
 """Pause between two looks at what runs."""
 STALLED_AFTER_S = 60.0
@@ -40,191 +56,79 @@ STALLED_AFTER_S = 60.0
 MAX_FAILURES = 3
 """Gangs of one pool and version that fail to come up before the fleet leaves the failed one standing, to be seen."""
 MAX_BACKOFF_S = 30.0
-_GANG_NAME = re.compile(r"^(prefill|decode)-(\d+)$")
-
-
-class Phase(Enum):
-    """How far a gang is: ``STARTING`` also while Serve replaces it after a failure, ``FAILED`` when Serve gave up."""
-
-    STARTING = "starting"
-    READY = "ready"
-    FAILED = "failed"
-    LEAVING = "leaving"
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class WantedPool:
-    """``version``: digest of everything a rank is told; gangs of another version are replaced."""
-
-    pool: PoolName
-    num_gangs: int
-    expert_parallel: int
-    version: str
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class RunningGang:
-    """One application, as Serve reports it; names are ``<pool>-<number>``."""
-
-    pool: PoolName
-    number: int
-    version: str
-    phase: Phase
-
-    @property
-    def name(self) -> str:
-        return f"{self.pool}-{self.number}"
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Start:
-    """One more gang of ``wanted``; its number is drawn when the start is admitted."""
-
-    wanted: WantedPool
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Delete:
-    name: str
-    pool: PoolName
-    version: str
-    failed: bool
-
-
-Action = Start | Delete
-
-
-def plan(
-    wanted: Iterable[WantedPool], running: Iterable[RunningGang], given_up: frozenset[PoolName] = frozenset()
-) -> list[Action]:
-    """What brings the running gangs to the wanted ones; empty when nothing is to be done.
-
-    - Missing gangs of the wanted version are started, surplus ones deleted: first those that are not ready, then the
-      newest. A failed gang is deleted (the next pass starts another), unless its pool is in ``given_up``.
-    - Gangs of an older version stay until as many of the new one are ready: there are never fewer ready gangs than
-      wanted because of an update. (An update therefore needs room for one more gang.)
-    - A pool that is not wanted is emptied. Gangs that are leaving already are left alone and count for nothing.
-    """
-    present = [gang for gang in running if gang.phase is not Phase.LEAVING]
-    actions: list[Action] = []
-    named = set()
-    for pool in wanted:
-        named.add(pool.pool)
-        gangs = [gang for gang in present if gang.pool == pool.pool]
-        actions += _plan_pool(pool, gangs, given_up=pool.pool in given_up)
-    actions += [_delete(gang) for gang in present if gang.pool not in named]
-    return actions
-
-
-def _plan_pool(wanted: WantedPool, gangs: Sequence[RunningGang], *, given_up: bool) -> list[Action]:
-    current = [gang for gang in gangs if gang.version == wanted.version]
-    failed = [] if given_up else [gang for gang in current if gang.phase is Phase.FAILED]
-    kept = [gang for gang in current if gang not in failed]
-    num_missing = wanted.num_gangs - len(kept)
-    # The worst of the wanted version go first: those that serve nobody yet, then the newest.
-    by_worth = sorted(kept, key=lambda gang: (gang.phase is not Phase.READY, gang.number), reverse=True)
-    surplus = by_worth[: max(0, -num_missing)]
-
-    old = [gang for gang in gangs if gang.version != wanted.version]
-    num_ready = sum(gang.phase is Phase.READY for gang in kept)
-    num_old_needed = max(0, wanted.num_gangs - num_ready)
-    oldest_first = sorted(old, key=lambda gang: (gang.phase is Phase.READY, gang.number))
-    outlived = oldest_first[: max(0, len(old) - num_old_needed)]
-
-    starts: list[Action] = [Start(wanted=wanted)] * max(0, num_missing)
-    # Failed ones first: their failure is counted, and the pause before the next start set, before that start.
-    return [*map(_delete, failed), *starts, *map(_delete, surplus), *map(_delete, outlived)]
-
-
-def _delete(gang: RunningGang) -> Delete:
-    return Delete(name=gang.name, pool=gang.pool, version=gang.version, failed=gang.phase is Phase.FAILED)
-
-
-def wanted_pools(settings: Settings) -> list[WantedPool]:
-    """What the settings ask the fleet for."""
-    wanted = []
-    for name in POOL_NAMES:
-        pool = pool_settings(settings, name)
-        wanted.append(
-            WantedPool(
-                pool=name,
-                num_gangs=pool.gangs,
-                expert_parallel=pool.expert_parallel,
-                version=gang_version(settings, name),
-            )
-        )
-    return wanted
-
-
-def gang_version(settings: Settings, pool: PoolName) -> str:
-    """Digest of everything in the settings that a rank of the pool depends on; the number of gangs is not in it."""
-    told = settings.model_dump(
-        mode="json",
-        include={"cluster_name", "model", "cache", "engine", "directory", "transfer", "redis"},
-    )
-    told["host"] = settings.pools.host
-    told["token_file"] = str(settings.router.worker_token_file)
-    told["pool"] = pool_settings(settings, pool).model_dump(mode="json", exclude={"gangs"})
-    return "v" + hashlib.sha256(json.dumps([pool, told], sort_keys=True).encode()).hexdigest()[:10]
-
-
-def running_gangs(applications: Mapping[str, Any]) -> list[RunningGang]:
-    """The gangs among Serve's applications (``serve.status().applications``).
-
-    A gang's version is the name of its one deployment. Applications of other names are none of the fleet's business.
-    """
-    gangs = []
-    for name, application in applications.items():
-        if match := _GANG_NAME.match(name):
-            pool: PoolName = "prefill" if match[1] == "prefill" else "decode"
-            version = next(iter(application.deployments), "")
-            phase = _phase(application.status.value)
-            gangs.append(RunningGang(pool=pool, number=int(match[2]), version=version, phase=phase))
-    return gangs
-
-
-def _phase(status: str) -> Phase:
-    match status:
-        case "RUNNING":
-            return Phase.READY
-        case "DEPLOY_FAILED":
-            return Phase.FAILED
-        case "DELETING":
-            return Phase.LEAVING
-        case _:  # NOT_STARTED, DEPLOYING, UNHEALTHY: on its way, or being replaced by Serve itself
-            return Phase.STARTING
 
 
 class GangApplications(Protocol):
-    """What the fleet needs of Serve; calls may block for seconds and raise whatever Ray raises."""
+    """What the fleet needs of Serve and Ray; calls may block for seconds and raise whatever Ray raises."""
 
     def running(self) -> list[RunningGang]: ...
-    def start(self, name: str, wanted: WantedPool) -> None: ...
+    def start(self, name: str, wanted: WantedPool, avoided_nodes: Collection[str]) -> None: ...
     def delete(self, name: str) -> None: ...
+    def nodes(self) -> list[Node]: ...
+    def scale_routers(self, number: int) -> None: ...
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FleetParts:
+    """What a fleet works with beside Serve."""
+
+    view: FleetView
+    drains: DrainRequests
+    leaving_routers: LeavingRouters
+    scaling: AutoscalingSettings
+    draining: DrainingSettings
+
+    @classmethod
+    def of(cls, settings: Settings, client: redis.Redis) -> FleetParts:
+        """settings: with the ``redis_url`` in force, where ``client`` leads."""
+        return cls(
+            view=FleetView(settings),
+            drains=DrainRequests(client, settings.cluster_name),
+            leaving_routers=LeavingRouters(client, settings.cluster_name),
+            scaling=settings.autoscaling,
+            draining=settings.draining,
+        )
 
 
 class Reconciler:
     """One pass after the other until stopped; owned by one thread."""
 
     def __init__(
-        self, wanted: Sequence[WantedPool], state: FleetState, gangs: GangApplications, metrics: FleetMetrics
+        self,
+        wanted: Sequence[WantedPool],
+        state: FleetState,
+        gangs: GangApplications,
+        metrics: FleetMetrics,
+        parts: FleetParts,
     ) -> None:
+        """wanted: as the settings have it; where the fleet scales, to begin with."""
         self._wanted = wanted
         self._metrics = metrics
         self._state = state
         self._gangs = gangs
+        self._parts = parts
+        self._scaler = Scaler(parts.scaling, wanted, state)
+        self._leaving = GangDrains(parts.view)
+        self._siblings = Siblings(state)
         self._not_before: dict[PoolName, float] = {}
+        self._starting: dict[str, float] = {}
+        self._num_routers: int | None = None
+        self._emptied: set[str] = set()
         self._stop = threading.Event()
         self._last_pass = time.monotonic()
         self._thread = threading.Thread(target=self._run, name="fleet", daemon=True)
 
     def start(self) -> None:
+        self._parts.view.start()
         self._thread.start()
 
     def stop(self, timeout_s: float) -> None:
         """Ends after the act in hand; gangs are left as they are."""
         self._stop.set()
-        self._thread.join(timeout_s)
+        self._leaving.stop()
+        if self._thread.is_alive():
+            self._thread.join(timeout_s)
+        self._parts.view.stop()
 
     def healthy(self) -> bool:
         return self._thread.is_alive() and time.monotonic() - self._last_pass < STALLED_AFTER_S
@@ -234,7 +138,7 @@ class Reconciler:
             try:
                 if not self._state.epoch:
                     self._state.claim()
-                    logger.info("fleet_claimed", extra={"epoch": self._state.epoch})
+                    logger.info("fleet_claimed", extra={"epoch": self._state.epoch, "number": self._state.number})
                 self.reconcile()
                 self._last_pass = time.monotonic()
                 self._metrics.passed()
@@ -249,43 +153,167 @@ class Reconciler:
             self._stop.wait(PASS_S)
 
     def reconcile(self) -> None:
-        """One pass: look, plan, act."""
+        """One pass: look, plan, act, tell."""
         running = self._gangs.running()
-        for pool in self._wanted:
-            self._metrics.wanted(pool.pool, pool.num_gangs)
-        seen = [(gang.pool, gang.phase.value) for gang in running]
-        self._metrics.gangs(seen, pools=POOL_NAMES, phases=[phase.value for phase in Phase])
-        given_up = frozenset(
-            pool.pool for pool in self._wanted if self._state.num_failures(pool.pool, pool.version) >= MAX_FAILURES
+        view = self._parts.view.look()
+        self._note_starts(running)
+        nodes = self._gangs.nodes()
+        view_here = _of_nodes(view, {node.node_id for node in nodes})
+        work = self._node_work(running, nodes, view_here)
+        is_outlived = self._siblings.is_outlived()
+        leaving = {*self._leaving.names, *work.gangs, *work.routers}
+        wanted = self._scaler.wanted(running, view_here, leaving)
+        if is_outlived:
+            wanted = replace(wanted, pools=[replace(pool, num_gangs=0) for pool in wanted.pools])
+        self._measure(running, wanted)
+        mind = Circumstances(
+            given_up=self._given_up(wanted.pools),
+            condemned=frozenset(work.gangs),
+            overdue=work.overdue,
+            cheapest=wanted.cheapest,
         )
-        for action in plan(self._wanted, running, given_up):
+        staying = [gang for gang in running if gang.name not in self._leaving]
+        for name in half_drained(view_here, self._leaving.names):  # by a fleet before this one, or by an operator
+            staying = [gang for gang in staying if gang.name != name]
+            self._empty(name, Cause.SCALE_DOWN, work.gangs, view_here)
+        for action in plan(wanted.pools, staying, mind):
             match action:
-                case Start(wanted=wanted):
-                    if time.monotonic() >= self._not_before.get(wanted.pool, 0.0):
-                        self._start_gang(wanted, running)
+                case Start(wanted=pool):
+                    if time.monotonic() >= self._not_before.get(pool.pool, 0.0):
+                        self._start_gang(pool, running, work.avoided)
                 case Delete():
-                    self._delete_gang(action)
+                    self._take_away(action, work.gangs, view_here)
+        self._end_drains(running, work.gangs)
+        self._mind_routers(wanted.routers, view_here, work, is_outlived=is_outlived)
+        for status in statuses(work, running, view_here):
+            self._parts.drains.tell(status)
+        self._state.tell_siblings(is_serving=_is_serving(wanted, running) and not is_outlived)
 
-    def _start_gang(self, wanted: WantedPool, running: Sequence[RunningGang]) -> None:
+    def _node_work(self, running: Sequence[RunningGang], nodes: Sequence[Node], view: View) -> NodeWork:
+        requests = self._parts.drains.requests()
+        if not requests:
+            return NodeWork()
+        replacement_s = self._parts.draining.replacement_s
+        concerned = emptying(requests, nodes, now=self._parts.drains.now(), replacement_s=replacement_s)
+        return node_work(concerned, running, view)
+
+    def _given_up(self, pools: Sequence[WantedPool]) -> frozenset[PoolName]:
+        return frozenset(
+            pool.pool for pool in pools if self._state.num_failures(pool.pool, pool.version) >= MAX_FAILURES
+        )
+
+    def _start_gang(self, wanted: WantedPool, running: Sequence[RunningGang], avoided: Collection[str]) -> None:
         lowest = max((gang.number + 1 for gang in running if gang.pool == wanted.pool), default=0)
         number = self._state.admit_start(wanted.pool, lowest=lowest)
         name = f"{wanted.pool}-{number}"
         logger.info("gang_starting", extra=self._about(name, wanted.version))
-        self._gangs.start(name, wanted)
+        self._starting[name] = time.monotonic()
+        self._gangs.start(name, wanted, avoided)
         self._metrics.gang_started(wanted.pool)
 
-    def _delete_gang(self, action: Delete) -> None:
+    def _note_starts(self, running: Sequence[RunningGang]) -> None:
+        for gang in running:
+            if gang.phase is Phase.READY and gang.name in self._starting:
+                took_s = time.monotonic() - self._starting.pop(gang.name)
+                self._metrics.gang_ready(gang.pool, took_s)
+                self._scaler.started(gang.pool, took_s)
+
+    def _take_away(self, action: Delete, condemned: Mapping[str, float], view: View) -> None:
+        """Empty a gang that may hold sessions, delete any other."""
+        if action.cause is Cause.FAILED and not self._count_failure(action):
+            return
+        if not action.is_ready or action.pool == "prefill":
+            self._delete_gang(action.name, action.version)
+            return
+        self._empty(action.name, action.cause, condemned, view)
+
+    def _empty(self, name: str, cause: Cause, condemned: Mapping[str, float], view: View) -> None:
         self._state.admit_delete()
-        if action.failed:
-            self._metrics.gang_failed(action.pool)
-            count = self._state.count_failure(action.pool, action.version)
-            pause_s = min(MAX_BACKOFF_S, 2.0**count)
-            self._not_before[action.pool] = time.monotonic() + pause_s
-            logger.warning("gang_failed", extra={"gang": action.name, "count": count, "pause_s": pause_s})
-            if count >= MAX_FAILURES:
-                return  # it stays, failed, where an operator can see why
-        logger.info("gang_deleting", extra=self._about(action.name, action.version))
-        self._gangs.delete(action.name)
+        logger.info("gang_draining", extra={"gang": name, "cause": cause.value, "epoch": self._state.epoch})
+        settings = self._parts.draining
+        timeout_s = min(settings.timeout_s, condemned.get(name, settings.timeout_s))
+        self._leaving.begin(
+            name,
+            cause,
+            view.ranks,
+            turns_s=min(settings.turns_s, timeout_s / 2),
+            timeout_s=timeout_s,
+            excluded_gangs=condemned.keys(),
+        )
+
+    def _end_drains(self, running: Sequence[RunningGang], condemned: Mapping[str, float]) -> None:
+        versions = {gang.name: gang.version for gang in running if gang.phase is not Phase.LEAVING}
+        for name in self._leaving.names:
+            if name in condemned:
+                self._leaving.hasten(name, timeout_s=condemned[name])
+        for drained in self._leaving.ended():
+            if drained.name in versions:
+                self._delete_gang(drained.name, versions[drained.name])
+            self._note_drained(drained)
+            self._leaving.forget(drained.name)
+
+    def _note_drained(self, drained: Drained) -> None:
+        self._metrics.drain_ended(drained.cause.value, "empty" if drained.is_empty else "failed", drained.took_s)
+        about = {"gang": drained.name, "empty": drained.is_empty, "took_s": round(drained.took_s, 1)}
+        logger.info("gang_drained", extra=about)
+
+    def _delete_gang(self, name: str, version: str) -> None:
+        self._state.admit_delete()
+        logger.info("gang_deleting", extra=self._about(name, version))
+        self._starting.pop(name, None)
+        self._gangs.delete(name)
+
+    def _count_failure(self, action: Delete) -> bool:
+        """Whether it may go: the last of too many stays, failed, where an operator can see why."""
+        self._metrics.gang_failed(action.pool)
+        count = self._state.count_failure(action.pool, action.version)
+        pause_s = min(MAX_BACKOFF_S, 2.0**count)
+        self._not_before[action.pool] = time.monotonic() + pause_s
+        logger.warning("gang_failed", extra={"gang": action.name, "count": count, "pause_s": pause_s})
+        return count < MAX_FAILURES
+
+    def _mind_routers(self, wanted: int | None, view: View, work: NodeWork, *, is_outlived: bool) -> None:
+        """Their number, one more for each that leaves its node as long as it stands there; and those that go."""
+        here = {record.peer_id for record, _ in view.routers}
+        self._parts.leaving_routers.ask(sorted(here if is_outlived else work.routers))
+        if wanted is None or is_outlived:
+            return
+        self._emptied |= {record.node_id for record, _ in view.routers if record.peer_id in work.routers}
+        self._emptied &= work.avoided
+        number = wanted + len(self._emptied)
+        if number != self._num_routers:
+            self._gangs.scale_routers(number)
+            self._num_routers = number
+
+    def _measure(self, running: Sequence[RunningGang], wanted: Wanted) -> None:
+        for pool in wanted.pools:
+            self._metrics.wanted(pool.pool, pool.num_gangs)
+        if wanted.routers is not None:
+            self._metrics.wanted(ROUTERS, wanted.routers)
+        seen = [(gang.pool, gang.phase.value) for gang in running]
+        self._metrics.gangs(seen, pools=POOL_NAMES, phases=[phase.value for phase in Phase])
 
     def _about(self, gang: str, version: str) -> dict[str, object]:
         return {"gang": gang, "version": version, "epoch": self._state.epoch}
+
+
+def half_drained(view: View, known: Collection[str]) -> list[str]:
+    """Gangs with a rank that is leaving, other than ``known``: no turn goes there any more."""
+    names = {gang_name(rank.record.gang_id) for rank in view.ranks if rank.state.draining}
+    return sorted(names - set(known))
+
+
+def _of_nodes(view: View, node_ids: Collection[str]) -> View:
+    """What is in this Ray cluster: others of the name have gangs of the same names."""
+    return View(
+        ranks=tuple(rank for rank in view.ranks if rank.record.node_id in node_ids),
+        routers=tuple(one for one in view.routers if one[0].node_id in node_ids),
+    )
+
+
+def _is_serving(wanted: Wanted, running: Sequence[RunningGang]) -> bool:
+    """As many gangs as are wanted are ready."""
+    return all(
+        sum(gang.phase is Phase.READY and gang.pool == pool.pool for gang in running) >= pool.num_gangs
+        for pool in wanted.pools
+    )

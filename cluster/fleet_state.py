@@ -1,5 +1,9 @@
 """What one fleet leaves to its successor, in Redis, and what keeps an older fleet from acting after a newer one.
 
+One Ray cluster has one fleet at a time. Several Ray clusters may serve under one cluster name, as a new image is rolled
+out: each has its own fleet and state; they see each other's beats, and one that finds a younger cluster serving empties
+its own.
+
 A starting fleet raises the cluster's fleet epoch; every act is admitted under that epoch by one script first, so an
 older fleet is refused from then on. An act admitted just before may still reach Serve afterwards; that is harmless,
 because names are never used twice: a late start is a gang too many, which the next pass deletes, and a late delete can
@@ -8,6 +12,8 @@ only hit the gang that it was decided for.
 
 from __future__ import annotations
 
+import time
+from dataclasses import dataclass
 from typing import Any
 
 import redis
@@ -32,11 +38,37 @@ redis.call('HSET', KEYS[1], field, number + 1)
 return number
 """
 
+# KEYS[1] the cluster name's hash. ARGV: Ray session. Returns how manieth Ray cluster of this name it is.
+_ENTER = """
+local known = redis.call('HGET', KEYS[1], 'number:' .. ARGV[1])
+if known then return tonumber(known) end
+local number = redis.call('HINCRBY', KEYS[1], 'last', 1)
+redis.call('HSET', KEYS[1], 'number:' .. ARGV[1], number)
+return number
+"""
+
+# KEYS[1] the fleet's hash. ARGV: epoch, field, value. Returns -1 for a stale epoch, else 0.
+_REMEMBER = """
+if redis.call('HGET', KEYS[1], 'epoch') ~= ARGV[1] then return -1 end
+redis.call('HSET', KEYS[1], ARGV[2], ARGV[3])
+return 0
+"""
+
 # KEYS[1] the fleet's hash. ARGV: epoch, failure field. Returns -1 for a stale epoch, else the count so far.
 _COUNT_FAILURE = """
 if redis.call('HGET', KEYS[1], 'epoch') ~= ARGV[1] then return -1 end
 return redis.call('HINCRBY', KEYS[1], ARGV[2], 1)
 """
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Sibling:
+    """A Ray cluster of the same name. beat: grows while its fleet lives; is_serving: a gang of each pool is ready."""
+
+    ray_session: str
+    number: int
+    beat: int
+    is_serving: bool
 
 
 class FleetState:
@@ -49,14 +81,46 @@ class FleetState:
     def __init__(self, client: redis.Redis, *, cluster_name: str, ray_session: str) -> None:
         self._client = client
         self._key = f"seamount:{{{cluster_name}}}:fleet:{ray_session}"
+        self._siblings_key = f"seamount:{{{cluster_name}}}:fleets"
+        self._session = ray_session
+        self._enter = client.register_script(_ENTER)
+        self._remember = client.register_script(_REMEMBER)
         self._admit = client.register_script(_ADMIT)
         self._count_failure = client.register_script(_COUNT_FAILURE)
         self.epoch = 0
+        self.number = 0
+        """How manieth Ray cluster of the name this is; 0 before ``claim``."""
 
     def claim(self) -> None:
         """Become the cluster's one fleet; every earlier one is refused from now on."""
         self.epoch = int(self._client.hincrby(self._key, "epoch", 1))
         self._client.expire(self._key, STATE_TTL_S)
+        self.number = int(self._enter(keys=[self._siblings_key], args=[self._session]))
+
+    def tell_siblings(self, *, is_serving: bool) -> None:
+        """One beat."""
+        told = f"{int(time.time() * 1e3)}:{int(is_serving)}"
+        self._client.hset(self._siblings_key, f"beat:{self._session}", told)
+
+    def siblings(self) -> list[Sibling]:
+        """The other Ray clusters of this name, dead ones, too."""
+        stored: Any = self._client.hgetall(self._siblings_key)
+        fields = {name.decode(): value.decode() for name, value in stored.items()}
+        found = []
+        for name, value in fields.items():
+            kind, _, session = name.partition(":")
+            if kind == "number" and session != self._session:
+                beat, _, serving = fields.get(f"beat:{session}", "0:0").partition(":")
+                found.append(Sibling(ray_session=session, number=int(value), beat=int(beat), is_serving=serving == "1"))
+        return found
+
+    def remember(self, field: str, value: float) -> None:
+        """A number for the fleets after this one."""
+        self._checked(self._remember(keys=[self._key], args=[self.epoch, field, value]))
+
+    def recall(self, field: str) -> float | None:
+        stored: Any = self._client.hget(self._key, field)
+        return None if stored is None else float(stored)
 
     def admit_delete(self) -> None:
         self._checked(self._admit(keys=[self._key], args=[self.epoch, "", 0, STATE_TTL_S]))
@@ -75,6 +139,7 @@ class FleetState:
     def forget(self) -> None:
         """Removes the state: the Ray cluster is going."""
         self._client.delete(self._key)
+        self._client.hdel(self._siblings_key, f"number:{self._session}", f"beat:{self._session}")
 
     def _checked(self, number: Any) -> int:
         if int(number) < 0:

@@ -108,9 +108,12 @@ class Look:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class History:
-    """Looks, the oldest first."""
+    """Looks, the oldest first, and what was wanted last (None: as many as there are)."""
 
     looks: tuple[Look, ...] = ()
+    prefill: int | None = None
+    decode: int | None = None
+    routers: int | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -7,14 +7,16 @@ processes alone.
 
 from __future__ import annotations
 
+from collections.abc import Collection
+from typing import Any
+
 import ray
 import ray.util
 from ray import serve
-from ray.serve.api import RunTarget
 from ray.serve.config import GangPlacementStrategy, GangRuntimeFailurePolicy, GangSchedulingConfig
 from ray.serve.deployment import Application
 
-from seamount.cluster.fleet import RunningGang, WantedPool, running_gangs
+from seamount.cluster.fleet_plan import WantedPool
 from seamount.cluster.settings import NODE_ADDRESS, PoolSettings, Settings
 from seamount.cluster.specs import pool_settings, rank_spec
 from seamount.wire import logs
@@ -29,6 +31,8 @@ HEALTH_TIMEOUT_S = 3.0
 NUM_START_ATTEMPTS = 3
 """Starts of a gang's ranks that fail in a row before Serve gives the application up and the fleet judges."""
 
+NODE_ID_LABEL = "ray.io/node-id"
+"""Ray sets it on each node."""
 IDLE_CPUS = 0.1
 """Ray's share of a core for a replica whose settings name none: enough to be counted, too little to keep others out."""
 
@@ -66,25 +70,12 @@ class Rank:
             await self._rank.leave_and_stop(DRAIN_S)
 
 
-class ServeGangs:
-    """The fleet's view of Serve. Calls block; none waits for a gang to come up or to go."""
+def gang_application(settings: Settings, wanted: WantedPool, avoided_nodes: Collection[str] = ()) -> Application:
+    """The Serve application of one gang; its one deployment is named by the version (``fleet_plan.running_gangs``).
 
-    def __init__(self, settings: Settings) -> None:
-        self._settings = settings
-
-    def running(self) -> list[RunningGang]:
-        return running_gangs(serve.status().applications)
-
-    def start(self, name: str, wanted: WantedPool) -> None:
-        target = RunTarget(target=gang_application(self._settings, wanted), name=name, route_prefix=None)
-        serve.run_many([target], wait_for_ingress_deployment_creation=False, wait_for_applications_running=False)
-
-    def delete(self, name: str) -> None:
-        serve.delete(name, _blocking=False)
-
-
-def gang_application(settings: Settings, wanted: WantedPool) -> Application:
-    """The Serve application of one gang; its one deployment is named by the version (``fleet.running_gangs``)."""
+    avoided_nodes: Ray ids of nodes that no rank may be on.
+    """
+    options = actor_options(pool_settings(settings, wanted.pool))
     deployment = serve.deployment(
         name=wanted.version,
         num_replicas=wanted.expert_parallel,
@@ -93,7 +84,8 @@ def gang_application(settings: Settings, wanted: WantedPool) -> Application:
             gang_placement_strategy=GangPlacementStrategy.PACK,
             runtime_failure_policy=GangRuntimeFailurePolicy.RESTART_GANG,
         ),
-        ray_actor_options=actor_options(pool_settings(settings, wanted.pool)),
+        ray_actor_options=options,
+        **_placement(options, avoided_nodes),
         health_check_period_s=HEALTH_PERIOD_S,
         health_check_timeout_s=HEALTH_TIMEOUT_S,
         graceful_shutdown_wait_loop_s=0.1,  # our streams are invisible to Serve: it has nothing to wait for
@@ -103,15 +95,26 @@ def gang_application(settings: Settings, wanted: WantedPool) -> Application:
     return deployment.bind(settings, wanted.pool)
 
 
-def actor_options(pool: PoolSettings) -> dict[str, object]:
+def actor_options(pool: PoolSettings) -> dict[str, Any]:
     """Ray's options for a replica with the pool's resources."""
     resources = dict(pool.resources)
-    options: dict[str, object] = {"num_cpus": resources.pop("CPU", IDLE_CPUS)}
+    options: dict[str, Any] = {"num_cpus": resources.pop("CPU", IDLE_CPUS)}
     if "GPU" in resources:
         options["num_gpus"] = resources.pop("GPU")
     if resources:
         options["resources"] = resources
     return options
+
+
+def _placement(options: dict[str, Any], avoided_nodes: Collection[str]) -> dict[str, Any]:
+    """Bundles like those that Serve makes by itself, and a selector, which Serve takes with explicit ones only."""
+    if not avoided_nodes:
+        return {}
+    bundle = {"CPU": options["num_cpus"], "GPU": options.get("num_gpus", 0.0), **options.get("resources", {})}
+    return {
+        "placement_group_bundles": [{name: amount for name, amount in bundle.items() if amount}],
+        "placement_group_bundle_label_selector": [{NODE_ID_LABEL: f"!in({','.join(sorted(avoided_nodes))})"}],
+    }
 
 
 def bind_address(host: str) -> str:

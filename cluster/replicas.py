@@ -11,19 +11,20 @@ import redis
 from ray import serve
 from ray.serve.deployment import Application
 
-from seamount.cluster.fleet import Reconciler, wanted_pools
+from seamount.cluster.fleet import FleetParts, Reconciler
 from seamount.cluster.fleet_metrics import FleetMetrics
+from seamount.cluster.fleet_plan import wanted_pools
 from seamount.cluster.fleet_state import FleetState, connect
 from seamount.cluster.leaving import LeavingRouters
 from seamount.cluster.pools import (
     HEALTH_PERIOD_S,
     HEALTH_TIMEOUT_S,
     IDLE_CPUS,
-    ServeGangs,
     bind_address,
     node_id,
     reachable_host,
 )
+from seamount.cluster.serve_gangs import ServeGangs
 from seamount.cluster.settings import Settings
 from seamount.cluster.specs import router_spec
 from seamount.router.server import RouterServer
@@ -103,7 +104,8 @@ class Fleet:
         state = FleetState(client, cluster_name=settings.cluster_name, ray_session=session)
         registry = new_registry()
         metrics = FleetMetrics(registry)
-        self._reconciler = Reconciler(wanted_pools(settings), state, ServeGangs(settings), metrics)
+        parts = FleetParts.of(settings, client)
+        self._reconciler = Reconciler(wanted_pools(settings), state, ServeGangs(settings), metrics, parts)
         self._reconciler.start()
         host = bind_address(settings.metrics.host)
         self._endpoint = MetricsEndpoint(registry, host=host, port=settings.metrics.port)

@@ -19,7 +19,7 @@ tokens of an answer L:
 While prefill gangs are short, L asks for no more: what streams wait for then is prompts. L is taken for proportional to
 the answers at a gang: too much far from the target, right where it meets it.
 
-Damping. Gangs are added when every look of the last ``grow_after_s`` asked for more than there are (as many as the
+Damping. Gangs are added when every look of the last ``grow_after_s`` asked for more than are wanted (as many as the
 least of them), and taken away when every look of the last max(``shrink_after_s``, S) could do with fewer, at bounds
 lowered by ``shrink_margin``. To keep a gang for as long as one takes to start costs at most twice what knowing the
 future would.
@@ -56,16 +56,20 @@ def decide(snapshot: Snapshot, slo: Slo) -> Decision:
     looks[-1] = look
     damping = _Damping(looks, slo)
     prefills, decodes = snapshot.of("prefill"), snapshot.of("decode")
-    prefill = damping.wanted(len(prefills), slo.prefill, snapshot.prefill_start_s, lambda one: one.prefill)
-    decode = damping.wanted(len(decodes), slo.decode, snapshot.decode_start_s, lambda one: one.decode)
-    routers = damping.wanted(len(snapshot.routers), slo.routers, 0.0, lambda one: one.routers)
+    before = snapshot.history
+    last = len(prefills) if before.prefill is None else before.prefill
+    prefill = damping.wanted(last, slo.prefill, snapshot.prefill_start_s, lambda one: one.prefill)
+    last = len(decodes) if before.decode is None else before.decode
+    decode = damping.wanted(last, slo.decode, snapshot.decode_start_s, lambda one: one.decode)
+    last = len(snapshot.routers) if before.routers is None else before.routers
+    routers = damping.wanted(last, slo.routers, 0.0, lambda one: one.routers)
     return Decision(
         prefill=prefill,
         decode=decode,
         routers=routers,
         drain=(*_surplus(prefills, prefill), *_surplus(decodes, decode)),
         look=look,
-        history=History(looks=tuple(looks)),
+        history=History(looks=tuple(looks), prefill=prefill, decode=decode, routers=routers),
     )
 
 
@@ -210,16 +214,16 @@ class _Damping:
     looks: Sequence[Look]
     slo: Slo
 
-    def wanted(self, present: int, limits: Limits, start_s: float, of: Callable[[Look], Need]) -> int:
-        """``present``, or more, or less; always within the limits."""
+    def wanted(self, last: int, limits: Limits, start_s: float, of: Callable[[Look], Need]) -> int:
+        """``last``, or more, or less; always within the limits."""
         shrink_after_s = max(self.slo.shrink_after_s, start_s)
         grown = min(of(one).grow for one in self._last(self.slo.grow_after_s))
         kept = max(of(one).keep for one in self._last(shrink_after_s))
         looked_s = self.looks[-1].now_s - self.looks[0].now_s
-        wanted = present
-        if grown > present and looked_s >= self.slo.grow_after_s:
+        wanted = last
+        if grown > last and looked_s >= self.slo.grow_after_s:
             wanted = grown
-        elif kept < present and looked_s >= shrink_after_s:
+        elif kept < last and looked_s >= shrink_after_s:
             wanted = kept
         return min(max(wanted, limits.at_least), limits.at_most)
 

@@ -4,7 +4,7 @@ from typing import Any
 import pytest
 
 from seamount.cluster.app import PoolProgress, pool_progress
-from seamount.cluster.fleet import WantedPool, running_gangs, wanted_pools
+from seamount.cluster.fleet_plan import WantedPool, running_gangs, wanted_pools
 from seamount.cluster.settings import Settings, validate
 
 

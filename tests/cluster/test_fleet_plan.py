@@ -1,25 +1,32 @@
+from __future__ import annotations
+
 import random
 import time
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import redis
 
-from seamount.cluster.fleet import (
-    MAX_FAILURES,
+from seamount.cluster.fleet import MAX_FAILURES, FleetParts, Reconciler
+from seamount.cluster.fleet_metrics import FleetMetrics
+from seamount.cluster.fleet_nodes import Node
+from seamount.cluster.fleet_plan import (
+    Action,
+    Cause,
+    Circumstances,
     Delete,
     Phase,
-    Reconciler,
     RunningGang,
     Start,
     WantedPool,
     plan,
     running_gangs,
 )
-from seamount.cluster.fleet_metrics import FleetMetrics
 from seamount.cluster.fleet_state import FleetState, connect
 from seamount.cluster.redis_server import RedisServer
+from seamount.cluster.settings import validate
 from seamount.wire.errors import Aborted
 from seamount.wire.metrics import new_registry
 from seamount.workers.spec import PoolName
@@ -29,6 +36,11 @@ READY, STARTING, FAILED, LEAVING = Phase.READY, Phase.STARTING, Phase.FAILED, Ph
 
 def wants(num_gangs: int, *, pool: PoolName = "decode", version: str = "v2", expert_parallel: int = 2) -> WantedPool:
     return WantedPool(pool=pool, num_gangs=num_gangs, expert_parallel=expert_parallel, version=version)
+
+
+def reconciler(url: str, pools: list[WantedPool], state: FleetState, serve: ServeInMemory) -> Reconciler:
+    settings = validate({"cluster_name": "test", "redis_url": url})
+    return Reconciler(pools, state, serve, told(), FleetParts.of(settings, connect(url, timeout_s=1.0)))
 
 
 def told() -> FleetMetrics:
@@ -73,10 +85,35 @@ def test_plan_of_one_pool(num_gangs: int, running: list[RunningGang], starts: in
 
 def test_a_pool_given_up_keeps_its_failed_gang_to_be_seen() -> None:
     running = [gang(0), gang(4, FAILED)]
-    assert plan([wants(2)], running, frozenset({"decode"})) == []
-    assert plan([wants(2)], running, frozenset({"prefill"})) != []
-    shrunk = plan([wants(1)], running, frozenset({"decode"}))
+    assert plan([wants(2)], running, Circumstances(given_up=frozenset({"decode"}))) == []
+    assert plan([wants(2)], running, Circumstances(given_up=frozenset({"prefill"}))) != []
+    shrunk = plan([wants(1)], running, Circumstances(given_up=frozenset({"decode"})))
     assert [action.name for action in shrunk if isinstance(action, Delete)] == ["decode-4"]
+
+
+def test_of_those_that_are_too_many_the_cheapest_to_lose_goes() -> None:
+    running = [gang(0), gang(1), gang(2), gang(3, STARTING)]
+    mind = Circumstances(cheapest=("decode-1", "decode-2", "decode-0"))
+    assert names(plan([wants(2)], running, mind)) == ["decode-3", "decode-1"]
+    assert names(plan([wants(1)], running, mind)) == ["decode-3", "decode-1", "decode-2"]
+
+
+def test_gangs_on_a_node_that_is_to_be_emptied_wait_for_others_in_their_place() -> None:
+    condemned = Circumstances(condemned=frozenset({"decode-0"}))
+    (start,) = plan([wants(2)], [gang(0), gang(1)], condemned)
+    assert isinstance(start, Start)
+    assert plan([wants(2)], [gang(0), gang(1), gang(2, STARTING)], condemned) == []
+    (delete,) = plan([wants(2)], [gang(0), gang(1), gang(2)], condemned)
+    assert isinstance(delete, Delete)
+    assert (delete.name, delete.cause, delete.is_ready) == ("decode-0", Cause.NODE, True)
+    overdue = Circumstances(condemned=condemned.condemned, overdue=condemned.condemned)
+    actions = plan([wants(2)], [gang(0), gang(1)], overdue)
+    assert [type(action) for action in actions] == [Start, Delete]
+    assert names(actions) == ["decode-0"]
+
+
+def names(actions: Sequence[Action]) -> list[str]:
+    return [action.name for action in actions if isinstance(action, Delete)]
 
 
 def test_pools_do_not_mix_and_unwanted_ones_are_emptied() -> None:
@@ -191,7 +228,7 @@ class ServeInMemory:
     def running(self) -> list[RunningGang]:
         return list(self.gangs.values())
 
-    def start(self, name: str, wanted: WantedPool) -> None:
+    def start(self, name: str, wanted: WantedPool, avoided_nodes: Collection[str]) -> None:
         self.started.append(name)
         phase = READY if self.comes_up else FAILED
         number = int(name.rpartition("-")[2])
@@ -200,14 +237,20 @@ class ServeInMemory:
     def delete(self, name: str) -> None:
         del self.gangs[name]
 
+    def nodes(self) -> list[Node]:
+        return []
+
+    def scale_routers(self, number: int) -> None:
+        raise AssertionError("routers are not scaled here")
+
 
 def test_reconciling_starts_what_is_wanted_and_a_successor_adopts_it(redis_url: str) -> None:
     serve = ServeInMemory(comes_up=True)
     pools = [wants(2), wants(1, pool="prefill", expert_parallel=1)]
-    first = Reconciler(pools, fleet_state(redis_url, "adopt"), serve, told())
+    first = reconciler(redis_url, pools, fleet_state(redis_url, "adopt"), serve)
     first.start()
     wait_until(lambda: len(serve.gangs) == 3)
-    second = Reconciler(pools, fleet_state(redis_url, "adopt"), serve, told())
+    second = reconciler(redis_url, pools, fleet_state(redis_url, "adopt"), serve)
     second.start()
     time.sleep(1.2)  # two passes of both
     assert serve.started == ["decode-0", "decode-1", "prefill-0"]
@@ -226,12 +269,12 @@ def test_a_pool_that_cannot_come_up_is_tried_a_bounded_number_of_times(redis_url
     state.claim()
     for _ in range(10):
         # A new one each time: the count survives it, the pause does not.
-        fleet = Reconciler([wants(1)], state, serve, told())
+        fleet = reconciler(redis_url, [wants(1)], state, serve)
         fleet.reconcile()
         fleet.reconcile()
     assert serve.started == [f"decode-{n}" for n in range(MAX_FAILURES)]
     assert [g.phase for g in serve.gangs.values()] == [FAILED]
-    fixed = Reconciler([wants(1, version="v3")], state, ServeInMemory(comes_up=True), told())
+    fixed = reconciler(redis_url, [wants(1, version="v3")], state, ServeInMemory(comes_up=True))
     fixed.reconcile()
     state.forget()
 
@@ -240,7 +283,7 @@ def test_after_a_failure_the_fleet_pauses(redis_url: str) -> None:
     serve = ServeInMemory(comes_up=False)
     state = fleet_state(redis_url, "pause")
     state.claim()
-    fleet = Reconciler([wants(1)], state, serve, told())
+    fleet = reconciler(redis_url, [wants(1)], state, serve)
     for _ in range(5):
         fleet.reconcile()
     assert serve.started == ["decode-0"]
@@ -252,7 +295,7 @@ def test_without_redis_the_fleet_waits_and_does_nothing(tmp_path: Path) -> None:
     server = RedisServer()
     url = server.start(tmp_path)
     server.stop()
-    fleet = Reconciler([wants(1)], fleet_state(url, "away"), serve, told())
+    fleet = reconciler(url, [wants(1)], fleet_state(url, "away"), serve)
     fleet.start()
     time.sleep(0.5)
     assert serve.started == []
