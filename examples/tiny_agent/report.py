@@ -17,7 +17,7 @@ from rich.console import Console
 
 from examples.tiny_agent.episodes import Outcome
 from examples.tiny_agent.journal import GroupKey, Results, read_journal
-from examples.tiny_agent.players import Pace
+from examples.tiny_agent.players import MODELS, Pace
 from examples.tiny_agent.recall import LayerRecall
 from examples.tiny_agent.scores import Paired, Share, paired, share
 
@@ -66,7 +66,8 @@ class Report:
     @staticmethod
     def of(results: Results, subject: Mapping[str, Any]) -> Report:
         rows, totals = [], []
-        for model, by_group in results.outcomes.items():
+        outcomes = dict(sorted(results.outcomes.items(), key=_place))
+        for model, by_group in outcomes.items():
             by_row = _rows(by_group)
             rows += [_row(model, name, made) for name, made in by_row.items()]
             own = [one for name, made in by_row.items() if not name.startswith(_GIVEN) for one in made]
@@ -75,7 +76,7 @@ class Report:
             subject=subject,
             rows=tuple(rows),
             totals=tuple(totals),
-            comparisons=tuple(_comparisons(results.outcomes)),
+            comparisons=tuple(_comparisons(outcomes)),
             recalls=dict(sorted(results.recalls.items())),
             paces=tuple(results.paces),
         )
@@ -117,6 +118,11 @@ def write_json(report: Report, folder: Path) -> None:
     """``evaluation.json``."""
     text = json.dumps(report.as_json(), indent=1, ensure_ascii=False) + "\n"
     (folder / "evaluation.json").write_text(text, encoding="utf-8")
+
+
+def _place(of_model: tuple[str, object]) -> int:
+    """Of a model in the report: whichever was played first, the served one comes first."""
+    return MODELS.index(of_model[0]) if of_model[0] in MODELS else len(MODELS)
 
 
 def _rows(by_group: Mapping[GroupKey, Sequence[Outcome]]) -> dict[str, list[Outcome]]:

@@ -151,6 +151,13 @@ def test_only_what_both_models_played_is_compared(results: Results) -> None:
     assert {one.name: one.paired.only_first for one in report.comparisons} == {"multi": 1, "single": 2, "all": 3}
 
 
+def test_models_are_compared_with_the_served_one_whichever_was_played_first(results: Results) -> None:
+    played = {"fp8": results.outcomes["silent"], "dense": results.outcomes["oracle"]}
+    report = Report.of(Results(outcomes=played | {"sparse": results.outcomes["oracle"]}), {})
+    assert report.models == ["sparse", "dense", "fp8"]
+    assert {(one.first, one.second) for one in report.comparisons} == {("sparse", "dense"), ("sparse", "fp8")}
+
+
 @pytest.mark.parametrize(
     ("successes", "total", "low", "high"),
     [(10, 10, 0.7225, 1.0), (0, 10, 0.0, 0.2775), (81, 263, 0.2553, 0.3662), (1900, 2000, 0.9396, 0.9587)],
