@@ -67,16 +67,19 @@ def scores() -> list[Call]:
             (q[:, None], plane, weights[:, None], lengths[:, None].contiguous(), tables, layout()),
         ),
         (indexer.paged_topk_indices, (q, plane, weights, lengths, tables, layout(), 66)),
+        (indexer.paged_topk_indices, (q, plane, weights, lengths * 64, tables.repeat(1, 44), layout(), 2048)),
         (indexer.mqa_logits, (q, plane, weights, lengths, tables[1], layout())),
     ]
 
 
 def selection() -> list[Call]:
     calls: list[Call] = []
-    for rows, width, k in ((3, 70, 8), (2, 4097, 2048), (1, 33000, 2048), (2, 70001, 2048)):
-        lengths = torch.tensor([width, 5, 0][:rows])
+    for rows, width, k in ((3, 70, 8), (2, 4097, 2048), (1, 33000, 2048), (2, 70001, 2048), (270, 9000, 512)):
+        lengths = torch.full((rows,), width)
+        lengths[1:3] = torch.tensor([5, 0])[: rows - 1]
         calls.append((topk.topk_indices, (torch.randn(rows, width), k, lengths)))
-    return calls
+    # More equal scores than any list of candidates holds.
+    return [*calls, (topk.topk_indices, (torch.zeros(1, 33000), 2048, torch.tensor([33000])))]
 
 
 def writes() -> list[Call]:
