@@ -63,6 +63,12 @@ def save_checkpoint(model: Model, folder: Path, tokenizer: Path | None = None) -
         shutil.copyfile(file, folder / file.name)
 
 
+def stored_dtype(name: str) -> torch.dtype:
+    """Of a parameter in a checkpoint."""
+    wide = name.endswith("e_score_correction_bias") or ".k_norm." in name
+    return torch.float32 if wide else torch.bfloat16
+
+
 def load_checkpoint(model: Model, folder: Path) -> None:
     """Read what ``save_checkpoint`` wrote into the model. Raises ValueError where tensors are missing or misshaped."""
     index = folder / INDEX
@@ -109,8 +115,7 @@ def _moe_views(moe: MoE) -> Iterator[tuple[str, Tensor]]:
 
 
 def _stored(name: str, tensor: Tensor) -> Tensor:
-    wide = name.endswith("e_score_correction_bias") or ".k_norm." in name
-    return tensor.detach().cpu().to(torch.float32 if wide else torch.bfloat16).contiguous()
+    return tensor.detach().cpu().to(stored_dtype(name)).contiguous()
 
 
 def _shards(tensors: Mapping[str, Tensor]) -> Iterator[dict[str, Tensor]]:

@@ -18,11 +18,14 @@ HEAD_ROWS = 8192
 """Rows whose logits exist at one time."""
 CLIP = 0.2
 """How far a sampled token's probability may move from the one it was drawn with before it stops to count."""
+MAX_RATIO = 3.0
+"""An unwelcome token that has become likelier than so many times what it was drawn with does not count either
+(arXiv 1912.09729): the engine that draws and the trainer select tokens a little differently."""
 
 
 class HeadSums(NamedTuple):
     """loss: the sum over rows. seen: rows whose likeliest token is the target, of ``cross_entropy``; rows that were
-    clipped, of ``policy_loss``."""
+    clipped and the sum of log^2(r_i) / 2 over the others [2], of ``policy_loss``."""
 
     loss: Tensor
     seen: Tensor
@@ -37,7 +40,8 @@ def cross_entropy(hidden: Tensor, head: Tensor, targets: Tensor, weights: Tensor
 
 
 def policy_loss(hidden: Tensor, head: Tensor, targets: Tensor, advantages: Tensor, drawn: Tensor) -> HeadSums:
-    """-sum_i min(r_i A_i, clip(r_i, 1 - CLIP, 1 + CLIP) A_i) with r_i = exp(log p_i[targets_i] - drawn_i).
+    """-sum_i max(min(r_i A_i, clip(r_i, 1 - CLIP, 1 + CLIP) A_i), MAX_RATIO A_i if A_i < 0) with
+    r_i = exp(log p_i[targets_i] - drawn_i).
 
     advantages: [n] float32, 0 where nothing was sampled; drawn: [n] float32, the log-probability that the target was
     drawn with (PPO's clipped objective, arXiv 1707.06347; used by GRPO).
@@ -91,12 +95,15 @@ def block_policy_loss(
     """Loss and clipped rows of one block, gradient of its hidden states and of the head."""
     _, log_share, at_target, logprobs = _shares(hidden, head, targets)
     ratio = (logprobs - drawn).exp()
-    kept = torch.where(advantages > 0, ratio <= 1 + CLIP, ratio >= 1 - CLIP)
-    loss = -torch.minimum(ratio * advantages, ratio.clamp(1 - CLIP, 1 + CLIP) * advantages).sum()
+    kept = torch.where(advantages > 0, ratio <= 1 + CLIP, (ratio >= 1 - CLIP) & (ratio <= MAX_RATIO))
+    bounded = torch.where(advantages > 0, ratio.clamp_max(1 + CLIP), ratio.clamp(1 - CLIP, MAX_RATIO))
+    loss = -(bounded * advantages).sum()
     # d loss / d logprob = -r A where it is not clipped: the gradient of a cross entropy with these weights.
     weights = torch.where(kept, ratio * advantages, 0.0)
-    clipped = (~kept & (advantages != 0)).float().sum()
-    return loss, clipped, *_gradients(hidden, head, log_share, at_target, weights)
+    learnt = advantages != 0
+    apart = torch.where(learnt & kept, (logprobs - drawn).square() / 2, 0.0)
+    seen = torch.stack(((~kept & learnt).float().sum(), apart.sum()))
+    return loss, seen, *_gradients(hidden, head, log_share, at_target, weights)
 
 
 def _shares(hidden: Tensor, head: Tensor, targets: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:

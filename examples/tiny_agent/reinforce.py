@@ -1,138 +1,65 @@
 """The reinforcement stage: tasks attempted in groups, weighed by what their checkers say (GRPO).
 
-    A_i = reward_i - mean of its group's rewards        (not divided by the deviation: arXiv 2512.02556)
-
-Each step samples ``GROUP`` attempts at every one of ``TASKS`` tasks with the model as it is served (bfloat16, selected
-tokens, index keys in FP8) and makes one update on what was sampled: PPO's clipped ratio against the probabilities that
-the sampling returned, every sampled token weighing the same. The indexers stay as they are.
+Processes sample with the model as it is served (``samplers.py``) and tell what became of each group of attempts; those
+whose rewards differ are learnt from, ``GROUPS`` of them in an update: PPO's clipped ratio against the probabilities
+that sampling returned, every sampled token weighing the same. The trainer attends to what the indexers select, as the
+served model does. The indexers, the multi-token prediction layer, the embeddings and the head stay as they are.
 """
 
 from __future__ import annotations
 
-import random
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
-from types import MappingProxyType
-from typing import Any, Protocol, TypeVar
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from examples.tiny_agent.attempts import KINDS, Transcript
 from examples.tiny_agent.config import DENSE_LENGTH
 from examples.tiny_agent.data import PADDING
-from examples.tiny_agent.episodes import Episode
-from examples.tiny_agent.export import checkpoint_views
 from examples.tiny_agent.indexing import Rows, SelectedAttention
 from examples.tiny_agent.model import Model
 from examples.tiny_agent.objectives import policy_loss
 from examples.tiny_agent.optimizer import Optimizer
 from examples.tiny_agent.parallel import Ranks
-from examples.tiny_agent.rollouts import Reply, Rollouts
+from examples.tiny_agent.progress import OnMetrics
+from examples.tiny_agent.samplers import Samplers
+from examples.tiny_agent.sampling import Measure, Result, Sample, Sizes
 from examples.tiny_agent.stages import Kind, trained_parameters
-from examples.tiny_agent.tasks import make_task
-from examples.tiny_agent.turns import TaskKind
-from examples.tiny_agent.values import Split
-from seamount.kernels.layout import CacheLayout
-from seamount.router.history import History
-from seamount.router.tokenizer import Tokenizer
-from seamount.workers.experts.dispatch import LocalExperts
-from seamount.workers.model.parameters import parameter_shapes
-from seamount.workers.model.transformer import Transformer
 
-TASKS, GROUP = 128, 8
-KINDS: Mapping[TaskKind, float] = MappingProxyType(
-    {
-        TaskKind.SINGLE: 0.1,
-        TaskKind.MULTI: 0.35,
-        TaskKind.PARALLEL: 0.1,
-        TaskKind.ERRORS: 0.15,
-        TaskKind.FOLLOW_UP: 0.15,
-        TaskKind.NO_TOOL: 0.05,
-        TaskKind.PLAN: 0.1,
-    }
-)
-"""Shares of the tasks; needles are left out."""
-MAX_NEW = 256
-"""Tokens of one reply; gold ones have up to about 220."""
+GROUP = 8
+"""Attempts at one task."""
+GROUPS = 32
+"""Of an update: those with different rewards."""
+MOST_GROUPS = 8
+"""For each of these so many are waited for, whatever their rewards."""
+SAMPLERS = 8
+"""Processes at the most that sample on one device."""
+CONVERSATIONS = 192
+"""Of one sampling process at one time."""
+MAX_NEW = 352
+"""Tokens of one reply; gold ones have up to about 315."""
 ROWS = 16
 """Sequences of ``DENSE_LENGTH`` tokens in one backward pass."""
-MATRIX_LR, OTHER_LR = 2e-4, 2e-4
-"""At the first step; they fall linearly to 0 behind the last one."""
-INVALID_CALL_COST = 0.2
-STEPS = 40
-"""Of the whole stage."""
-
-
-class Attempt(Protocol):
-    """An attempt at a task, as ``episodes.Episode`` makes them."""
-
-    done: bool
-
-    def prompt(self) -> Sequence[int]:
-        """All tokens up to the assistant's next reply."""
-
-    def take(self, token_ids: Sequence[int]) -> None:
-        """What the assistant said to that, EOS included where it came."""
-
-
-Tried = TypeVar("Tried", bound=Attempt)
-
-
-@dataclass(slots=True)
-class Transcript:
-    """Tokens of one context. drawn: each sampled one's log-probability, NaN for the others."""
-
-    token_ids: list[int] = field(default_factory=list)
-    drawn: list[float] = field(default_factory=list)
-
-    def extend(self, prompt: Sequence[int], reply: Reply) -> bool:
-        """Append what the prompt has beyond this context, and the reply; False if it does not continue it."""
-        known = len(self.token_ids)
-        if list(prompt[:known]) != self.token_ids:
-            return False
-        self.token_ids += [*prompt[known:], *reply.token_ids]
-        self.drawn += [*[float("nan")] * (len(prompt) - known), *reply.logprobs]
-        return True
-
-
-def attempt(
-    attempts: Sequence[Attempt], rollouts: Rollouts, *, generator: torch.Generator, temperature: float = 1.0
-) -> list[list[Transcript]]:
-    """Run all attempts to their end, side by side, each at its own pace; what the contexts of each held.
-
-    One whose prompt leaves no room in a context of ``rollouts`` stays undone.
-    """
-    transcripts: list[list[Transcript]] = [[] for _ in attempts]
-    prompts: dict[int, Sequence[int]] = {}
-
-    def ask(number: int) -> None:
-        prompt = attempts[number].prompt()
-        if len(prompt) < rollouts.max_tokens:
-            prompts[number] = prompt
-            rollouts.ask(number, prompt)
-
-    for number in range(len(attempts)):
-        ask(number)
-    while rollouts.is_busy:
-        replies = rollouts.step(max_new=MAX_NEW, temperature=temperature, generator=generator)
-        for number, reply in replies.items():
-            contexts = transcripts[number]
-            if not contexts or not contexts[-1].extend(prompts[number], reply):
-                contexts.append(Transcript())
-                contexts[-1].extend(prompts[number], reply)
-            attempts[number].take(reply.token_ids)
-            if not attempts[number].done:
-                ask(number)
-    return transcripts
-
-
-def advantages(rewards: Sequence[float], group: int) -> list[float]:
-    """Each reward minus its group's mean; groups are consecutive."""
-    groups = np.asarray(rewards, np.float64).reshape(-1, group)
-    return [float(value) for value in (groups - groups.mean(1, keepdims=True)).reshape(-1)]
+FIRST_LR, LEAST_LR, MOST_LR = 6e-4, 1e-4, 2e-3
+"""Learning rates, one for both optimisers: at the first step, and what it is kept between."""
+DIVERGENCE = 5e-4
+"""Where the learning rate is led to: mean of log^2(p / drawn) / 2 over an update's tokens, by the trained model."""
+DECAY_SHARE = 0.4
+"""Of the stage, at its end, over which the learning rate falls linearly to 0."""
+STEPS = 120
+"""Of the whole stage, at the most."""
+MEASURED = 128
+"""Tasks of each kind that are attempted greedily before and after; none of them is learnt from."""
+_MEASURED_SEED = 7_000_003
+MEASURING_S = 14.0
+"""Kept free at the end for the second measurement."""
+STAGE, MEASURED_STAGE = "reinforce", "reinforce, measured"
+"""Names of its lines of metrics."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -180,80 +107,69 @@ def _packed_block(rows: Sequence[Sequence[tuple[Transcript, float]]], length: in
     return Packed(*(torch.from_numpy(array).to(device) for array in arrays))
 
 
-def draw_attempts(step: int, *, seed: int, tokenizer: Tokenizer, ranks: Ranks) -> list[Episode]:
-    """``GROUP`` episodes of each task of a step that is this rank's, groups together."""
-    history = History(tokenizer, "reinforcement")
-    kinds = random.Random(repr((seed, step))).choices(list(KINDS), list(KINDS.values()), k=TASKS)
-    own = ranks.share(TASKS)
-    tasks = [
-        make_task(kinds[i], split=Split.TRAINING, seed=seed, index=step * TASKS + i)
-        for i in range(ranks.rank * own, (ranks.rank + 1) * own)
-    ]
-    return [Episode(task, tokenizer, history) for task in tasks for _ in range(GROUP)]
+class Learner:
+    """model: on the device where it trains. ranks: each learns from groups of its own."""
 
-
-def reward(episode: Episode) -> float:
-    """1 for a task that was done; a part of each call that its tool could not take is lost."""
-    if not episode.done:
-        return 0.0
-    outcome = episode.outcome()
-    invalid = (outcome.num_calls - outcome.num_valid_calls) / max(1, outcome.num_calls)
-    return float(outcome.succeeded) - INVALID_CALL_COST * invalid
-
-
-class Reinforcement:
-    """model: on the device where it trains, after the sparse stage. ranks: each attempts tasks of its own."""
-
-    def __init__(self, model: Model, *, seed: int, ranks: Ranks | None = None) -> None:
+    def __init__(self, model: Model, *, ranks: Ranks | None = None) -> None:
         self.model, self._ranks = model, ranks or Ranks()
         self._device = model.embed_tokens.device
         trained = trained_parameters(model, Kind.DENSE, mtp=False)
-        self._trained = [*trained.matrices, *trained.others]
-        self._optimizer = Optimizer(trained.matrices, trained.others, weight_decay=0.0)
-        # Ranks draw differently.
-        self._generator = torch.Generator(device=self._device).manual_seed(seed * self._ranks.size + self._ranks.rank)
-        served = served_model(model)
-        conversations = self._ranks.share(TASKS) * GROUP
-        self._rollouts = Rollouts(served, num_conversations=conversations, max_tokens=DENSE_LENGTH)
+        # AdamW moves a token that hardly occurs as far as the others, and a few hundred attempts show few of them.
+        for parameter in (model.embed_tokens, model.lm_head):
+            parameter.requires_grad_(False)
+        others = [parameter for parameter in trained.others if parameter.requires_grad]
+        self._trained = [*trained.matrices, *others]
+        self._optimizer = Optimizer(trained.matrices, others, weight_decay=0.0)
+        self._lr = FIRST_LR
 
-    def step(
-        self, attempts: Sequence[Tried], judge: Callable[[Tried], float], *, lr_factor: float = 1.0
-    ) -> dict[str, float]:
-        """Sample, judge, update; returns figures over all ranks.
+    def warm_up(self) -> None:
+        """Compile what an update runs; nothing changes."""
+        transcript = Transcript([0] * DENSE_LENGTH, [float("nan"), *[0.0] * (DENSE_LENGTH - 1)])
+        for block in packed([(transcript, 1.0)], DENSE_LENGTH, self._device):
+            policy_gradient(self.model, block, 1.0)
+        for parameter in self._trained:
+            parameter.grad = None
 
-        attempts: this rank's groups one after the other; judge: the reward of one that is over; lr_factor: of the
-        learning rates.
-        """
-        began = time.monotonic()
-        transcripts = attempt(attempts, self._rollouts, generator=self._generator)
-        rewards = [judge(tried) for tried in attempts]
-        weights = advantages(rewards, GROUP)
-        samples = [(one, weight) for many, weight in zip(transcripts, weights, strict=True) for one in many]
-        mixed = float(np.asarray(weights).reshape(-1, GROUP).any(1).sum())
-        sampled_s = time.monotonic() - began
-        loss, clipped, num_sampled = self._update([sample for sample in samples if sample[1] != 0], lr_factor)
-        self._rollouts.use(served_model(self.model))
-        total, count, mixed, loss, clipped = self._ranks.totals(sum(rewards), len(rewards), mixed, loss, clipped)
-        return {
-            "reward": total / count,
-            "mixed_groups": mixed * GROUP / count,
-            "loss": loss,
-            "clipped": clipped / max(1.0, num_sampled),
-            "learnt_tokens": num_sampled,
-            "sampling_s": round(sampled_s, 2),
-        }
+    def saved(self) -> list[Tensor]:
+        """Copies of what is trained."""
+        return [parameter.detach().clone() for parameter in self._trained]
 
-    def _update(self, samples: Sequence[tuple[Transcript, float]], lr_factor: float) -> tuple[float, float, float]:
-        """Returns this rank's part of the loss, its clipped tokens, and the sampled tokens of all ranks."""
+    @torch.no_grad()
+    def restore(self, saved: Sequence[Tensor]) -> None:
+        """Put back what ``saved`` returned."""
+        for parameter, value in zip(self._trained, saved, strict=True):
+            parameter.copy_(value)
+
+    def update(self, samples: Sequence[tuple[Transcript, float]], lr_factor: float = 1.0) -> dict[str, float]:
+        """One step on contexts with their advantages; returns figures over all ranks. lr_factor: of the rate."""
         (num_sampled,) = self._ranks.totals(sum(int((~np.isnan(one.drawn)).sum()) for one, _ in samples))
-        loss, clipped = torch.zeros((), device=self._device), torch.zeros((), device=self._device)
+        loss, seen = torch.zeros((), device=self._device), torch.zeros(2, device=self._device)
         for block in packed(samples, DENSE_LENGTH, self._device):
             part, some = policy_gradient(self.model, block, num_sampled)
-            loss, clipped = loss + part, clipped + some
+            loss, seen = loss + part, seen + some
+        loss_sum, clipped, apart = self._ranks.totals(float(loss), *seen.tolist())
+        count = max(1.0, num_sampled)
+        lr = lr_factor * self._lr
         if num_sampled:
             self._ranks.sum_gradients(self._trained)
-            self._optimizer.step(lr_factor * MATRIX_LR, lr_factor * OTHER_LR)
-        return float(loss), float(clipped), num_sampled
+            self._optimizer.step(lr, lr)
+            self._lr = next_lr(self._lr, apart / count)
+        return {
+            "loss": loss_sum,
+            "clipped": clipped / count,
+            "divergence": apart / count,
+            "learnt_tokens": num_sampled,
+            "lr": lr,
+        }
+
+
+def next_lr(lr: float, divergence: float) -> float:
+    """The learning rate that brings the divergence of an update, which grows with its square, closer to its goal.
+
+    The attempts of an update were drawn over the last few of them, so its divergence tells how far those went.
+    """
+    towards = (DIVERGENCE / max(divergence, 1e-3 * DIVERGENCE)) ** 0.5
+    return min(MOST_LR, max(LEAST_LR, lr * min(1.1, max(0.8, towards))))
 
 
 def policy_gradient(model: Model, block: Packed, num_sampled: float) -> tuple[Tensor, Tensor]:
@@ -270,19 +186,108 @@ def policy_gradient(model: Model, block: Packed, num_sampled: float) -> tuple[Te
     return sums.loss.detach() / num_sampled, sums.seen
 
 
-def served_model(model: Model) -> Transformer:
-    """The serving engine's model with the parameters as they are now, in the activations' dtype."""
-    config = model.config
-    layout = CacheLayout.create(
-        "bf16" if model.dtype == torch.bfloat16 else "exact",
-        kv_lora_rank=config.kv_lora_rank,
-        qk_rope_head_dim=config.qk_rope_head_dim,
-        index_head_dim=config.index_head_dim,
-        dtype=model.dtype,
-    )
-    views = checkpoint_views(model)
-    names = parameter_shapes(config, range(config.n_routed_experts))
-    # Copies: what the model keeps in float32 must not change while it samples.
-    return Transformer(
-        config, layout, {name: views[name].clone() for name in names}, LocalExperts(config.n_routed_experts)
-    )
+class Reinforcement:
+    """The stage on one rank. model: after the sparse stage, on the device where it trains. num_workers: processes that
+    may share this device, ``SAMPLERS`` of them at the most."""
+
+    def __init__(self, model: Model, *, seed: int, num_workers: int, ranks: Ranks | None = None) -> None:
+        self._ranks = ranks or Ranks()
+        self._learner = Learner(model, ranks=self._ranks)
+        self._seed = seed
+        sizes = Sizes(num_conversations=CONVERSATIONS, max_tokens=DENSE_LENGTH, max_new=MAX_NEW, group=GROUP)
+        count = max(1, min(SAMPLERS, num_workers))
+        self._samplers = Samplers(model, sizes, count=count, seed=seed * self._ranks.size + self._ranks.rank)
+
+    def run(self, step: int, *, max_steps: int, deadline: float, end: float, on_metrics: OnMetrics) -> tuple[int, bool]:
+        """From ``step`` of the stage on; returns the step reached and whether it is done.
+
+        Success is measured before and after; where it fell, the weights are as they were before.
+
+        max_steps: in this run; deadline: of ``time.monotonic``, when to be over with this run; end: when to be done
+        with the stage, after fewer steps if need be.
+        """
+        last = min(STEPS, step + max_steps)
+        with self._samplers:
+            self._learner.warm_up()  # while the processes start
+            before, saved = self._measured(), self._learner.saved()
+            on_metrics({"stage": MEASURED_STAGE, "step": step, **before})
+            began, stop, in_time = time.monotonic(), min(deadline, end) - MEASURING_S, True
+            self._samplers.begin(Sample(step * 1_000_000 + self._ranks.rank * 500_000, self._seed))
+            while step < last and in_time:
+                by_time = (time.monotonic() - began) / max(1e-3, end - MEASURING_S - began)
+                (progress,) = self._ranks.first(max(step / STEPS, by_time))
+                factor = min(1.0, (1 - progress) / DECAY_SHARE)
+                figures = self._step(factor, stop) if progress < 1 else None
+                in_time = figures is not None
+                if figures is not None:
+                    step += 1
+                    on_metrics({"stage": STAGE, "step": step, **figures})
+            self._samplers.end()
+            after = self._measured()
+            kept = after["success"] >= before["success"]
+            on_metrics({"stage": MEASURED_STAGE, "step": step, **after, "kept": kept})
+            if not kept:
+                self._learner.restore(saved)
+        return step, step == STEPS or (not in_time and end <= deadline)
+
+    def _measured(self) -> dict[str, Any]:
+        """Success of greedy attempts at training tasks that nothing is learnt from: of all, and by kind."""
+        results = self._samplers.measure(Measure(self._ranks.share(MEASURED), _MEASURED_SEED + self._ranks.rank))
+        by_kind = {kind.value: [result.succeeded[0] for result in results if result.kind is kind] for kind in KINDS}
+        sums = self._ranks.totals(*(value for many in by_kind.values() for value in (sum(many), len(many))))
+        rates = {kind: a / b for kind, a, b in zip(by_kind, sums[::2], sums[1::2], strict=True)}
+        return {"success": sum(rates.values()) / len(rates), "success_by_kind": rates}
+
+    def _step(self, lr_factor: float, stop: float) -> dict[str, Any] | None:
+        """Wait for groups, learn from them, pass the weights on; None where they had not come when it was to stop."""
+        began = time.monotonic()
+        results = self._collected(self._ranks.share(GROUPS), stop)
+        (missing,) = self._ranks.totals(float(results is None))
+        if missing or results is None:
+            return None
+        collected = time.monotonic()
+        version = self._samplers.weights.version
+        self._samplers.pause()
+        figures = self._learner.update([sample for result in results for sample in result.samples], lr_factor)
+        learnt = time.monotonic()
+        self._samplers.weights.write(self._learner.model)
+        self._samplers.resume()
+        seconds = {"sampling_s": collected - began, "learning_s": learnt - collected}
+        seconds |= {"seconds": time.monotonic() - began}
+        figures |= self._told(results, version)
+        return {name: round(value, 7) for name, value in (figures | seconds).items()}
+
+    def _collected(self, count: int, stop: float) -> list[Result] | None:
+        """Until ``count`` groups are mixed, or so many came that they hardly will be."""
+        results: list[Result] = []
+        missing = count
+        while missing and len(results) < MOST_GROUPS * count:
+            if time.monotonic() >= stop:
+                return None
+            result = self._samplers.next(timeout=1.0)
+            if result is not None:
+                results.append(result)
+                missing -= bool(result.samples)
+        return results
+
+    def _told(self, results: Sequence[Result], version: int) -> dict[str, float]:
+        mixed = [result for result in results if result.samples]
+        reward, attempts, succeeded, groups, learnt, lag, sampled, tokens = self._ranks.totals(
+            sum(sum(result.rewards) for result in results),
+            sum(len(result.rewards) for result in results),
+            sum(sum(result.succeeded) for result in results),
+            len(results),
+            len(mixed),
+            sum(version - result.version for result in mixed),
+            sum(result.num_sampled for result in results),
+            sum(result.num_tokens for result in results),
+        )
+        return {
+            "reward": reward / attempts,
+            "succeeded": succeeded / attempts,
+            "attempts": attempts,
+            "mixed_groups": learnt / groups,
+            "lag": lag / max(1.0, learnt),
+            "sampled_tokens": sampled,
+            "context_tokens": tokens,
+        }

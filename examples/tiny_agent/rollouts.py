@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from examples.tiny_agent.captured import CapturedDecode
 from seamount.kernels.layout import PAGE_SIZE
 from seamount.workers.model.batch import ForwardBatch
 from seamount.workers.model.transformer import Transformer
@@ -42,12 +43,24 @@ class Work:
 
 
 class Rollouts:
-    """model: the served one. max_tokens: of a conversation's context. Conversations are numbered from 0."""
+    """model: the served one. max_tokens: of a conversation's context. Conversations are numbered from 0.
 
-    def __init__(self, model: Transformer, *, num_conversations: int, max_tokens: int) -> None:
+    admit_at: so many must have been asked before a step computes their prompts, unless nobody is being answered.
+    captured: replies come from ``CapturedDecode``, which asks for a model with ``EveryExpert``.
+    """
+
+    def __init__(
+        self,
+        model: Transformer,
+        *,
+        num_conversations: int,
+        max_tokens: int,
+        admit_at: int = 1,
+        captured: bool = False,
+    ) -> None:
         self.num_conversations, self.max_tokens = num_conversations, max_tokens
         self.work = Work()
-        self._model = model
+        self._model, self._admit_at = model, admit_at
         pages = -(-max_tokens // PAGE_SIZE)
         self._planes = model.layout.allocate(
             model.config.num_hidden_layers, num_conversations * pages, device=model.device
@@ -56,7 +69,23 @@ class Rollouts:
         self._cached: list[list[int]] = [[] for _ in range(num_conversations)]
         """The tokens whose cache entries are there."""
         self._asked: dict[int, Sequence[int]] = {}
+        self._like: dict[int, int] = {}
+        """Of those that were asked: whose cache entries they will copy."""
         self._running: dict[int, Reply] = {}
+        self._decode: CapturedDecode | None = None
+        if captured:
+            self._decode = CapturedDecode(model, self._planes, num_conversations=num_conversations, num_pages=pages)
+
+    def drop(self) -> None:
+        """Forget everyone that was asked or is being answered, and all that is cached."""
+        self._asked.clear()
+        self._like.clear()
+        self._running.clear()
+        self._cached = [[] for _ in self._cached]
+
+    def forget(self, number: int) -> None:
+        """Nothing that is cached of a conversation will be used again."""
+        self._cached[number] = []
 
     def use(self, model: Transformer) -> None:
         """Go on with other parameters of the same shapes; nothing cached is valid any more, nobody may be running."""
@@ -68,15 +97,18 @@ class Rollouts:
     def is_busy(self) -> bool:
         return bool(self._asked or self._running)
 
-    def ask(self, number: int, prompt: Sequence[int]) -> None:
+    def ask(self, number: int, prompt: Sequence[int], *, like: int | None = None) -> None:
         """Let a conversation go on from here; ``step`` will return its reply.
 
-        prompt: all its tokens, at least one. Raises ValueError where they leave no room for a reply.
+        prompt: all its tokens, at least one. like: a conversation that was asked the same before; what it has cached
+        by then is copied. Raises ValueError where the prompt leaves no room for a reply.
         """
         if not 0 < len(prompt) < self.max_tokens:
             raise ValueError(f"a prompt of {len(prompt)} tokens; a context has {self.max_tokens}")
         assert number not in {**self._asked, **self._running}, "it has not yet replied"
         self._asked[number] = prompt
+        if like is not None:
+            self._like[number] = like
 
     @torch.inference_mode()
     def step(self, *, max_new: int, temperature: float, generator: torch.Generator) -> dict[int, Reply]:
@@ -84,12 +116,12 @@ class Rollouts:
 
         They end with EOS, ``max_new`` tokens or a full context. temperature: 0 takes the likeliest token.
         """
-        new = {number: reply.token_ids[-1:] for number, reply in self._running.items()}
-        new |= self._admitted()
+        new = {number: reply.token_ids[-1:] for number, reply in self._running.items()} | self._alike()
+        if not new or len(self._asked) - len(self._like) >= self._admit_at:
+            new |= self._admitted()
         if not new:
             return {}
-        logits = self._model.forward(self._batch(new), self._planes)
-        ids, logprobs = draw(logits, temperature, generator)
+        ids, logprobs = draw(self._logits(new), temperature, generator)
         finished = {}
         for (number, token_ids), token_id, logprob in zip(new.items(), ids.tolist(), logprobs.tolist(), strict=True):
             self._cached[number].extend(token_ids)
@@ -113,6 +145,51 @@ class Rollouts:
             finished |= self.step(max_new=max_new, temperature=temperature, generator=generator)
         return {number: finished[number] for number in prompts}
 
+    def _logits(self, new: dict[int, Sequence[int]]) -> Tensor:
+        """[N, vocab] float32: of the last new token of each conversation, in their order."""
+        if self._decode is None:
+            return self._model.forward(self._batch(new), self._planes)
+        going_on = {number: token_ids[0] for number, token_ids in new.items() if len(token_ids) == 1}
+        others = {number: token_ids for number, token_ids in new.items() if number not in going_on}
+        parts = []
+        # First: what this step writes for those that do not go on is overwritten by the others' prompts.
+        if going_on:
+            last = self.max_tokens - 1
+            tokens = [going_on.get(number, 0) for number in range(self.num_conversations)]
+            logits = self._decode.forward(tokens, [min(len(cached), last) for cached in self._cached])
+            parts.append(logits[torch.tensor(list(going_on), device=logits.device)])
+        if others:
+            parts.append(self._model.forward(self._batch(others), self._planes))
+        order = {number: at for at, number in enumerate((*going_on, *others))}
+        if list(order) == list(new):
+            return torch.cat(parts)
+        return torch.cat(parts)[torch.tensor([order[number] for number in new], device=self._model.device)]
+
+    def _alike(self) -> dict[int, Sequence[int]]:
+        """What is left to compute of prompts that another conversation has cached by now."""
+        new: dict[int, Sequence[int]] = {}
+        sources: list[int] = []
+        targets: list[int] = []
+        for number, like in list(self._like.items()):
+            if like in self._asked:
+                continue
+            del self._like[number]
+            prompt = self._asked[number]
+            kept = min(_common_length(self._cached[like], prompt), len(prompt) - 1)
+            if kept < len(prompt) - 1:
+                continue  # it has gone on to something else: this prompt is computed as any other
+            num_pages = -(-kept // PAGE_SIZE)
+            sources += self._pages[like][:num_pages]
+            targets += self._pages[number][:num_pages]
+            self._cached[number] = list(prompt[:kept])
+            new[number] = prompt[kept:]
+            del self._asked[number]
+        if sources:
+            pages = torch.tensor([sources, targets], device=self._model.device)
+            for plane in (*self._planes.latent, *self._planes.index):
+                plane[pages[1]] = plane[pages[0]]
+        return new
+
     def _is_complete(self, number: int, reply: Reply, max_new: int) -> bool:
         if reply.token_ids[-1] == self._model.config.eos_token_id:
             return True
@@ -123,6 +200,8 @@ class Rollouts:
         new: dict[int, Sequence[int]] = {}
         num_tokens = 0
         for number, prompt in self._asked.items():
+            if number in self._like:
+                continue
             kept = min(_common_length(self._cached[number], prompt), len(prompt) - 1)
             if new and num_tokens + len(prompt) - kept > PREFILL_TOKENS:
                 break

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import time
 from collections.abc import Mapping
 from contextlib import closing
 from dataclasses import dataclass
@@ -15,17 +14,15 @@ import typer
 
 from examples.tiny_agent.config import model_config
 from examples.tiny_agent.data import batches
-from examples.tiny_agent.documents import TOKENIZER
 from examples.tiny_agent.export import load_checkpoint
 from examples.tiny_agent.model import Model
 from examples.tiny_agent.parallel import Ranks
 from examples.tiny_agent.progress import STATE, OnMetrics, Recorder, progress_bar
-from examples.tiny_agent.reinforce import STEPS, Reinforcement, draw_attempts, reward
+from examples.tiny_agent.reinforce import STAGE as REINFORCE
+from examples.tiny_agent.reinforce import STEPS, Reinforcement
 from examples.tiny_agent.stages import STAGES
 from examples.tiny_agent.training import Training
-from seamount.router.tokenizer import Tokenizer
 
-REINFORCE = "reinforce"
 ORDER = (*STAGES, REINFORCE)
 
 
@@ -114,22 +111,9 @@ def _run_stage(
 
 
 def _reinforce(model: Model, step: int, limits: Limits, ranks: Ranks, on_metrics: OnMetrics) -> tuple[int, bool]:
-    tokenizer = Tokenizer.load(TOKENIZER)
-    reinforcement = Reinforcement(model, seed=limits.seed * 1_000_003 + step, ranks=ranks)
-    last, first = min(STEPS, step + limits.steps), time.monotonic()
+    stage = Reinforcement(model, seed=limits.seed, num_workers=limits.workers, ranks=ranks)
     end = limits.ends.get(REINFORCE, float("inf"))
-    while step < last:
-        began = time.monotonic()
-        progress, over = ranks.first(
-            max(step / STEPS, (began - first) / max(1e-3, end - first)), float(began >= limits.deadline)
-        )
-        if progress >= 1 or over:
-            return step, progress >= 1
-        attempts = draw_attempts(step, seed=limits.seed, tokenizer=tokenizer, ranks=ranks)
-        metrics = reinforcement.step(attempts, reward, lr_factor=1 - progress)
-        step += 1
-        on_metrics({"stage": REINFORCE, "step": step, **metrics, "seconds": round(time.monotonic() - began, 2)})
-    return step, step == STEPS
+    return stage.run(step, max_steps=limits.steps, deadline=limits.deadline, end=end, on_metrics=on_metrics)
 
 
 def _resumed(model: Model, folder: Path) -> Standing:

@@ -200,13 +200,18 @@ def test_policy_loss_and_its_gradients(seed: int, monkeypatch: pytest.MonkeyPatc
     targets, advantages = torch.randint(77, (43,)), torch.randn(43) * (torch.rand(43) > 0.2)
     logprobs = (hidden.double() @ head.double().T).softmax(-1).log()[torch.arange(43), targets]
     drawn = (logprobs + 0.3 * torch.randn(43)).detach()
+    advantages[0], drawn[0] = -1.0, logprobs[0].detach() - 1.5  # much likelier than it was, and unwelcome
     sums = objectives.policy_loss(hidden, head, targets, advantages, drawn.float())
     ratio = (logprobs - drawn).exp()
     bounded = torch.clamp(ratio, 0.8, 1.2)
-    expected = -torch.stack([ratio * advantages, bounded * advantages]).min(0).values.sum()
+    clipped = torch.stack([ratio * advantages, bounded * advantages]).min(0).values
+    clipped = torch.where(advantages < 0, torch.maximum(clipped, 3 * advantages), clipped)
+    expected = -clipped.sum()
     assert sums.loss.item() == pytest.approx(expected.item(), rel=1e-4)
-    outside = ((ratio > 1.2) & (advantages > 0)) | ((ratio < 0.8) & (advantages < 0))
-    assert sums.seen.item() == outside.sum().item() > 0
+    outside = ((ratio > 1.2) & (advantages > 0)) | (((ratio < 0.8) | (ratio > 3)) & (advantages < 0))
+    apart = ((logprobs - drawn) ** 2 / 2)[~outside & (advantages != 0)].sum()
+    assert sums.seen.tolist() == pytest.approx([outside.sum().item(), apart.item()], rel=1e-3)
+    assert ((ratio > 3) & (advantages < 0)).any()
     own = torch.autograd.grad(0.25 * sums.loss, (hidden, head))
     wanted = torch.autograd.grad(0.25 * expected, (hidden, head))
     for actual, reference in zip(own, wanted, strict=True):

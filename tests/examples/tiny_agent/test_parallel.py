@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,12 +13,13 @@ from safetensors.torch import load_file, save_file
 from torch import distributed, multiprocessing
 
 from examples.tiny_agent import feeding, indexing, objectives, reinforce
+from examples.tiny_agent.attempts import Transcript
 from examples.tiny_agent.config import model_config
 from examples.tiny_agent.data import Batch
 from examples.tiny_agent.documents import SHORT
 from examples.tiny_agent.model import Model
 from examples.tiny_agent.parallel import Ranks
-from examples.tiny_agent.reinforce import Reinforcement
+from examples.tiny_agent.reinforce import Learner
 from examples.tiny_agent.stages import Kind, Stage
 from examples.tiny_agent.training import Training
 
@@ -81,37 +81,27 @@ def _trained(kind: Kind, ranks: Ranks) -> tuple[dict[str, torch.Tensor], dict[st
     return dict(model.state_dict()), lines[-1]
 
 
-class _Asking:
-    """One question; the even tokens of its answer are rewarded."""
-
-    def __init__(self, first: int) -> None:
-        self.said: list[int] = []
-        self._first = first
-
-    @property
-    def done(self) -> bool:
-        return bool(self.said)
-
-    def prompt(self) -> list[int]:
-        return [3, 4, self._first]
-
-    def take(self, token_ids: Sequence[int]) -> None:
-        self.said = list(token_ids)
+def _contexts(rank: int, step: int) -> list[tuple[Transcript, float]]:
+    """Four contexts of a rank with their advantages; the second one has none in the second step, and must keep step."""
+    generator = np.random.default_rng([rank, step])
+    if (rank, step) == (1, 1):
+        return []
+    contexts = []
+    for length in (20, 33, 41, 50):
+        drawn = [float("nan") if at < 9 else -4.0 + 0.1 * generator.standard_normal() for at in range(length)]
+        contexts.append((Transcript(generator.integers(2, 64, length).tolist(), drawn), generator.standard_normal()))
+    return contexts
 
 
 def _reinforced(ranks: Ranks) -> tuple[dict[str, torch.Tensor], list[dict[str, float]]]:
+    """After two updates on the contexts of two ranks, by both of them or by one process alone."""
     objectives.HEAD_ROWS = 64
-    reinforce.TASKS, reinforce.GROUP, reinforce.MAX_NEW, reinforce.ROWS, reinforce.DENSE_LENGTH = 4, 4, 6, 2, 64
+    reinforce.ROWS, reinforce.DENSE_LENGTH = 2, 64
     torch.manual_seed(3)
-    model = Model(model_config(**SMALL), torch.float32)
-    learner = Reinforcement(model, seed=1, ranks=ranks)
-    lines = []
-    for step in range(2):
-        # The second rank's groups are all alike in the second step: it has nothing to learn from and must keep step.
-        alike = ranks.rank == 1 and step == 1
-        tried = [_Asking(10 + 2 * ranks.rank + task) for task in range(2) for _ in range(4)]
-        lines.append(learner.step(tried, lambda one, a=alike: 1.0 if a else float(one.said[0] % 2 == 0)))
-    return dict(model.state_dict()), lines
+    learner = Learner(Model(model_config(**SMALL), torch.float32), ranks=ranks)
+    own = range(2) if ranks.size == 1 else [ranks.rank]
+    lines = [learner.update([one for rank in own for one in _contexts(rank, step)]) for step in range(2)]
+    return dict(learner.model.state_dict()), lines
 
 
 def _one_of_two(rank: int, folder: Path) -> None:
@@ -155,18 +145,16 @@ def test_two_ranks_are_one_process_with_their_sequences(kind: Kind, two: Path, m
             assert told[name] == pytest.approx(metrics[name], abs=2e-5), name
 
 
-def test_ranks_reinforce_the_same_model_with_tasks_of_their_own(two: Path) -> None:
-    (first, lines), (second, told) = (_read(two, "reinforced", rank) for rank in range(2))
-    torch.manual_seed(3)
-    start = Model(model_config(**SMALL), torch.float32).state_dict()
-    assert not torch.equal(first["lm_head"], start["lm_head"])
-    for name, weight in first.items():
-        assert torch.equal(weight, second[name]), name
-    for line, other in zip(lines, told, strict=True):
-        assert 0 < line["reward"] < 1
-        assert line["learnt_tokens"] > 0
-        assert line.keys() == other.keys()
-        assert all(other[name] == value for name, value in line.items() if name != "sampling_s")
+def test_two_ranks_learn_from_rewards_as_one_process_does(two: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for module, name in ((reinforce, "ROWS"), (reinforce, "DENSE_LENGTH"), (objectives, "HEAD_ROWS")):
+        monkeypatch.setattr(module, name, getattr(module, name))  # set by _reinforced, put back at the end
+    alone, lines = _reinforced(Ranks())
+    assert [line["learnt_tokens"] for line in lines] == [216, 108]
+    for rank in range(2):
+        weights, told = _read(two, "reinforced", rank)
+        for name, weight in weights.items():
+            assert torch.allclose(weight, alone[name], rtol=1e-4, atol=1e-6), name
+        assert [pytest.approx(line, abs=1e-5) for line in lines] == told
 
 
 def test_sequences_that_cannot_be_shared_are_refused() -> None:

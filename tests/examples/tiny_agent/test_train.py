@@ -16,6 +16,7 @@ from typer.testing import CliRunner
 
 from examples.tiny_agent import export, feeding, objectives, progress, reinforce, running, train, training
 from examples.tiny_agent.config import VOCAB_SIZE, model_config
+from examples.tiny_agent.tasks import MAKERS
 from seamount.workers.model.weights import load_model
 
 torch.set_num_threads(1)
@@ -48,7 +49,9 @@ def _small(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(feeding, "HEAD_ROWS", 256)
     monkeypatch.setattr(objectives, "HEAD_ROWS", 256)
     monkeypatch.setattr(export, "CONFIG", dict(export.CONFIG) | SMALL)
-    for name, value in {"TASKS": 2, "GROUP": 2, "MAX_NEW": 8, "ROWS": 1}.items():
+    monkeypatch.setattr(reinforce, "STEPS", 1)
+    sizes = {"GROUP": 2, "GROUPS": 1, "MOST_GROUPS": 2, "CONVERSATIONS": 4, "MAX_NEW": 8, "MEASURED": 1, "ROWS": 1}
+    for name, value in sizes.items():
         monkeypatch.setattr(reinforce, name, value)
 
 
@@ -96,7 +99,9 @@ def test_stages_follow_each_other(tmp_path: Path) -> None:
         "sparse_long",
         "reinforce",
     ]
-    assert [line["stage"] for line in _lines(rest)] == list(running.ORDER[1:])
+    told = [*running.ORDER[1:-1], "reinforce, measured", "reinforce", "reinforce, measured"]
+    assert [line["stage"] for line in _lines(rest)] == told
+    assert _lines(rest)[-1]["success_by_kind"].keys() == {kind.value for kind in MAKERS}
     names = {file.name for file in rest.iterdir()}
     assert {"config.json", "tokenizer.json", "tokenizer_config.json", "generation_config.json"} <= names
     assert load_model(rest, dtype=torch.float32, layout_name="exact").config.num_hidden_layers == 2
