@@ -6,6 +6,9 @@ every sampled token keeps the log-probability that it was drawn with.
 
 from __future__ import annotations
 
+import multiprocessing
+import os
+import threading
 import time
 import traceback
 from collections.abc import Callable, Iterator
@@ -187,10 +190,18 @@ def result_of(group: Group[Episode], version: int) -> Result:
 
 
 def run_sampler(links: Links, sizes: Sizes, device: str, number: int, count: int, seed: int) -> None:
-    """The body of a process; what fails is told as ``Over``."""
+    """The body of a process, which ends with the one that started it; what fails is told as ``Over``."""
     torch.set_num_threads(1)
+    if (parent := multiprocessing.parent_process()) is not None:
+        threading.Thread(target=_end_with, args=(parent,), daemon=True).start()
     try:
         with torch.no_grad():
             Sampler(links, sizes, torch.device(device), number=number, count=count, seed=seed).obey()
     except Exception:
         links.results.put(Over(error=traceback.format_exc()))
+
+
+def _end_with(parent: Any) -> None:
+    """A trainer that is killed cannot tell its processes to end."""
+    parent.join()
+    os._exit(1)
