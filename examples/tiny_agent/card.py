@@ -16,6 +16,7 @@ from typing import Annotated, Any
 import typer
 
 from examples.tiny_agent.config import parameter_table
+from examples.tiny_agent.reinforce import MEASURED_STAGE
 from examples.tiny_agent.stages import STAGES
 from examples.tiny_agent.suite import DEPTHS
 from examples.tiny_agent.tasks import MAKERS
@@ -94,6 +95,25 @@ def _training(folder: Path, machine: str) -> str:
         f"`python -m examples.tiny_agent.train`, seeds {_listed(seeds)}, on {_listed(ranks)} GPU ({machine}), "
         f"{sum(run['seconds'] for run in state['runs']) / 60:.0f} minutes of stages.\n\n"
         + _markdown(("stage", "steps", "tokens", "minutes", "first and last of its metrics"), rows)
+        + _reinforced([line for line in metrics if line["stage"] == MEASURED_STAGE])
+    )
+
+
+def _reinforced(measured: Sequence[Json]) -> str:
+    """What reinforcement changed: success before its first step and after its last one."""
+    if len(measured) < 2:
+        return ""
+    first, last = measured[0], measured[-1]
+    names = [name for name in _KINDS if name in first["success_by_kind"]]
+    pairs = [(name, first["success_by_kind"][name], last["success_by_kind"][name]) for name in names]
+    rows = [
+        (name, f"{100 * before:.1f}", f"{100 * after:.1f}")
+        for name, before, after in (*pairs, ("mean", first["success"], last["success"]))
+    ]
+    kept = "" if last["kept"] else " Success fell, so the weights before it are those here."
+    return (
+        "\nReinforcement: greedy attempts at training tasks that nothing was learnt from, done, %, before the first "
+        f"step and after step {last['step']}.{kept}\n\n" + _markdown(("task", "before", "after"), rows)
     )
 
 

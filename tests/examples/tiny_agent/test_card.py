@@ -42,6 +42,26 @@ def test_a_card_of_a_run_without_scores(folder: Path) -> None:
     assert "## Scores" not in text
 
 
+@pytest.mark.parametrize("kept", [True, False])
+def test_what_reinforcement_changed(folder: Path, kept: bool) -> None:
+    measured = [
+        {"stage": "reinforce, measured", "step": 0, "success": 0.5, "success_by_kind": {"multi": 0.25}},
+        {
+            "stage": "reinforce, measured",
+            "step": 9,
+            "success": 0.625,
+            "success_by_kind": {"single": 0.5, "multi": 0.75},
+        },
+    ]
+    with (folder / "metrics.jsonl").open("a") as file:
+        file.writelines(json.dumps(line | {"kept": kept}) + "\n" for line in measured)
+    text = card(folder, "one GPU")
+    assert "after step 9." in text
+    assert "| multi | 25.0 | 75.0 |" in text
+    assert "| mean | 50.0 | 62.5 |" in text
+    assert ("Success fell" in text) != kept
+
+
 def test_scores_and_goals_are_those_of_the_evaluation(folder: Path) -> None:
     sparse = {("single", 0): outcomes(95, 5), ("multi", 0): outcomes(70, 30), ("needle 8192 0.5", 0): outcomes(46, 4)}
     fp8 = {("single", 0): outcomes(92, 8), ("multi", 0): outcomes(60, 40)}
