@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import sys
 from enum import StrEnum
 from importlib.metadata import version
@@ -11,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich.console import Console
 
+from seamount.cluster.cli_kubernetes import k8s_app
 from seamount.cluster.settings import (
     ADDRESS_VARIABLE,
     CONFIG_VARIABLE,
@@ -18,7 +20,7 @@ from seamount.cluster.settings import (
     client_environment,
     load_settings,
 )
-from seamount.wire.errors import InvalidArgument, SeamountError
+from seamount.wire.errors import InvalidArgument, SeamountError, Unavailable
 
 if TYPE_CHECKING:  # commands import what they need: --help is quick
     from seamount.router.client import Client
@@ -41,6 +43,7 @@ app = typer.Typer(
 )
 checkpoint_app = typer.Typer(help="Make checkpoints.", no_args_is_help=True)
 app.add_typer(checkpoint_app, name="checkpoint")
+app.add_typer(k8s_app, name="k8s")
 
 Config = Annotated[
     Path | None,
@@ -186,6 +189,51 @@ def status(
         print_tables(seen, Console())
     if not seen.complete:
         raise typer.Exit(EXIT_FAILED)
+
+
+@app.command()
+def drain(
+    node: Annotated[str | None, typer.Argument(help="Ray node: its id, address or host name.")] = None,
+    this_node: Annotated[bool, typer.Option("--this-node", help="The one this runs on, as a pod's preStop.")] = False,
+    deadline: Annotated[float, typer.Option(help="Seconds; what is still there then goes without waiting.")] = 240.0,
+    ray_address: Annotated[str | None, typer.Option(help="Of Ray's GCS; else as Ray finds it.")] = None,
+    config: Config = None,
+    as_json: Annotated[bool, typer.Option("--json", help="For programs.")] = False,
+) -> None:
+    """Empty a Ray node, then close it: gangs and routers there are replaced where there is room, and hand over first.
+
+    Exit code 1 where it is not empty in time; asked again, it goes on. With --this-node, 0 where no fleet answers:
+    there is nobody to hand over to.
+
+    \b
+    Examples:
+      seamount drain 10.0.3.17
+      seamount drain 7c0e... --deadline 600 --json
+      seamount drain --this-node --deadline 240
+    """
+    import socket
+
+    from seamount.cluster.node_closing import close_node, drain_requests, empty_node
+    from seamount.cluster.terminal import StartDisplay, show_drain
+
+    if (node is None) != this_node:
+        raise InvalidArgument("name one node, or give --this-node", field="node")
+    wanted = node or socket.gethostname()
+    drains = drain_requests(load_settings(config))
+    cause = "seamount drain --this-node" if this_node else "seamount drain"
+    try:
+        with StartDisplay(Console(stderr=True)) as display:
+            status = empty_node(drains, wanted, deadline_s=deadline, cause=cause, on_status=show_drain(display))
+    except Unavailable as error:
+        if not this_node:
+            raise
+        print(f"not drained: {error.message}", file=sys.stderr)
+        return
+    close_node(status.node_id, message=cause, address=ray_address)
+    if as_json:
+        print(json.dumps({"node": wanted, "node_id": status.node_id, "phase": status.phase.value}))
+    else:
+        Console().print(f"{wanted} is empty and closed", markup=False, highlight=False)
 
 
 @app.command()

@@ -9,9 +9,15 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from typing import NoReturn
 
+import redis
+from tenacity import RetryCallState, Retrying, retry_if_exception_type, stop_after_delay, wait_fixed
+
+from seamount.cluster.fleet_state import connect
 from seamount.cluster.node_drain import DrainPhase, DrainRequests, DrainStatus
-from seamount.wire.errors import DeadlineExceeded, Unavailable
+from seamount.cluster.settings import REDIS_VARIABLE, Settings
+from seamount.wire.errors import DeadlineExceeded, FailedPrecondition, Unavailable
 
 TAKEN_UP_S = 20.0
 """A fleet that runs takes a request up sooner: it looks about twice a second."""
@@ -21,6 +27,17 @@ _POLL_S = 0.25
 _COMMAND_TIMEOUT_S = 60.0
 
 
+def drain_requests(settings: Settings) -> DrainRequests:
+    """Of the settings' cluster. Raises ``FailedPrecondition`` (NO_REDIS) where nothing says which Redis it has."""
+    if settings.redis_url is None:
+        raise FailedPrecondition(
+            f"{REDIS_VARIABLE} is not set: set it to the Redis of the running system, or run this in one of its pods",
+            reason="NO_REDIS",
+        )
+    url = settings.redis_url.get_secret_value()
+    return DrainRequests(connect(url, timeout_s=settings.redis.timeout_s), settings.cluster_name)
+
+
 def empty_node(
     drains: DrainRequests,
     node: str,
@@ -28,17 +45,26 @@ def empty_node(
     deadline_s: float,
     cause: str,
     on_status: Callable[[DrainStatus], None] = lambda status: None,
-    taken_up_s: float = TAKEN_UP_S,
+    taken_up_s: float | None = None,
 ) -> DrainStatus:
     """Ask for a node to be emptied and wait until it is; on_status: told at each look.
 
-    Raises ``InvalidArgument`` (node, deadline), ``Unavailable`` (NO_FLEET) where none takes the request up within
-    ``taken_up_s``, ``DeadlineExceeded`` (NODE_NOT_EMPTY) at the end of the time; the request stands then.
+    Raises ``InvalidArgument`` (node, deadline), ``Unavailable`` where no fleet takes the request up within
+    ``taken_up_s`` (NO_FLEET) or Redis stays away for so long (STORE_UNAVAILABLE), ``DeadlineExceeded`` (NODE_NOT_EMPTY)
+    at the end of the time; the request stands then. taken_up_s: None = ``TAKEN_UP_S``, at most the deadline.
     """
-    drains.request_drain(node, deadline_s=deadline_s, cause=cause)
+    if taken_up_s is None:
+        taken_up_s = min(TAKEN_UP_S, deadline_s)
+    patient = Retrying(
+        retry=retry_if_exception_type(redis.RedisError),
+        stop=stop_after_delay(taken_up_s),
+        wait=wait_fixed(_POLL_S),
+        retry_error_callback=_redis_is_away,
+    )
+    patient(drains.request_drain, node, deadline_s=deadline_s, cause=cause)
     began = time.monotonic()
     while True:
-        status = drains.drain_status(node)
+        status: DrainStatus | None = patient(drains.drain_status, node)
         if status is None:
             raise Unavailable(f"the drain of {node} was cancelled", reason="DRAIN_CANCELLED")
         on_status(status)
@@ -59,6 +85,10 @@ def empty_node(
                 reason="NODE_NOT_EMPTY",
             )
         time.sleep(_POLL_S)
+
+
+def _redis_is_away(state: RetryCallState) -> NoReturn:
+    raise Unavailable("Redis does not answer: see that it runs and can be reached", reason="STORE_UNAVAILABLE")
 
 
 def close_node(node_id: str, *, message: str, address: str | None = None) -> None:

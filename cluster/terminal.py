@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import unicodedata
+from collections.abc import Callable
 from types import TracebackType
 from typing import Self
 
@@ -18,6 +19,8 @@ from rich.progress import (
     TimeElapsedColumn,
     TimeRemainingColumn,
 )
+
+from seamount.cluster.node_drain import DrainPhase, DrainStatus
 
 
 class StartDisplay:
@@ -62,6 +65,21 @@ class StartDisplay:
     def stop(self) -> None:
         """Leave the display as it is; repeating it is harmless."""
         self._progress.stop()
+
+
+def show_drain(display: StartDisplay) -> Callable[[DrainStatus], None]:
+    """What to call with each look at a drain: one bar of what has to go from the node."""
+    most = 0
+
+    def show(status: DrainStatus) -> None:
+        nonlocal most
+        left = (*status.gangs, *status.routers)
+        most = max(most, len(left))
+        is_asked = status.phase is DrainPhase.ASKED
+        detail = "waiting for the fleet" if is_asked else status.detail or ", ".join(left)
+        display.show(status.node, most - len(left), most, detail)
+
+    return show
 
 
 class ReadingBar:

@@ -58,10 +58,11 @@ class Change:
 class KubernetesApi:
     """One API server, seen with one identity."""
 
-    def __init__(self, client: Any) -> None:
-        """client: an ``ApiClient``; ``connect`` makes one."""
+    def __init__(self, client: Any, *, namespace: str = "default") -> None:
+        """client: an ``ApiClient``; ``connect`` makes one. namespace: of whoever asks."""
         from kubernetes import client as models
 
+        self.namespace = namespace
         self._client = client
         self._models = models
         self._core = models.CoreV1Api(client)
@@ -74,20 +75,24 @@ class KubernetesApi:
         """
         from kubernetes import client, config
 
-        configuration = client.Configuration()
+        configuration, namespace = client.Configuration(), ""
+        token = Path(config.incluster_config.SERVICE_TOKEN_FILENAME)
+        file = None if kubeconfig is None else str(kubeconfig)
         try:
-            if kubeconfig is None and context is None and Path(config.incluster_config.SERVICE_TOKEN_FILENAME).exists():
+            if kubeconfig is None and context is None and token.exists():
                 config.load_incluster_config(client_configuration=configuration)  # type: ignore[no-untyped-call]
+                namespace = token.with_name("namespace").read_text(encoding="utf-8").strip()
             else:
                 config.load_kube_config(  # type: ignore[no-untyped-call]
-                    config_file=None if kubeconfig is None else str(kubeconfig),
-                    context=context,
-                    client_configuration=configuration,
+                    config_file=file, context=context, client_configuration=configuration
                 )
+                contexts, active = config.list_kube_config_contexts(file)  # type: ignore[no-untyped-call]
+                chosen = next((one for one in contexts if one["name"] == context), active)
+                namespace = chosen["context"].get("namespace", "")
         except (config.ConfigException, OSError) as error:
             raise no_cluster(error) from None
         configuration.retries = False  # retried here, within one bound
-        return cls(client.ApiClient(configuration))
+        return cls(client.ApiClient(configuration), namespace=namespace or "default")
 
     @property
     def server(self) -> str:

@@ -19,7 +19,20 @@ from seamount.cluster.settings import load_settings
 from seamount.router.tenants import read_api_keys
 from seamount.router.tokenizer import Tokenizer
 
-COMMANDS = ("up", "demo", "status", "chat", "settings", "key", "checkpoint init", "checkpoint quantize")
+COMMANDS = (
+    "up",
+    "demo",
+    "status",
+    "drain",
+    "chat",
+    "settings",
+    "key",
+    "checkpoint init",
+    "checkpoint quantize",
+    "k8s preflight",
+    "k8s status",
+    "k8s drain",
+)
 ENVIRONMENT = {name: value for name, value in os.environ.items() if not name.startswith("SEAMOUNT_")} | {
     "COLUMNS": "200",
     "NO_COLOR": "1",
@@ -78,8 +91,9 @@ def test_help_as_a_process_is_quick_and_lists_every_command() -> None:
     assert time.monotonic() - started < 10  # nothing heavy is imported for it
 
 
-def test_help_imports_neither_torch_nor_ray() -> None:
-    code = "import sys, seamount.cluster.cli; print([m for m in ('torch', 'ray', 'transformers') if m in sys.modules])"
+def test_help_imports_neither_torch_nor_ray_nor_kubernetes() -> None:
+    heavy = ("torch", "ray", "transformers", "kubernetes")
+    code = f"import sys, seamount.cluster.cli; print([m for m in {heavy} if m in sys.modules])"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=60)
     assert done.stdout.strip() == "[]"
 
