@@ -320,7 +320,8 @@ def test_swiglu_quantize(rows: int, dtype: torch.dtype, poisoned: torch.device, 
     expected = gemm.swiglu_quantize(x)
     assert values.shape == (rows, 384)
     if rows:
-        assert (scales.cpu() != expected[1]).float().mean() < 0.01
+        # A maximum that is one bfloat16 step off takes the other power of two in one of 128 cases.
+        assert int((scales.cpu() != expected[1]).sum()) <= 1 + scales.numel() // 32
         ours, theirs = dequantize(values.cpu(), scales.cpu()), dequantize(*expected)
         assert error(ours, theirs.double()) < (0.005 if torch.cuda.is_available() else 0.15)
 
