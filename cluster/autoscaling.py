@@ -37,7 +37,7 @@ class AutoscalingSettings(Section):
         default=0.25, ge=0, le=1, description="Share of decode gangs' time that appended prompts may take"
     )
     max_occupancy: float = Field(
-        default=0.8, gt=0, le=1, description="Share of decode gangs' pages in use by answers and leases"
+        default=0.8, gt=0, le=1, description="Share of decode gangs' pages and places that may be taken"
     )
     shrink_margin: float = Field(
         default=0.8, gt=0, lt=1, description="A gang goes where the rest stays this far below those bounds"

@@ -97,6 +97,7 @@ class Meter:
             num_cached_pages=max(num_cached, below - num_held),
             num_running=num_running,
             num_blocked=sum(state.num_blocked for state in states),
+            num_places=sum(state.num_places for state in states),
             num_queued_tokens=sum(state.num_queued_prefill_tokens for state in states),
             prompt_tokens_per_s=sum(state.prefill_tokens_per_s for state in states),
             inter_token_s=sum(found * number for found, number in running) / num_running if num_running else 0.0,

@@ -12,8 +12,9 @@ class GangLoad:
     """One gang, summed over its ranks. Gangs that are leaving are not among the loads.
 
     is_ready: False while it starts; num_held_pages: of its devices, in use by answers or under a lease;
-    num_cached_pages: of its devices or the tier below, left by sessions without a lease; num_blocked: answers that wait
-    for a place or for pages; num_queued_tokens: of prompts, still to compute. Measured and smoothed, 0 = not yet:
+    num_cached_pages: of its devices or the tier below, left by sessions without a lease; num_running, num_blocked:
+    answers in the making, and those that wait for one of num_places (0 = not known) or for pages; num_queued_tokens: of
+    prompts, still to compute. Measured and smoothed, 0 = not yet:
     prompt_tokens_per_s (all ranks together), inter_token_s (of one answer), link_bytes_per_s (of one rank).
     """
 
@@ -26,6 +27,7 @@ class GangLoad:
     num_cached_pages: int = 0
     num_running: int = 0
     num_blocked: int = 0
+    num_places: int = 0
     num_queued_tokens: int = 0
     prompt_tokens_per_s: float = 0.0
     inter_token_s: float = 0.0
@@ -62,7 +64,7 @@ class Slo:
 
     recover_s: in which a queue is to be gone once gangs are up; max_utilisation: share of their time that prefill gangs
     compute; append_share: of a decode gang's time that appends may take from its streams; max_occupancy: of a decode
-    gang's pages that answers and leases may hold; shrink_margin: what is left after a gang has gone carries the load at
+    gang's pages and places that may be taken; shrink_margin: what is left after a gang has gone carries the load at
     this part of those bounds; flow_window_s: over which the flow of prompts is measured; grow_after_s, shrink_after_s:
     how long the load must have asked for it.
     """

@@ -11,6 +11,7 @@ being placed again; pages under a lease are wanted for certain, other cached one
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 
 from seamount.cluster.load import GangLoad
 from seamount.wire.hashes import PAGE_SIZE
@@ -22,11 +23,21 @@ REPLACE_S = 0.5
 
 def cheapest_first(gangs: Sequence[GangLoad], *, beside: Iterable[GangLoad] = ()) -> list[GangLoad]:
     """The order in which gangs of one pool go: those that serve nobody yet first, then by ``losing_s``; where that is
-    equal, the newest. beside: gangs that stay for certain."""
+    equal, the newest. A gang that has measured nothing yet counts like its peers. beside: gangs that stay for certain.
+    """
     everyone = [*gangs, *beside]
-    return sorted(
-        gangs, key=lambda gang: (gang.is_ready, losing_s(gang, [g for g in everyone if g != gang]), -gang.number)
-    )
+    link_bytes_per_s = max((gang.link_bytes_per_s for gang in everyone), default=0.0)
+    tokens_per_s = max((gang.prompt_tokens_per_s / gang.num_ranks for gang in everyone), default=0.0)
+
+    def cost(gang: GangLoad) -> tuple[bool, float, int]:
+        known = replace(
+            gang,
+            link_bytes_per_s=gang.link_bytes_per_s or link_bytes_per_s,
+            prompt_tokens_per_s=gang.prompt_tokens_per_s or tokens_per_s * gang.num_ranks,
+        )
+        return gang.is_ready, losing_s(known, [other for other in everyone if other is not gang]), -gang.number
+
+    return sorted(gangs, key=cost)
 
 
 def losing_s(gang: GangLoad, others: Sequence[GangLoad]) -> float:

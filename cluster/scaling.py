@@ -12,9 +12,10 @@ A queue that is gone before a new gang could serve starts none, and no more star
 there may be no prefill gangs, decode gangs are to have the rate for all of it.
 
 Answers. Held pages H (in use or leased, with their trend over S), answers running R and blocked B, seconds between the
-tokens of an answer L:
+tokens of an answer L; the most of
 
-    decode  = max(ceil(H / (max_occupancy x pages of a gang)), ceil(n x (R + B) / R) if B, ceil(n x L / target))
+    H / (max_occupancy x pages of a gang),   (R + B) / (max_occupancy x places of a gang),
+    n x (R + B) / R if any is blocked,       n x L / target
 
 While prefill gangs are short, L asks for no more: what streams wait for then is prompts. L is taken for proportional to
 the answers at a gang: too much far from the target, right where it meets it.
@@ -112,6 +113,9 @@ def decode_need(snapshot: Snapshot, slo: Slo, looks: Sequence[Look], *, is_prefi
     if pages:
         asks["pages"] = max(held, expected) / (slo.max_occupancy * pages)
     num_running, num_blocked = sum(gang.num_running for gang in ready), sum(gang.num_blocked for gang in ready)
+    places = sum(gang.num_places for gang in ready) / len(ready)
+    if places:
+        asks["places"] = (num_running + num_blocked) / (slo.max_occupancy * places)
     if num_blocked:
         asks["blocked"] = len(ready) * (num_running + num_blocked) / max(1, num_running)
     if num_running:

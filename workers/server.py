@@ -209,6 +209,7 @@ class RankServer:
             host_bytes_per_s=core.mover.rates.host,
             disk_bytes_per_s=core.mover.rates.disk,
             num_blocked=engine.num_blocked,
+            num_places=spec.max_running,
             answer_s=engine.answer_s,
             num_prepared_tokens=engine.num_background_tokens,
         )

@@ -5,29 +5,21 @@ One deployment serves the whole file; the tests run in order and leave it up for
 
 from __future__ import annotations
 
-import logging
-import random
 import secrets
-import shutil
-import socket
-import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
 
 import psutil
 import pytest
 
+from harness.ray_nodes import RayNode, free_port, node_of, random_checkpoint, ray_nodes, replica_pids, wait_for
 from seamount.cluster.app import Deployment, PoolProgress, deploy
 from seamount.cluster.settings import Settings, validate
-from seamount.router.byte_tokenizer import write_byte_tokenizer
 from seamount.router.client import Client, Sampling, user
 from seamount.router.store import Store
 from seamount.router.watcher import Directory
 from seamount.v1 import admin_pb2, events_pb2, worker_pb2
-from seamount.workers.model.random_checkpoint import write_random_checkpoint
 
 pytestmark = [pytest.mark.cluster, pytest.mark.timeout(240)]
 
@@ -38,8 +30,7 @@ DECODE, PREFILL = worker_pb2.POOL_DECODE, worker_pb2.POOL_PREFILL
 class System:
     settings: Settings
     deployment: Deployment
-    raylets: dict[int, str]  # process id -> what the node is for
-    temp_dir: Path
+    nodes: list[RayNode]
     progress: list[list[PoolProgress]]
 
 
@@ -50,10 +41,10 @@ def system(redis_url: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator
         {
             "cluster_name": f"test-{secrets.token_hex(4)}",
             "run_dir": str(folder / "run"),
-            "model": {"path": str(_checkpoint(folder))},
+            "model": {"path": str(random_checkpoint(folder))},
             "cache": {"num_pages": 64},
             "engine": {"max_context_tokens": 2048},
-            "router": {"port": _free_port()},  # one that is replaced comes back there
+            "router": {"port": free_port()},  # one that is replaced comes back there
             "placement": {"path": "remote"},
             "pools": {
                 "decode": {"gangs": 1, "expert_parallel": 2, "resources": {"decode": 1}},
@@ -61,107 +52,16 @@ def system(redis_url: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator
             },
         }
     )
-    temp_dir = Path(tempfile.mkdtemp(prefix="smt-"))
-    (temp_dir / "ray").mkdir()  # where Ray notes its address
-    with _three_nodes(temp_dir) as raylets:
+    offered = [("prefill", {"prefill": 1, "router": 1}), ("decode-a", {"decode": 1}), ("decode-b", {"decode": 1})]
+    with ray_nodes(offered) as nodes:
         progress: list[list[PoolProgress]] = []
         deployment = deploy(settings, redis_url=redis_url, on_progress=progress.append, timeout_s=90.0)
-        yield System(settings=settings, deployment=deployment, raylets=raylets, temp_dir=temp_dir, progress=progress)
+        yield System(settings=settings, deployment=deployment, nodes=nodes, progress=progress)
         deployment.stop()
-    left = [process for process in psutil.process_iter(["cmdline"]) if str(temp_dir) in str(process.info["cmdline"])]
-    _, left = psutil.wait_procs(left, timeout=10.0)
-    assert not left
-    shutil.rmtree(temp_dir)
-
-
-def _free_port() -> int:
-    with socket.create_server(("127.0.0.1", 0)) as probe:
-        return int(probe.getsockname()[1])
-
-
-class _three_nodes:
-    """Ray's own test cluster: a head with the router and prefill, two nodes with room for one decode rank each."""
-
-    def __init__(self, temp_dir: Path) -> None:
-        self._temp_dir = temp_dir
-        self._cluster: Any = None
-        self._environment = pytest.MonkeyPatch()
-
-    def __enter__(self) -> dict[int, str]:
-        chosen = {
-            "RAY_TMPDIR": str(self._temp_dir),
-            "RAY_AUTH_MODE": "token",
-            "RAY_AUTH_TOKEN": secrets.token_hex(32),
-            "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",  # nodes have the address 127.0.0.1
-            "RAY_USAGE_STATS_ENABLED": "0",
-        }
-        for name, value in chosen.items():
-            self._environment.setenv(name, value)
-        import ray
-        from ray.cluster_utils import Cluster
-
-        self._cluster = Cluster(shutdown_at_exit=True)
-        common = {"num_cpus": 2, "object_store_memory": 80 << 20, "include_dashboard": False}
-        head = self._cluster.add_node(
-            temp_dir=str(self._temp_dir), resources={"prefill": 1, "router": 1}, wait=False, **common
-        )
-        nodes = [self._cluster.add_node(resources={"decode": 1}, **common) for _ in range(2)]
-        ray.init(address=self._cluster.address, log_to_driver=False, logging_level=logging.ERROR)
-        names = ["prefill", "decode-a", "decode-b"]
-        return {_raylet_pid(node): name for node, name in zip([head, *nodes], names, strict=True)}
-
-    def __exit__(self, *_: object) -> None:
-        import ray
-
-        ray.shutdown()
-        self._cluster.shutdown()
-        self._environment.undo()
-
-
-def _raylet_pid(node: Any) -> int:
-    (raylet,) = node.all_processes["raylet"]
-    return int(raylet.process.pid)
-
-
-def _checkpoint(folder: Path) -> Path:
-    tokenizer = folder / "tokenizer"
-    tokenizer.mkdir()
-    vocab_size = write_byte_tokenizer(tokenizer)
-    files = {file.name: file.read_bytes() for file in tokenizer.iterdir()}
-    seed = random.SystemRandom().randrange(1 << 31)
-    print(f"checkpoint seed {seed}")
-    write_random_checkpoint(folder / "model", seed=seed, geometry="test", vocab_size=vocab_size, extra_files=files)
-    return folder / "model"
 
 
 def ranks(client: Client, pool: worker_pb2.Pool) -> list[admin_pb2.Rank]:
     return [rank for rank in client.list_ranks(pool) if rank.alive and rank.state.healthy]
-
-
-def node_of(system: System, pid: int) -> str:
-    """A worker process is a child of its node's raylet."""
-    for ancestor in psutil.Process(pid).parents():
-        if ancestor.pid in system.raylets:
-            return system.raylets[ancestor.pid]
-    raise AssertionError(f"process {pid} belongs to no node")
-
-
-def replica_pids(application: str) -> set[int]:
-    """Serve names a replica's process after its application."""
-    found = set()
-    for process in psutil.process_iter(["pid", "cmdline"]):
-        line = " ".join(process.info["cmdline"] or ())
-        if f"ray::ServeReplica:{application}:" in line:
-            found.add(process.info["pid"])
-    return found
-
-
-def wait_for(what: str, true: Callable[[], bool], timeout_s: float = 30.0) -> None:
-    begun = time.monotonic()
-    while not true():
-        assert time.monotonic() - begun < timeout_s, f"{what}: not within {timeout_s:g} s"
-        time.sleep(0.1)
-    print(f"{what}: {time.monotonic() - begun:.1f} s")
 
 
 def say(client: Client, session_id: str, text: str) -> events_pb2.Receipt:
@@ -180,8 +80,8 @@ def test_every_rank_of_the_gang_has_a_node_of_its_own(system: System, client: Cl
     assert [pool.num_ready for pool in system.progress[-1]] == [1, 1]
     wait_for("ranks seen by the router", lambda: len(ranks(client, DECODE)) == 2 and len(ranks(client, PREFILL)) == 1)
     decode, prefill = ranks(client, DECODE), ranks(client, PREFILL)
-    assert {node_of(system, rank.state.process_id) for rank in decode} == {"decode-a", "decode-b"}
-    assert [node_of(system, rank.state.process_id) for rank in prefill] == ["prefill"]
+    assert {node_of(system.nodes, rank.state.process_id) for rank in decode} == {"decode-a", "decode-b"}
+    assert [node_of(system.nodes, rank.state.process_id) for rank in prefill] == ["prefill"]
     assert len({rank.state.gang_id for rank in decode}) == 1
     assert sorted(rank.state.gang_rank for rank in decode) == [0, 1]
     assert decode[0].state.expert_bytes == decode[1].state.expert_bytes == prefill[0].state.expert_bytes // 2

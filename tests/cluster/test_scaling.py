@@ -77,6 +77,9 @@ def settled(
         pytest.param([decode(n, num_held_pages=420) for n in range(2)], 0, (0, 2), id="840 / 640: two stay"),
         pytest.param([decode(n, num_held_pages=300) for n in range(2)], 0, (0, 1), id="600 / 640: one goes"),
         pytest.param([decode(0, num_running=4, num_blocked=4)], 0, (0, 2), id="half of the answers wait"),
+        pytest.param([decode(0, num_running=6, num_places=8)], 0, (0, 1), id="6 of 8 places"),
+        pytest.param([decode(0, num_running=7, num_places=8)], 0, (0, 2), id="7 of 8 places"),
+        pytest.param([decode(n, num_running=3, num_places=8) for n in range(2)], 0, (0, 2), id="6 / 5.12: two stay"),
         pytest.param([decode(0, num_running=9, inter_token_s=0.12)], 0, (0, 3), id="0.12 s against 0.05 s"),
         pytest.param([decode(0, num_running=1, inter_token_s=0.12)], 0, (0, 1), id="one answer has nobody to share"),
         pytest.param(
@@ -184,6 +187,12 @@ def test_the_gang_that_is_cheapest_to_lose_goes_not_the_newest() -> None:
     ]
     assert settled(gangs).drain == ("decode-1", "decode-2", "decode-3")
     assert settled([*gangs, decode(4, is_ready=False)]).drain[0] == "decode-4"
+
+
+def test_a_gang_that_has_measured_nothing_counts_like_its_peers() -> None:
+    new = decode(1, num_held_pages=50, link_bytes_per_s=0.0, prompt_tokens_per_s=0.0)
+    assert settled([decode(0, num_held_pages=60), new]).drain == ("decode-1",)
+    assert settled([decode(0, num_held_pages=40), new]).drain == ("decode-0",)
 
 
 @pytest.mark.parametrize(

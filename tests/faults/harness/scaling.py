@@ -1,0 +1,198 @@
+"""A deployment that scales, on Ray nodes of this machine, and the load that tests put on it."""
+
+from __future__ import annotations
+
+import secrets
+import threading
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from harness.ray_nodes import RayNode, free_port, random_checkpoint, ray_nodes
+from seamount.cluster.app import Deployment, deploy
+from seamount.cluster.fleet_meter import gang_name
+from seamount.cluster.fleet_state import connect
+from seamount.cluster.node_drain import DrainRequests
+from seamount.cluster.settings import Settings, validate
+from seamount.router.client import Client, Sampling, user
+from seamount.v1 import admin_pb2, events_pb2, worker_pb2
+from seamount.wire.errors import SeamountError
+
+NODES = [("head", {"prefill": 2, "router": 1}), ("a", {"decode": 4}), ("b", {"decode": 4})]
+"""Decode gangs have two ranks and lie on one node: two of them fit on each."""
+TURN_S = 120.0
+ENDLESS_TOKENS = 400
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ScalingSystem:
+    settings: Settings
+    deployment: Deployment
+    nodes: list[RayNode]
+    drains: DrainRequests
+
+    def client(self) -> Client:
+        return Client(self.deployment.router_address)
+
+    def ranks(self, pool: worker_pb2.Pool = worker_pb2.POOL_UNSPECIFIED) -> list[admin_pb2.Rank]:
+        """That take turns now."""
+        with self.client() as client:
+            return [
+                rank
+                for rank in client.list_ranks(pool)
+                if rank.alive and rank.state.healthy and not rank.state.draining
+            ]
+
+    def gangs(self, pool: worker_pb2.Pool) -> list[str]:
+        """Names of those whose ranks are all there."""
+        ranks = self.ranks(pool)
+        present = Counter(rank.state.gang_id for rank in ranks)
+        sizes = {rank.state.gang_id: rank.state.gang_size for rank in ranks}
+        return sorted(gang_name(gang_id) for gang_id, number in present.items() if number == sizes[gang_id])
+
+
+@contextmanager
+def scaling_system(redis_url: str, folder: Path, changes: Mapping[str, Any]) -> Iterator[ScalingSystem]:
+    """autoscaling: what ``changes`` say; the rest fits two cores."""
+    scaling = {
+        "enabled": True,
+        "first_token_s": 2.0,
+        "inter_token_s": 60.0,  # this machine's speed decides nothing here
+        "append_share": 0.05,
+        "recover_s": 5.0,
+        "flow_window_s": 10.0,
+        "grow_after_s": 1.5,
+        "shrink_after_s": 6.0,
+        "start_s": 5.0,
+    }
+    settings = validate(
+        {
+            "cluster_name": f"test-{secrets.token_hex(4)}",
+            "run_dir": str(folder / "run"),
+            "model": {"path": str(random_checkpoint(folder))},
+            "cache": {"num_pages": 256},
+            "engine": {"max_context_tokens": 8192, "max_running": 4, "step_timeout_s": 15.0},
+            "router": {"port": free_port(), "cut_ahead": False},
+            "directory": {"dead_after_s": 6.0},  # a busy machine
+            "pools": {
+                "decode": {"gangs": 1, "expert_parallel": 2, "resources": {"decode": 1}},
+                "prefill": {"gangs": 0, "expert_parallel": 1, "resources": {"prefill": 1}},
+            },
+            "autoscaling": {**scaling, **changes},
+            "draining": {"turns_s": 2.0, "timeout_s": 60.0, "replacement_s": 60.0},
+        }
+    )
+    with ray_nodes(NODES) as nodes:
+        deployment = deploy(settings, redis_url=redis_url, timeout_s=120.0)
+        drains = DrainRequests(connect(redis_url, timeout_s=2.0), settings.cluster_name)
+        yield ScalingSystem(settings=settings, deployment=deployment, nodes=nodes, drains=drains)
+        deployment.stop(60.0)
+
+
+def say(client: Client, session_id: str, text: str, *, num_tokens: int = 6) -> events_pb2.Receipt:
+    """One turn, with at most so many tokens for an answer."""
+    sampling = Sampling(max_output_tokens=num_tokens)
+    turn = client.run_turn(session_id, [user(text)], sampling=sampling, deadline_s=TURN_S).result()
+    assert turn.receipt.num_output_tokens > 0
+    return turn.receipt
+
+
+@dataclass(slots=True, kw_only=True)
+class Load:
+    """Sessions that speak one turn after the other, each on a thread of its own, until ``stop``."""
+
+    system: ScalingSystem
+    num_turns: int = 0
+    failures: list[str] = field(default_factory=list)
+    sessions: list[str] = field(default_factory=list)
+    _stop: threading.Event = field(default_factory=threading.Event)
+    _threads: list[threading.Thread] = field(default_factory=list)
+    _lock: threading.Lock = field(default_factory=threading.Lock)
+
+    def start(self, number: int, *, num_tokens: int = 100) -> None:
+        """So many more sessions."""
+        for _ in range(number):
+            thread = threading.Thread(target=self._speak, args=(num_tokens,), daemon=True)
+            self._threads.append(thread)
+            thread.start()
+
+    def stop(self) -> None:
+        """Every turn that was begun is over then."""
+        self._stop.set()
+        for thread in self._threads:
+            thread.join(TURN_S)
+            assert not thread.is_alive()
+
+    def _speak(self, num_tokens: int) -> None:
+        with self.system.client() as client:
+            session = client.create_session()
+            with self._lock:
+                self.sessions.append(session.id)
+            number = 0
+            while not self._stop.is_set():
+                try:
+                    say(client, session.id, f"and then? {number}", num_tokens=num_tokens)
+                except (SeamountError, AssertionError) as error:
+                    with self._lock:
+                        self.failures.append(f"{type(error).__name__}: {error}")
+                    return
+                number += 1
+                with self._lock:
+                    self.num_turns += 1
+
+
+def endless(client: Client) -> str:
+    """A prompt whose greedy answer does not end by itself for a while: it may well go round in circles then."""
+    for _ in range(30):
+        prompt = f"Count. {secrets.token_hex(4)}"
+        turn = client.run_turn(
+            client.create_session().id,
+            [user(prompt)],
+            sampling=Sampling(max_output_tokens=ENDLESS_TOKENS, temperature=0.0),
+            deadline_s=TURN_S,
+        ).result()
+        if turn.receipt.num_output_tokens == ENDLESS_TOKENS:
+            return prompt
+    raise AssertionError("every answer of this checkpoint ends soon")
+
+
+@dataclass(slots=True, kw_only=True)
+class LongTurn:
+    """A turn that one client follows on one stream, from a thread of its own."""
+
+    client: Client
+    session_id: str
+    prompt: str
+    num_tokens: int
+    events: list[events_pb2.TurnEvent] = field(default_factory=list)
+    failure: str = ""
+    _thread: threading.Thread | None = None
+
+    def start(self) -> None:
+        self._thread = threading.Thread(target=self._follow, daemon=True)
+        self._thread.start()
+
+    def is_running(self) -> bool:
+        return bool(self.events) and self._thread is not None and self._thread.is_alive()
+
+    def result(self) -> events_pb2.Receipt:
+        """When it is over: told in order, each event once."""
+        assert self._thread is not None
+        self._thread.join(TURN_S)
+        assert not self.failure
+        assert [event.sequence for event in self.events] == list(range(1, len(self.events) + 1))
+        assert self.events[-1].HasField("finished")
+        return self.events[-1].finished.receipt
+
+    def _follow(self) -> None:
+        sampling = Sampling(max_output_tokens=self.num_tokens, temperature=0.0)
+        try:
+            for event in self.client.run_turn(
+                self.session_id, [user(self.prompt)], sampling=sampling, deadline_s=2 * TURN_S
+            ):
+                self.events.append(event)
+        except SeamountError as error:
+            self.failure = f"{type(error).__name__}: {error}"
