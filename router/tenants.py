@@ -25,6 +25,8 @@ from seamount.wire.interceptors import Continuation, ErrorInterceptor, refusal
 MAX_KEYS = 10_000
 LOCAL_TENANT = TenantId("local")
 _TENANT = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
+PROBED_METHOD = "/grpc.health.v1.Health/Check"
+"""Open to everyone: Kubernetes and load balancers have no key. It tells whether the router serves, no more."""
 _TENANT_SERVICES = frozenset(
     {
         "seamount.v1.SessionService",
@@ -130,7 +132,7 @@ def _refused(message: str) -> InvalidArgument:
 
 
 class TenantInterceptor(grpc.aio.ServerInterceptor):
-    """Deny by default: a call without a known key ends before anything of it is read, on every method there is.
+    """Deny by default: without a known key a call ends before anything of it is read, on all methods but the probed one.
 
     keys: None = no key file, everyone is ``LOCAL``. Within the method ``caller()`` tells who it is.
     """
@@ -145,6 +147,8 @@ class TenantInterceptor(grpc.aio.ServerInterceptor):
         self._no_admin = refusal(PermissionDenied("this method needs a key with the admin role", reason="NEEDS_ADMIN"))
 
     async def intercept_service(self, continuation: Continuation, handler_call_details: grpc.HandlerCallDetails) -> Any:
+        if handler_call_details.method == PROBED_METHOD:
+            return await continuation(handler_call_details)
         who = self._who(handler_call_details)
         if who is None:
             return self._unknown

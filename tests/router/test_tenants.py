@@ -17,6 +17,7 @@ from grpc_reflection.v1alpha._async import ReflectionServicer
 
 from seamount.router.tenants import (
     LOCAL,
+    PROBED_METHOD,
     ApiKeys,
     Identity,
     caller,
@@ -97,7 +98,7 @@ def test_the_methods_under_test_are_all_there_are() -> None:
     assert len(names) >= 15
 
 
-@pytest.mark.parametrize("method", METHODS, ids=path_of)
+@pytest.mark.parametrize("method", [m for m in METHODS if path_of(m) != PROBED_METHOD], ids=path_of)
 @pytest.mark.parametrize(
     "metadata",
     [(), bearer("no-such-key-0123456789"), bearer(ACME[:-1]), bearer(digest(ACME).hex()), (("authorization", ACME),)],
@@ -144,6 +145,14 @@ async def test_without_a_key_file_everyone_is_local(keys: ApiKeys) -> None:
             if method.full_name.startswith("seamount."):
                 error = await outcome(channel, path_of(method), ())
                 assert error.details() == f"{LOCAL.tenant} True"
+
+
+@pytest.mark.parametrize("metadata", [(), bearer("no-such-key-0123456789")], ids=["no key", "unknown key"])
+async def test_a_probe_needs_no_key(keys: ApiKeys, metadata: tuple) -> None:
+    async with serving(keys) as channel:
+        check = health_pb2_grpc.HealthStub(channel).Check
+        answer = await check(health_pb2.HealthCheckRequest(), metadata=metadata, timeout=5)
+    assert answer.status == health_pb2.HealthCheckResponse.SERVING
 
 
 async def test_health_and_reflection_answer_with_a_key(keys: ApiKeys) -> None:
