@@ -15,7 +15,10 @@ from seamount.cluster.fleet import FleetParts, Reconciler
 from seamount.cluster.fleet_metrics import FleetMetrics
 from seamount.cluster.fleet_plan import wanted_pools
 from seamount.cluster.fleet_state import FleetState, connect
+from seamount.cluster.kubernetes.node_watch import NodeWatch
+from seamount.cluster.kubernetes.watching import start_watch
 from seamount.cluster.leaving import LeavingRouters
+from seamount.cluster.node_drain import DrainRequests
 from seamount.cluster.pools import (
     HEALTH_PERIOD_S,
     HEALTH_TIMEOUT_S,
@@ -109,6 +112,9 @@ class Fleet:
         self._reconciler.start()
         host = bind_address(settings.metrics.host)
         self._endpoint = MetricsEndpoint(registry, host=host, port=settings.metrics.port)
+        drains = DrainRequests(client, settings.cluster_name)
+        gcs_address = ray.get_runtime_context().gcs_address
+        self._watch = await asyncio.to_thread(start_watch, settings, drains, metrics, gcs_address=gcs_address)
         _LOG.info("fleet_ready", extra={"metrics": self._endpoint.address})
 
     async def check_health(self) -> None:
@@ -119,6 +125,9 @@ class Fleet:
         """Leaves the gangs as they are: a new version of the fleet takes them over."""
         if hasattr(self, "_reconciler"):
             await asyncio.to_thread(self._reconciler.stop, _FLEET_STOP_S)
+        watch: NodeWatch | None = getattr(self, "_watch", None)
+        if watch is not None:
+            await asyncio.to_thread(watch.stop)
         if hasattr(self, "_endpoint"):
             self._endpoint.close()
 
