@@ -132,7 +132,7 @@ def _refused(message: str) -> InvalidArgument:
 
 
 class TenantInterceptor(grpc.aio.ServerInterceptor):
-    """Deny by default: without a known key a call ends before anything of it is read, on all methods but the probed one.
+    """Deny by default: without a known key a call ends before any of it is read, on all methods but the probed one.
 
     keys: None = no key file, everyone is ``LOCAL``. Within the method ``caller()`` tells who it is.
     """
