@@ -18,12 +18,14 @@ from seamount.router.rank_client import RankClient, RankLost
 from seamount.router.watcher import DirectoryWatcher, Peer
 from seamount.v1 import worker_pb2, worker_pb2_grpc
 from seamount.wire import limits
-from seamount.wire.credentials import bearer
-from seamount.wire.errors import SeamountError
+from seamount.wire.errors import SeamountError, from_rpc_error
 from seamount.wire.ids import RankId, SessionId
+from seamount.wire.protocol import rank_call
 
 _LOG = logging.getLogger(__name__)
 _RECONNECT_S = 0.25
+_OTHER_VERSION_S = 10.0
+"""Until a rank that speaks another protocol is asked again: it will go on doing so, and be gone one day."""
 FIRST_LOOK_S = 1.0
 """How long a starting router waits for the states of registered ranks; some of them may be dead."""
 _NUM_FOREIGN_LOOKS = 4
@@ -244,7 +246,7 @@ class Ranks:
             rank_id,
             peer.record.address,
             channel,
-            metadata=bearer(self.worker_token),
+            metadata=rank_call(self.worker_token),
             call_timeout_s=self.call_timeout_s,
             progress_timeout_s=self.progress_timeout_s,
         )
@@ -256,7 +258,7 @@ class Ranks:
         """Hold the rank's state stream; when it breaks, the rank is dead at once."""
         stub = worker_pb2_grpc.WorkerServiceStub(link.channel)
         while True:
-            call = stub.WatchState(worker_pb2.WatchStateRequest(), metadata=bearer(self.worker_token))
+            call = stub.WatchState(worker_pb2.WatchStateRequest(), metadata=rank_call(self.worker_token))
             try:
                 while True:
                     async with asyncio.timeout(self.progress_timeout_s):
@@ -271,6 +273,9 @@ class Ranks:
                     self._tell()
             except (grpc.RpcError, TimeoutError) as error:
                 _LOG.info("rank_stream_broken", extra={"rank_id": rank_id, "error": type(error).__name__})
+                if _speaks_another_version(error):
+                    _LOG.warning("rank_of_another_version", extra={"rank_id": rank_id})
+                    await asyncio.sleep(_OTHER_VERSION_S)
                 if link.state is not None and isinstance(error, grpc.RpcError):  # not one that is still away
                     self.note_death(rank_id)
             finally:
@@ -299,3 +304,7 @@ class Ranks:
             with suppress(asyncio.CancelledError):
                 await link.watch
         await link.channel.close()
+
+
+def _speaks_another_version(error: Exception) -> bool:
+    return isinstance(error, grpc.aio.AioRpcError) and from_rpc_error(error).reason == "PROTOCOL_MISMATCH"

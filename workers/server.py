@@ -16,10 +16,10 @@ from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from seamount.kernels.layout import CachePlanes
 from seamount.v1 import transfer_pb2_grpc, worker_pb2, worker_pb2_grpc
 from seamount.wire import limits
-from seamount.wire.credentials import bearer
 from seamount.wire.errors import InvalidArgument, SeamountError
 from seamount.wire.interceptors import listening, rank_interceptors
 from seamount.wire.metrics import MetricsEndpoint, new_registry
+from seamount.wire.protocol import rank_call
 from seamount.workers.ahead import Ahead
 from seamount.workers.cache.reservations import Reservations
 from seamount.workers.cache.retention import Tier
@@ -323,7 +323,7 @@ class RankServer:
             reservations=core.reservations,
             active=active,
             abort=core.engine.abort,
-            metadata=bearer(spec.worker_token),
+            metadata=rank_call(spec.worker_token),
         )
         service = WorkerService(
             spec=spec,

@@ -15,7 +15,15 @@ import grpc
 from google.protobuf.message import DecodeError
 
 from seamount.wire.credentials import digest, presented_secret
-from seamount.wire.errors import InvalidArgument, SeamountError, Unauthenticated, defect, trailing_metadata
+from seamount.wire.errors import (
+    FailedPrecondition,
+    InvalidArgument,
+    SeamountError,
+    Unauthenticated,
+    defect,
+    trailing_metadata,
+)
+from seamount.wire.protocol import check_protocol
 
 _log = logging.getLogger("seamount.rpc")
 
@@ -70,6 +78,18 @@ class TokenInterceptor(grpc.aio.ServerInterceptor):
         shown = presented_secret(handler_call_details.invocation_metadata)
         if shown is None or not hmac.compare_digest(digest(shown), self._digest):
             return self._refusal
+        return await continuation(handler_call_details)
+
+
+class ProtocolInterceptor(grpc.aio.ServerInterceptor):
+    """Refuses calls of Seamount's own services from callers that speak another version of them."""
+
+    async def intercept_service(self, continuation: Continuation, handler_call_details: grpc.HandlerCallDetails) -> Any:
+        if handler_call_details.method.startswith("/seamount."):
+            try:
+                check_protocol(handler_call_details.invocation_metadata)
+            except FailedPrecondition as error:
+                return refusal(error)
         return await continuation(handler_call_details)
 
 
@@ -166,4 +186,5 @@ async def _watched(name: str, context: Context, run: Callable[[], Awaitable[Any]
 
 def rank_interceptors(token: str | None) -> tuple[grpc.aio.ServerInterceptor, ...]:
     """What a rank's server is built with, outermost first. token: None = none asked for (loopback only)."""
-    return (ErrorInterceptor(),) if token is None else (ErrorInterceptor(), TokenInterceptor(token))
+    common = (ErrorInterceptor(), ProtocolInterceptor())
+    return common if token is None else (*common, TokenInterceptor(token))

@@ -22,11 +22,11 @@ import torch
 from seamount.kernels.layout import PAGE_SIZE, CacheLayout, CachePlanes
 from seamount.v1 import transfer_pb2, transfer_pb2_grpc
 from seamount.wire import limits
-from seamount.wire.credentials import bearer
 from seamount.wire.durations import duration
 from seamount.wire.errors import Aborted, DeadlineExceeded, OutOfRange, SeamountError, Unavailable, from_rpc_error
 from seamount.wire.hashes import ROOT_BYTES
 from seamount.wire.ids import RankId
+from seamount.wire.protocol import rank_call
 from seamount.workers.cache.reservation import Reservation
 from seamount.workers.cache.reservations import Reservations
 from seamount.workers.cache.waiting import until_restored
@@ -75,7 +75,7 @@ class Transfer(transfer_pb2_grpc.TransferServiceServicer):
         self.push_bytes_per_s = 0.0
         """Smoothed, of the time that the link was busy; 0 = not measured yet."""
         self._reservations, self._planes, self._layout = reservations, planes, layout
-        self._metadata = bearer(worker_token)
+        self._metadata = rank_call(worker_token)
         self._timeout_s = timeout_s
         shape = FrameShape(
             num_layers=num_layers, latent_bytes=layout.latent_bytes_per_token, index_bytes=layout.index_bytes_per_token
