@@ -34,6 +34,9 @@
 {{- end -}}
 {{- $_ := set $serving "autoscaling" $autoscaling -}}
 {{- end -}}
+{{- $draining := dig "draining" dict $serving -}}
+{{- $_ := set $draining "watch" (ternary "nodes" "pods" .Values.drain.watchNodes) -}}
+{{- $_ := set $serving "draining" $draining -}}
 {{- $_ := set $serving "metrics" (dict "host" "node" "port" 9464) -}}
 {{- toYaml $serving -}}
 {{- end -}}
