@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import random
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -12,13 +13,14 @@ import torch
 
 from examples.tiny_agent.episodes import Episode
 from examples.tiny_agent.rollouts import Reply, Rollouts
-from examples.tiny_agent.tasks import MAKERS, make_task
+from examples.tiny_agent.tasks import MAKERS, Task, make_task
 from examples.tiny_agent.turns import TaskKind
 from examples.tiny_agent.values import Split
 from seamount.router.history import History
 from seamount.router.tokenizer import Tokenizer
 
 INVALID_CALL_COST = 0.2
+_LOG = logging.getLogger(__name__)
 KINDS = tuple(MAKERS)
 """Needles are left out."""
 SMALLEST_SHARE = 0.03
@@ -184,7 +186,7 @@ def training_groups(
     index = first
     while True:
         kind = shares.draw(random.Random(repr((seed, index))))
-        task = make_task(kind, split=Split.TRAINING, seed=seed, index=index)
+        task = _task(kind, seed, index)
         yield [Episode(task, tokenizer, history) for _ in range(size)]
         index += stride
 
@@ -194,4 +196,13 @@ def single_attempts(tokenizer: Tokenizer, numbers: Sequence[int], *, seed: int) 
     history = History(tokenizer, "measurement")
     for index in numbers:
         for kind in KINDS:
-            yield [Episode(make_task(kind, split=Split.TRAINING, seed=seed, index=index), tokenizer, history)]
+            yield [Episode(_task(kind, seed, index), tokenizer, history)]
+
+
+def _task(kind: TaskKind, seed: int, index: int) -> Task:
+    """A training task; in place of one that cannot be made, as one world in millions contradicts itself, another."""
+    try:
+        return make_task(kind, split=Split.TRAINING, seed=seed, index=index)
+    except (AssertionError, LookupError, RuntimeError, ValueError) as error:
+        _LOG.warning("task %s %d %d could not be made: %s: %s", kind.value, seed, index, type(error).__name__, error)
+        return make_task(kind, split=Split.TRAINING, seed=seed, index=-1 - index)

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from examples.tiny_agent import objectives, reinforce
+from examples.tiny_agent import attempts, objectives, reinforce
 from examples.tiny_agent.attempts import KINDS, KindShares, Transcript, advantages, play, training_groups
 from examples.tiny_agent.captured import EveryExpert, copy_weights
 from examples.tiny_agent.config import model_config
@@ -21,7 +21,9 @@ from examples.tiny_agent.reinforce import Learner, next_lr, packed
 from examples.tiny_agent.rollouts import Reply, Rollouts, draw
 from examples.tiny_agent.sampling import Links, Measure, Over, Result, Sample, Sizes, run_sampler
 from examples.tiny_agent.shared_weights import SharedWeights
+from examples.tiny_agent.tasks import Task
 from examples.tiny_agent.turns import TaskKind
+from examples.tiny_agent.values import Split
 from seamount.router.tokenizer import Tokenizer
 from seamount.workers.experts.dispatch import LocalExperts
 from seamount.workers.model.transformer import Transformer
@@ -212,6 +214,18 @@ def test_draws_follow_the_distribution() -> None:
     assert shares.tolist() == pytest.approx([0.5, 0.3, 0.15, 0.05], abs=0.015)
     assert logprobs.exp().tolist() == pytest.approx([[0.5, 0.3, 0.15, 0.05][i] for i in ids.tolist()], abs=1e-5)
     assert draw(logits[:2], 0.0, torch.Generator())[0].tolist() == [0, 0]
+
+
+def test_a_task_that_cannot_be_made_is_replaced(monkeypatch: pytest.MonkeyPatch) -> None:
+    made = attempts.make_task
+
+    def failing(kind: TaskKind, *, split: Split, seed: int, index: int) -> Task:
+        assert index != 5, "every table has a look-up"
+        return made(kind, split=split, seed=seed, index=index)
+
+    monkeypatch.setattr(attempts, "make_task", failing)
+    coming = training_groups(Tokenizer.load(TOKENIZER), KindShares(), size=1, seed=4, first=4, stride=1)
+    assert [next(coming)[0].task.index for _ in range(3)] == [4, -6, 6]
 
 
 def test_advantages_are_relative_to_the_group() -> None:
