@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import random
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -18,6 +19,7 @@ from examples.tiny_agent.values import INVENTED_SHARE, PIECED_SHARE, Draw, Split
 from seamount.router.messages import ThinkingMode
 from seamount.router.tokenizer import Tokenizer
 
+_LOG = logging.getLogger(__name__)
 TOKENIZER = Path(__file__).parent / "tokenizer"
 _AT_ONCE = 24
 """Conversations that are tokenised together."""
@@ -30,6 +32,7 @@ _TOOLS_BESIDE_NOTES = 0.35
 """Of long documents that leave room for them: tools, and turns that need them between the questions."""
 _ROOM_FOR_TOOLS = 2500
 _MAX_REFUSALS = 12
+_MAX_ATTEMPTS = 4
 _MIN_QUESTIONS = 6
 _TOKENS_OF_A_QUESTION = 90
 """Roughly, with its answer: what a long document leaves room for."""
@@ -114,7 +117,7 @@ class DocumentSource:
         rng = random.Random(repr((mixture.name, seed, max_tokens)))
         while True:
             every = [rng.random() >= _SERVED_SHARE for _ in range(_AT_ONCE)]
-            renderings = [self._rendering(rng, mixture, max_tokens, every_reasoning=each) for each in every]
+            renderings = [self._drawn(rng, mixture, max_tokens, every_reasoning=each) for each in every]
             for document in self._encoder.encode(renderings, may_end=every):
                 length = document.length_within(max_tokens)
                 if length:
@@ -123,6 +126,20 @@ class DocumentSource:
     def count_tokens(self, texts: Sequence[str]) -> list[int]:
         """Number of tokens of each text."""
         return [len(ids) for ids in self._tokenizer.encode_all(texts)]
+
+    def _drawn(
+        self, rng: random.Random, mixture: Mixture, max_tokens: int, *, every_reasoning: bool
+    ) -> list[MarkedPiece]:
+        """The first that can be made: one world in millions that contradicts itself must not end a run.
+
+        Raises what the last of ``_MAX_ATTEMPTS`` in a row failed with: such a mixture is at fault itself.
+        """
+        for _ in range(_MAX_ATTEMPTS - 1):
+            try:
+                return self._rendering(rng, mixture, max_tokens, every_reasoning=every_reasoning)
+            except (AssertionError, LookupError, RuntimeError, ValueError) as error:
+                _LOG.warning("a document could not be made: %s: %s", type(error).__name__, error)
+        return self._rendering(rng, mixture, max_tokens, every_reasoning=every_reasoning)
 
     def _rendering(
         self, rng: random.Random, mixture: Mixture, max_tokens: int, *, every_reasoning: bool

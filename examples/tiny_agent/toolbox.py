@@ -45,7 +45,8 @@ class Toolbox:
 def make_toolbox(draw: Draw, world: World, *, max_tools: int, full: bool = False) -> Toolbox:
     """A look-up for every table, a calculator mostly, and a random choice of the others, ``max_tools`` together.
 
-    full: a calculator and an update of every table for certain, so that long chains of calls are possible.
+    full: a calculator and an update of every table for certain, so that long chains of calls are possible. Of two tools
+    with one name the first is kept. Raises ``NoVariant`` where that leaves a table without its look-up.
     """
     makers: list[Callable[[], Tool | None]] = []
     for table in world.tables.values():
@@ -63,9 +64,15 @@ def make_toolbox(draw: Draw, world: World, *, max_tools: int, full: bool = False
         makers += [lambda: make_calculator(draw)] if draw.chance(0.7) else []
     for maker in draw.some(makers, max(0, min(len(makers), max_tools - len(tools)))):
         tools.append(maker())
-    made = list({tool.name: tool for tool in tools if tool is not None}.values())
-    draw.rng.shuffle(made)
-    return Toolbox(tools=made)
+    made: dict[str, Tool] = {}
+    for tool in tools:
+        if tool is not None:
+            made.setdefault(tool.name, tool)
+    if sum(isinstance(tool, Lookup) for tool in made.values()) < len(world.tables):
+        raise NoVariant("two look-ups have one name")
+    shuffled = list(made.values())
+    draw.rng.shuffle(shuffled)
+    return Toolbox(tools=shuffled)
 
 
 # --- one tool of each kind

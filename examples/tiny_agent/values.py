@@ -146,12 +146,17 @@ class Draw:
         if before and self.split is Split.TRAINING and self.chance(_RECURRING_SHARE):
             return self.one(before)
         before.append(self.repeatable(words))
+        self._taken.add(before[-1])
         return before[-1]
 
     def enumeration(self) -> EnumWords:
         """A field's name and its two to five values."""
         if self._invents():
-            return self._invented(), tuple({self._invented(): None for _ in range(self.between(2, 5))})
+            name = self._invented()
+            while name in self._taken:
+                name = self._invented()
+            self._taken.add(name)
+            return name, tuple({self._invented(): None for _ in range(self.between(2, 5))})
         for _ in range(50):
             name, values = self.one(self.words.enums)
             if name not in self._taken:

@@ -7,11 +7,13 @@ import random
 import re
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import tokenizers
 
+from examples.tiny_agent import documents
 from examples.tiny_agent.conversation import DocumentEncoder, marked_pieces
 from examples.tiny_agent.corpus import read, write_batch
 from examples.tiny_agent.data import PADDING, BatchShape, batches, make_batch
@@ -145,6 +147,26 @@ def test_the_answer_stands_in_one_line_among_look_alikes() -> None:
     lines = document.text.splitlines()
     assert sum(target.key in line and target.noun in line and target.field in line for line in lines) == 1
     assert sum(fact.field == target.field for fact in document.facts) > 10
+
+
+def test_a_world_that_cannot_be_made_is_left_out(
+    tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    made, num_calls = documents.conversation, itertools.count()
+
+    def fails_at_times(*args: Any, **kwargs: Any) -> Any:
+        if next(num_calls) % every == every - 1:
+            raise KeyError("speed")
+        return made(*args, **kwargs)
+
+    monkeypatch.setattr(documents, "conversation", fails_at_times)
+    every = 10
+    drawn = DocumentSource(tokenizer).documents(SHORT, seed=(1,), max_tokens=1024)
+    assert len(list(itertools.islice(drawn, 30))) == 30
+    assert "a document could not be made: KeyError" in caplog.text
+    every = 1
+    with pytest.raises(KeyError):
+        next(DocumentSource(tokenizer).documents(SHORT, seed=(1,), max_tokens=1024))
 
 
 def test_batches_hold_whole_documents_one_behind_the_other() -> None:
