@@ -137,7 +137,7 @@ class DocumentSource:
         for _ in range(_MAX_ATTEMPTS - 1):
             try:
                 return self._rendering(rng, mixture, max_tokens, every_reasoning=every_reasoning)
-            except (AssertionError, LookupError, RuntimeError, ValueError) as error:
+            except (AssertionError, LookupError, RuntimeError, TypeError, ValueError) as error:
                 _LOG.warning("a document could not be made: %s: %s", type(error).__name__, error)
         return self._rendering(rng, mixture, max_tokens, every_reasoning=every_reasoning)
 
