@@ -1,5 +1,5 @@
 .DEFAULT_GOAL := help
-.PHONY: help setup demo serve chart-tools check-helm test test-faults test-gpu memcheck-gpu test-interpreter check lint type bench bench-kernels eval eval-served clean
+.PHONY: help setup demo serve chart-tools check-helm test test-faults test-scaling test-gpu memcheck-gpu test-interpreter check lint type bench bench-kernels eval eval-served clean
 
 # The first Python of a fitting version; PYTHON=... chooses another.
 PYTHON ?= $(shell for p in python3 python3.12 python3.11; do \
@@ -38,6 +38,9 @@ test: $(READY)  ## all tests, parity included (CPU)
 
 test-faults: $(READY)  ## every point of the fault suite: processes killed, stopped, cut off (CPU, 15 minutes)
 	$(BIN)/python -m pytest -q -m "" tests/faults
+
+test-scaling: $(READY)  ## the longer tests of scaling, two releases beside each other among them (CPU, 10 minutes)
+	$(BIN)/python -m pytest -q -m scaling tests/cluster
 
 check: lint type  ## everything that reads code without running it
 

@@ -9,7 +9,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from harness.ray_nodes import RayNode, free_port, random_checkpoint, ray_nodes
 from seamount.cluster.app import Deployment, deploy
@@ -55,8 +55,10 @@ class ScalingSystem:
 
 
 @contextmanager
-def scaling_system(redis_url: str, folder: Path, changes: Mapping[str, Any]) -> Iterator[ScalingSystem]:
-    """autoscaling: what ``changes`` say; the rest fits two cores."""
+def scaling_system(
+    redis_url: str, folder: Path, changes: Mapping[str, Any], *, num_places: int = 4
+) -> Iterator[ScalingSystem]:
+    """changes: of the settings ``autoscaling``; num_places: on each rank; the rest fits two cores."""
     scaling = {
         "enabled": True,
         "first_token_s": 2.0,
@@ -73,8 +75,8 @@ def scaling_system(redis_url: str, folder: Path, changes: Mapping[str, Any]) -> 
             "cluster_name": f"test-{secrets.token_hex(4)}",
             "run_dir": str(folder / "run"),
             "model": {"path": str(random_checkpoint(folder))},
-            "cache": {"num_pages": 256},
-            "engine": {"max_context_tokens": 8192, "max_running": 4, "step_timeout_s": 15.0},
+            "cache": {"num_pages": 512},
+            "engine": {"max_context_tokens": 8192, "max_running": num_places, "step_timeout_s": 15.0},
             "router": {"port": free_port(), "cut_ahead": False},
             "directory": {"dead_after_s": 6.0},  # a busy machine
             "pools": {
@@ -100,11 +102,15 @@ def say(client: Client, session_id: str, text: str, *, num_tokens: int = 6) -> e
     return turn.receipt
 
 
+class Reachable(Protocol):
+    def client(self) -> Client: ...
+
+
 @dataclass(slots=True, kw_only=True)
 class Load:
     """Sessions that speak one turn after the other, each on a thread of its own, until ``stop``."""
 
-    system: ScalingSystem
+    system: Reachable
     num_turns: int = 0
     failures: list[str] = field(default_factory=list)
     sessions: list[str] = field(default_factory=list)

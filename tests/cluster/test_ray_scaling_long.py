@@ -1,0 +1,115 @@
+"""The longer form of ``test_ray_scaling``: up to three gangs, prefill from zero and back, a node that dies."""
+
+from __future__ import annotations
+
+import secrets
+import threading
+import time
+from collections.abc import Iterator
+
+import psutil
+import pytest
+
+from harness.ray_nodes import node_of, replica_pids, wait_for
+from harness.scaling import Load, ScalingSystem, say, scaling_system
+from seamount.router.client import Client
+from seamount.v1 import events_pb2, worker_pb2
+from seamount.wire.errors import SeamountError
+
+pytestmark = [pytest.mark.scaling, pytest.mark.cluster, pytest.mark.figures, pytest.mark.timeout(900)]
+DECODE, PREFILL = worker_pb2.POOL_DECODE, worker_pb2.POOL_PREFILL
+
+
+@pytest.fixture(scope="module")
+def system(redis_url: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[ScalingSystem]:
+    ranges = {"decode": {"min_gangs": 1, "max_gangs": 3}, "prefill": {"min_gangs": 0, "max_gangs": 2}}
+    with scaling_system(redis_url, tmp_path_factory.mktemp("scaling"), ranges, num_places=3) as running:
+        yield running
+
+
+@pytest.fixture
+def client(system: ScalingSystem) -> Iterator[Client]:
+    with system.client() as client:
+        yield client
+
+
+def test_four_long_prompts_scale_prefill_and_not_decode(system: ScalingSystem, client: Client) -> None:
+    wait_for("one decode gang, no prefill gang", lambda: shape(system) == (1, 0))
+    stop, failures, receipts = threading.Event(), list[str](), list[events_pb2.Receipt]()
+
+    def speak() -> None:
+        with system.client() as own:
+            while not stop.is_set():
+                try:
+                    prompt = f"{secrets.token_hex(4)} " + "the sea is deep and cold. " * 230
+                    receipts.append(say(own, own.create_session().id, prompt))
+                except (SeamountError, AssertionError) as error:
+                    failures.append(f"{type(error).__name__}: {error}")
+                    return
+
+    speakers = [threading.Thread(target=speak, daemon=True) for _ in range(4)]
+    for speaker in speakers:
+        speaker.start()
+    seen: set[int] = set()
+
+    def has_prefill() -> bool:
+        num_decode, num_prefill = shape(system)
+        seen.add(num_decode)
+        return num_prefill >= 1 and any(one.path == events_pb2.PREFILL_PATH_REMOTE for one in receipts)
+
+    wait_for("prefill computes them", has_prefill, 240.0)
+    stop.set()
+    for speaker in speakers:
+        speaker.join(240.0)
+    assert failures == []
+    assert seen == {1}
+    print(f"{len(receipts)} prompts of 6,000 tokens, none failed")
+    wait_for("no prefill gang again", lambda: shape(system) == (1, 0) and not replica_pids("prefill-0"), 180.0)
+    assert say(client, client.create_session().id, "still there?").num_prompt_tokens > 0
+
+
+def test_from_one_session_to_twelve_and_back(system: ScalingSystem) -> None:
+    load = Load(system=system)
+    load.start(1)
+    time.sleep(3.0)
+    assert shape(system)[0] == 1
+    load.start(11)
+    wait_for("grown to three gangs", lambda: shape(system)[0] == 3, 240.0)
+    load.stop()
+    print(f"{load.num_turns} turns while it grew")
+    alone = Load(system=system)
+    alone.start(1)
+    wait_for("shrunk to one gang", lambda: shape(system)[0] == 1, 240.0)
+    alone.stop()
+    print(f"{alone.num_turns} turns of one session while it shrank")
+    assert load.failures == alone.failures == []
+
+
+def test_a_node_that_dies_costs_no_acknowledged_turn(system: ScalingSystem, client: Client) -> None:
+    session_id = client.create_session().id
+    for number in range(3):
+        say(client, session_id, f"remember the number {number}")
+    before = system.ranks(DECODE)
+    node = next(one for one in system.nodes if one.name == node_of(system.nodes, before[0].state.process_id))
+    raylet = psutil.Process(node.raylet)
+    doomed = [raylet, *raylet.children(recursive=True)]
+    for process in doomed:
+        process.kill()
+    old = {rank.state.gang_id for rank in before}
+
+    def is_replaced() -> bool:
+        gangs = {rank.state.gang_id for rank in system.ranks(DECODE)}
+        return bool(system.gangs(DECODE)) and not gangs & old
+
+    wait_for("a gang on the other node", is_replaced, 240.0)
+    assert len(client.get_history(session_id).messages) == 6
+    after = say(client, session_id, "which numbers were they?")
+    assert after.num_prompt_tokens > 0
+    assert len(client.get_history(session_id).messages) == 8
+    (name,) = {node_of(system.nodes, rank.state.process_id) for rank in system.ranks(DECODE)}
+    assert name not in (node.name, "head")
+
+
+def shape(system: ScalingSystem) -> tuple[int, int]:
+    """Decode and prefill gangs that are whole and take turns."""
+    return len(system.gangs(DECODE)), len(system.gangs(PREFILL))
