@@ -43,7 +43,7 @@ class AutoscalingSettings(Section):
         default=0.8, gt=0, lt=1, description="A gang goes where the rest stays this far below those bounds"
     )
     recover_s: float = Field(default=10.0, gt=0, description="In which a queue is to be gone once new gangs are up")
-    flow_window_s: float = Field(default=30.0, gt=0, description="Over which the flow of prompts is measured")
+    flow_window_s: float = Field(default=120.0, gt=0, description="Over which the flow of prompts is measured")
     grow_after_s: float = Field(default=3.0, ge=0, description="How long the load must ask for more gangs")
     shrink_after_s: float = Field(
         default=300.0, gt=0, description="How long fewer must do; never shorter than a gang takes to start"

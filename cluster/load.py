@@ -81,7 +81,7 @@ class Slo:
     streams_per_router: int = 1_000
     cores_per_router: float = 0.7
     shrink_margin: float = 0.8
-    flow_window_s: float = 30.0
+    flow_window_s: float = 120.0
     grow_after_s: float = 3.0
     shrink_after_s: float = 300.0
 
@@ -98,21 +98,33 @@ class Need:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Look:
-    """What one look came to; ``History`` keeps them."""
+    """What one look came to; ``History`` keeps them. answers: that run at a decode gang, 0 where none does;
+    inter_token_s: between two tokens of one of them."""
 
     now_s: float
     num_prompt_tokens: int
     num_held_pages: int
+    answers: float = 0.0
+    inter_token_s: float = 0.0
     prefill: Need = Need()
     decode: Need = Need()
     routers: Need = Need()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class StepTimes:
+    """Seconds between the tokens of an answer: without another one at its gang, and what each of them adds."""
+
+    base_s: float
+    each_s: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class History:
-    """Looks, the oldest first, and what was wanted last (None: as many as there are)."""
+    """Looks, the oldest first, and what was wanted last (None: as many as there are). step: None until it is known."""
 
     looks: tuple[Look, ...] = ()
+    step: StepTimes | None = None
     prefill: int | None = None
     decode: int | None = None
     routers: int | None = None

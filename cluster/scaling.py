@@ -1,9 +1,9 @@
 """How many gangs and routers the load asks for, and which gangs go. Pure: ``decide`` alone, from a ``Snapshot``.
 
-Prompts. With flow F (tokens/s that come, over ``flow_window_s``; F' with its trend carried on for as long as a gang
-takes to start), queue Q (tokens), measured rates r of a gang, start-up S, the time T in which a queue is to be gone
-(``recover_s``, at least half of the first-token target), and what decode gangs append beside their streams,
-A = append_share x sum of their r:
+Prompts. With flow F (tokens/s that come, over ``flow_window_s``; F' with its trend carried on from the middle of that
+until a gang started now is up), queue Q (tokens), measured rates r of a gang, start-up S, the time T in which a queue
+is to be gone (``recover_s``, at least half of the first-token target), and what decode gangs append beside their
+streams, A = append_share x sum of their r:
 
     Q_S     = max(0, Q - S x (prefill gangs x r + A - F))       the queue that is left when a gang started now is up
     prefill = ceil((max(F' / max_utilisation, F + Q_S / T) - A) / r),                 0 where local append serves
@@ -17,8 +17,10 @@ tokens of an answer L; the most of
     H / (max_occupancy x pages of a gang),   (R + B) / (max_occupancy x places of a gang),
     n x (R + B) / R if any is blocked,       n x L / target
 
-While prefill gangs are short, L asks for no more: what streams wait for then is prompts. L is taken for proportional to
-the answers at a gang: too much far from the target, right where it meets it.
+While prefill gangs are short, L asks for no more: what streams wait for then is prompts. A step reads its weights for
+few answers as for many: once loads were seen that are ``LOADS_APART``, L = a + b R / n goes through the lightest and
+the heaviest of them, and R b / (target - a) gangs are asked for. Before, L is taken for proportional to R / n: too much
+far from the target, right where it meets it.
 
 Damping. Gangs are added when every look of the last ``grow_after_s`` asked for more than are wanted (as many as the
 least of them), and taken away when every look of the last max(``shrink_after_s``, S) could do with fewer, at bounds
@@ -32,13 +34,17 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from math import ceil
 
-from seamount.cluster.load import Decision, GangLoad, History, Limits, Look, Need, Slo, Snapshot
+from seamount.cluster.load import Decision, GangLoad, History, Limits, Look, Need, Slo, Snapshot, StepTimes
 from seamount.cluster.moving import cheapest_first
 
 QUEUE_SHARE = 0.5
 """Of the first-token target: what a prompt may wait before it is computed."""
 MAX_TREND = 2.0
 """A trend is carried on to at most this many times what is measured."""
+HELD_WINDOW_S = 30.0
+"""Over which held pages grow: they jump less than prompts, and a burst shows in them first."""
+LOADS_APART = 1.5
+"""Answers at a gang, the most over the least, from which on their step times tell what each of them adds."""
 _EPSILON = 1e-9
 
 
@@ -48,11 +54,14 @@ def decide(snapshot: Snapshot, slo: Slo) -> Decision:
         now_s=snapshot.now_s,
         num_prompt_tokens=snapshot.num_prompt_tokens,
         num_held_pages=sum(gang.num_held_pages for gang in snapshot.gangs),
+        answers=_mean([gang.num_running for gang in snapshot.ready("decode")]),
+        inter_token_s=_inter_token_s(snapshot),
     )
     looks = [*_recent(snapshot, slo), look]
     for_prompts = prefill_need(snapshot, slo, looks)
     is_short = len(snapshot.ready("prefill")) < min(for_prompts.grow, slo.prefill.at_most)
-    for_answers = decode_need(snapshot, slo, looks, is_prefill_short=is_short)
+    step = _step_times(looks) or snapshot.history.step
+    for_answers = decode_need(snapshot, slo, looks, is_prefill_short=is_short, step=step)
     look = replace(look, prefill=for_prompts, decode=for_answers, routers=router_need(snapshot, slo))
     looks[-1] = look
     damping = _Damping(looks, slo)
@@ -70,7 +79,7 @@ def decide(snapshot: Snapshot, slo: Slo) -> Decision:
         routers=routers,
         drain=(*_surplus(prefills, prefill), *_surplus(decodes, decode)),
         look=look,
-        history=History(looks=tuple(looks), prefill=prefill, decode=decode, routers=routers),
+        history=History(looks=tuple(looks), step=step, prefill=prefill, decode=decode, routers=routers),
     )
 
 
@@ -102,13 +111,15 @@ def prefill_need(snapshot: Snapshot, slo: Slo, looks: Sequence[Look]) -> Need:
     )
 
 
-def decode_need(snapshot: Snapshot, slo: Slo, looks: Sequence[Look], *, is_prefill_short: bool) -> Need:
+def decode_need(
+    snapshot: Snapshot, slo: Slo, looks: Sequence[Look], *, is_prefill_short: bool, step: StepTimes | None = None
+) -> Need:
     """Gangs for pages, places and the time between tokens; for prompts, too, where there may be no prefill gangs."""
     ready = snapshot.ready("decode")
     if not ready:
         return _need(len(snapshot.of("decode")), "starting")
     asks: dict[str, float] = {}  # by reason: gangs wanted, not rounded
-    held, expected = _held(looks, slo.flow_window_s, snapshot.decode_start_s)
+    held, expected = _held(looks, min(HELD_WINDOW_S, slo.flow_window_s), snapshot.decode_start_s)
     pages = sum(gang.num_pages for gang in ready) / len(ready)
     if pages:
         asks["pages"] = max(held, expected) / (slo.max_occupancy * pages)
@@ -119,8 +130,7 @@ def decode_need(snapshot: Snapshot, slo: Slo, looks: Sequence[Look], *, is_prefi
     if num_blocked:
         asks["blocked"] = len(ready) * (num_running + num_blocked) / max(1, num_running)
     if num_running:
-        inter_token_s = sum(gang.inter_token_s * gang.num_running for gang in ready) / num_running
-        wanted = len(ready) * inter_token_s / slo.inter_token_s
+        wanted = len(ready) * _for_inter_token(looks[-1], step, slo.inter_token_s)
         most = num_running / slo.decode.ranks_per_gang
         asks["inter_token"] = min(wanted, most, len(ready) if is_prefill_short else wanted)
     rate = sum(gang.prompt_tokens_per_s for gang in ready) / len(ready)
@@ -128,6 +138,27 @@ def decode_need(snapshot: Snapshot, slo: Slo, looks: Sequence[Look], *, is_prefi
         asks["prompts"] = _demand(snapshot, slo, looks, rate) / rate
     reason = max(asks, key=lambda key: asks[key], default="idle")
     return _between(lambda margin: asks.get(reason, 0.0) / margin, slo, reason)
+
+
+def _for_inter_token(look: Look, step: StepTimes | None, target_s: float) -> float:
+    """Decode gangs for each one that there is, with which an answer gets a token every ``target_s``."""
+    by_proportion = look.inter_token_s / target_s
+    if step is None or step.base_s >= target_s:
+        return by_proportion
+    by_step = look.answers * step.each_s / (target_s - step.base_s)
+    return max(by_step, by_proportion) if by_proportion > 1 else by_step
+
+
+def _step_times(looks: Sequence[Look]) -> StepTimes | None:
+    """From the lightest and the heaviest load; None where they are too near to each other to tell."""
+    loaded = [one for one in looks if one.answers and one.inter_token_s]
+    if not loaded:
+        return None
+    light, heavy = min(loaded, key=lambda one: one.answers), max(loaded, key=lambda one: one.answers)
+    if heavy.answers < LOADS_APART * light.answers or heavy.inter_token_s <= light.inter_token_s:
+        return None
+    each_s = (heavy.inter_token_s - light.inter_token_s) / (heavy.answers - light.answers)
+    return StepTimes(base_s=max(0.0, light.inter_token_s - each_s * light.answers), each_s=each_s)
 
 
 def router_need(snapshot: Snapshot, slo: Slo) -> Need:
@@ -162,7 +193,7 @@ def _prefill_rate(snapshot: Snapshot, slo: Slo) -> float:
 def _flow(looks: Sequence[Look], window_s: float, ahead_s: float) -> tuple[float, float]:
     """Prompt tokens a second: measured, and expected ``ahead_s`` from now."""
     flow, trend = _slope(looks, window_s, lambda one: one.num_prompt_tokens)
-    return flow, min(MAX_TREND * flow, flow + max(0.0, trend) * ahead_s)
+    return flow, min(MAX_TREND * flow, flow + max(0.0, trend) * (window_s / 2 + ahead_s))
 
 
 def _held(looks: Sequence[Look], window_s: float, ahead_s: float) -> tuple[float, float]:
@@ -205,6 +236,17 @@ def _between(at: Callable[[float], float], slo: Slo, reason: str) -> Need:
 
 def _need(number: int, reason: str) -> Need:
     return Need(grow=number, keep=number, reason=reason)
+
+
+def _inter_token_s(snapshot: Snapshot) -> float:
+    """Of the answers that run; 0 where none does."""
+    ready = snapshot.ready("decode")
+    num_running = sum(gang.num_running for gang in ready)
+    return sum(gang.inter_token_s * gang.num_running for gang in ready) / num_running if num_running else 0.0
+
+
+def _mean(values: Sequence[float]) -> float:
+    return sum(values) / len(values) if values else 0.0
 
 
 def _whole(wanted: float) -> int:

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from seamount.cluster.load import Decision, GangLoad, History, Limits, RouterLoad, Slo, Snapshot
+from seamount.cluster.load import Decision, GangLoad, History, Limits, RouterLoad, Slo, Snapshot, StepTimes
 from seamount.cluster.moving import losing_s
 from seamount.cluster.scaling import decide
 
@@ -258,3 +258,45 @@ def _any_gang(draw: random.Random, number: int) -> GangLoad:
         inter_token_s=draw.choice([0.0, 1e-6, 3.0]),
         link_bytes_per_s=draw.choice([0.0, 1.0, 1e11]),
     )
+
+
+def test_a_flow_that_climbs_is_carried_on_until_a_gang_is_up() -> None:
+    """f(t) = 100 t tokens/s: at 300 s the window of 20 s measures 29,000, and 31,000 are to come when a gang is up."""
+    history, slo = History(), replace(SLO, max_utilisation=1.0)
+    for now_s in range(301):
+        snapshot = Snapshot(
+            now_s=float(now_s),
+            gangs=(decode(0), *(prefill(number) for number in range(4))),
+            num_prompt_tokens=50 * now_s**2,
+            prefill_start_s=10.0,
+            history=history,
+        )
+        decision = decide(snapshot, slo)
+        history = decision.history
+    assert decision.look.prefill.grow == 4, "31,000 - 250 over 10,000"
+
+
+def loaded(number: int, num_running: int, base_s: float = 0.02, each_s: float = 0.0005) -> GangLoad:
+    return decode(number, num_running=num_running, inter_token_s=base_s + each_s * num_running)
+
+
+def test_what_an_answer_adds_to_a_step_is_learnt_from_loads_that_differ() -> None:
+    """0.02 s a step and 0.5 ms for each answer: at 0.05 s a gang decodes 60 answers."""
+    heavy = Snapshot(now_s=0.0, gangs=tuple(loaded(number, 50) for number in range(4)))
+    light = Snapshot(now_s=1.0, gangs=tuple(loaded(number, 10) for number in range(4)))
+    unknown = decide(light, SLO)
+    assert unknown.history.step is None
+    assert unknown.look.decode.keep == 3, "4 x 0.025 / 0.05 / 0.8, as if nothing were read for no answer"
+    known = decide(replace(light, history=decide(heavy, SLO).history), SLO)
+    step = known.history.step
+    assert step is not None
+    assert (step.base_s, step.each_s) == (pytest.approx(0.02), pytest.approx(0.0005))
+    assert known.look.decode.keep == 1, "40 / 60 / 0.8"
+    later = decide(replace(light, now_s=1e4, history=known.history), SLO)
+    assert later.look.decode.keep == 1, "it stays known"
+
+
+def test_step_times_that_were_learnt_wrongly_do_not_hide_a_missed_target() -> None:
+    history = History(step=StepTimes(base_s=0.0, each_s=1e-6))
+    missed = Snapshot(now_s=0.0, gangs=tuple(loaded(number, 80) for number in range(3)), history=history)
+    assert decide(missed, SLO).look.decode.grow == 4, "3 x 0.06 / 0.05"
