@@ -8,10 +8,13 @@ from __future__ import annotations
 import secrets
 import time
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass
+from urllib.request import urlopen
 
 import psutil
 import pytest
+from prometheus_client.parser import text_string_to_metric_families
 
 from harness.ray_nodes import RayNode, free_port, node_of, random_checkpoint, ray_nodes, replica_pids, wait_for
 from seamount.cluster.app import Deployment, PoolProgress, deploy
@@ -45,6 +48,7 @@ def system(redis_url: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator
             "cache": {"num_pages": 64},
             "engine": {"max_context_tokens": 2048},
             "router": {"port": free_port()},  # one that is replaced comes back there
+            "metrics": {"port": free_port()},
             "placement": {"path": "remote"},
             "pools": {
                 "decode": {"gangs": 1, "expert_parallel": 2, "resources": {"decode": 1}},
@@ -96,6 +100,23 @@ def test_a_conversation_goes_through_both_pools(client: Client) -> None:
     assert second.num_cached_tokens > 0
     assert second.decode_rank == first.decode_rank
     assert len(client.get_history(session.id).messages) == 4
+
+
+def test_every_process_is_scraped_on_a_port_of_its_own(system: System, client: Client) -> None:
+    say(client, client.create_session().id, "Are you counted?")
+    first, found = system.settings.metrics.port, dict[str, float]()
+    for port in range(first, first + 12):  # fleet, router and three ranks; the port of a stranger may lie between
+        with suppress(OSError), urlopen(f"http://127.0.0.1:{port}/metrics", timeout=10) as response:
+            families = text_string_to_metric_families(response.read().decode())
+            samples = [sample for family in families for sample in family.samples if sample.name.startswith("seamount")]
+            found |= {f"{s.name} {' '.join(sorted(s.labels.values()))}".strip(): s.value for s in samples}
+    assert found["seamount_fleet_wanted_gangs decode"] == found["seamount_fleet_gangs decode ready"] == 1
+    assert found["seamount_fleet_gangs prefill ready"] == 1
+    assert found["seamount_router_ranks decode"] == 2
+    assert found["seamount_router_turns_total finished"] >= 1
+    for rank in ("0 decode", "1 decode", "0 prefill"):
+        assert found[f"seamount_rank_healthy {rank}"] == 1
+        assert found[f"seamount_rank_steps_total {rank}"] > 0
 
 
 def test_a_killed_fleet_comes_back_and_leaves_the_gangs_alone(client: Client) -> None:
