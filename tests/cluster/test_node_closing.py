@@ -1,13 +1,10 @@
-"""``seamount drain``: a request in Redis, a fleet that answers or does not, and Ray closing the node."""
+"""``seamount drain``: a request in Redis, and a fleet that answers or does not."""
 
 from __future__ import annotations
 
 import json
-import os
 import secrets
 import socket
-import subprocess
-import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -171,44 +168,3 @@ def test_without_a_redis_the_variable_is_named(
 def test_a_deadline_out_of_range_is_refused(drains: DrainRequests) -> None:
     with pytest.raises(InvalidArgument):
         empty_node(drains, "n1", deadline_s=0.0, cause="a test")
-
-
-# ---- Ray
-
-_CLOSE = """
-import time
-import ray
-from ray.cluster_utils import Cluster
-from seamount.cluster.node_closing import close_node
-from seamount.wire.errors import Unavailable
-
-cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "include_dashboard": False})
-node = cluster.add_node(num_cpus=1)
-cluster.wait_for_nodes()
-ray.init(address=cluster.address, log_to_driver=False)
-close_node(node.node_id, message="a test", address=cluster.address)
-until = time.monotonic() + 40
-while time.monotonic() < until and any(n["NodeID"] == node.node_id and n["Alive"] for n in ray.nodes()):
-    time.sleep(0.2)
-assert not any(n["NodeID"] == node.node_id and n["Alive"] for n in ray.nodes())
-assert sum(n["Alive"] for n in ray.nodes()) == 1
-try:
-    close_node("ab12", message="a test", address=cluster.address)
-except Unavailable as error:
-    assert "hex" in error.message.lower(), error.message
-    print("fine")
-ray.shutdown()
-cluster.shutdown()
-"""
-
-
-@pytest.mark.cluster
-@pytest.mark.timeout(120)
-def test_ray_closes_a_node(tmp_path: Path) -> None:
-    environment = {key: value for key, value in os.environ.items() if not key.startswith("RAY_")}
-    environment |= {"RAY_USAGE_STATS_ENABLED": "0", "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "1"}
-    done = subprocess.run(
-        [sys.executable, "-c", _CLOSE], capture_output=True, text=True, timeout=110, check=False, env=environment
-    )
-    assert done.returncode == 0, done.stderr[-2000:]
-    assert done.stdout.strip().splitlines()[-1] == "fine"
