@@ -39,8 +39,8 @@ def refusal(settings: Settings, name: str) -> str | None:
     Raises ``OSError`` where a file cannot be read.
     """
     router = settings.router
-    assert router.tls_certificate_file is not None
-    assert router.tls_key_file is not None
+    if router.tls_certificate_file is None or router.tls_key_file is None:
+        return "router.tls_certificate_file is not set: this probe is for routers that speak TLS"
     authority = router.tls_certificate_file.with_name("ca.crt").read_bytes()
     shown = (router.tls_key_file, router.tls_certificate_file) if router.client_ca_file is not None else ()
     credentials = grpc.ssl_channel_credentials(authority, *(file.read_bytes() for file in shown))
