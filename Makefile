@@ -44,10 +44,10 @@ test-scaling: $(READY)  ## the longer tests of scaling, two releases beside each
 
 check: lint type  ## everything that reads code without running it
 
-chart-tools:  ## fetch what checks the Helm chart into build/tools: helm, checkov (a minute; tests skip without them)
-	@$(PYTHON) .ci/fetch_chart_tools.py
+chart-tools: $(READY)  ## fetch what checks the Helm chart into build/tools: helm, checkov (a minute; tests skip without them)
+	@$(BIN)/python .ci/fetch_chart_tools.py
 
-check-helm: $(READY) chart-tools  ## every profile of the Helm chart: lint, schemas, policies, checkov
+check-helm: chart-tools  ## every profile of the Helm chart: lint, schemas, policies, checkov
 	$(BIN)/python -m pytest -q tests/helm
 
 lint: $(READY)  ## ruff, import contracts, buf
