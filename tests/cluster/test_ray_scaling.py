@@ -13,9 +13,10 @@ import pytest
 from harness.ray_nodes import node_of, replica_pids, wait_for
 from harness.scaling import Load, LongTurn, ScalingSystem, endless, say, scaling_system
 from seamount.cluster.fleet_meter import gang_name
-from seamount.cluster.node_drain import DrainPhase
+from seamount.cluster.node_closing import close_node, empty_node
 from seamount.router.client import Client
 from seamount.v1 import worker_pb2
+from seamount.wire.errors import Unavailable
 
 pytestmark = [pytest.mark.cluster, pytest.mark.figures, pytest.mark.timeout(400)]
 DECODE = worker_pb2.POOL_DECODE
@@ -87,9 +88,8 @@ def test_a_long_turn_leaves_a_node_that_is_to_be_emptied_on_the_same_stream(
     (pid, *_) = [rank.state.process_id for rank in system.ranks(DECODE)]
     node = next(node for node in system.nodes if node.name == node_of(system.nodes, pid))
 
-    system.drains.request_drain(node.node_id, deadline_s=120.0, cause="test")
     begun = time.monotonic()
-    wait_for("the node is empty", lambda: phase(system, node.node_id) is DrainPhase.EMPTY, 130.0)
+    assert empty_node(system.drains, node.node_id, deadline_s=120.0, cause="test").node_id == node.node_id
     print(f"the node was empty {time.monotonic() - begun:.1f} s after it was asked for")
     assert not replica_pids(old)
     (new,) = system.gangs(DECODE)
@@ -100,10 +100,16 @@ def test_a_long_turn_leaves_a_node_that_is_to_be_emptied_on_the_same_stream(
     assert receipt.num_retries >= 1
     assert receipt.num_migrated_tokens > 0
     print(f"it told {receipt.num_output_tokens} tokens; {receipt.num_migrated_tokens} of them moved with it")
-    system.drains.cancel_drain(node.node_id)
     assert len(client.get_history(turn.session_id).messages) == 2
 
+    import ray  # reads how to authenticate when it is first imported
 
-def phase(system: ScalingSystem, node_id: str) -> DrainPhase | None:
-    status = system.drains.drain_status(node_id)
-    return None if status is None else status.phase
+    gcs_address = ray.get_runtime_context().gcs_address
+    close_node(node.node_id, message="test", address=gcs_address)
+    wait_for(
+        "Ray has closed the node", lambda: node.node_id not in {n["NodeID"] for n in ray.nodes() if n["Alive"]}, 40.0
+    )
+    assert system.gangs(DECODE) == [new]
+    with pytest.raises(Unavailable, match="hex"):
+        close_node("ab12", message="test", address=gcs_address)
+    system.drains.cancel_drain(node.node_id)
