@@ -66,15 +66,19 @@ def _merged(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
 def demands(values: Values) -> list[Demand]:
     """The pods that the release starts with, and how many they may become; groups without any are left out."""
     routers = values["routers"]
+    scales = values["autoscaling"]["enabled"]
     found = [
         _demand("head", values["head"], 1, 1),
-        _demand("router", routers, routers["replicas"], routers["maxReplicas"]),
+        _demand("router", routers, routers["replicas"], routers["maxReplicas" if scales else "replicas"]),
     ]
     for name in POOLS:
         pool = values["pools"][name]
-        most = pool["maxGangs"] + pool.get("surgeGangs", 0) if pool["maxGangs"] else 0
-        found.append(_demand(name, pool, _num_pods(pool, pool["gangs"]), _num_pods(pool, most)))
-    return [demand for demand in found if demand.max_pods]
+        if not pool["maxGangs"]:
+            continue
+        most = (pool["maxGangs"] if scales else pool["gangs"]) + pool["surgeGangs"]
+        first = pool["gangs"] if scales else most  # nobody adds pods later
+        found.append(_demand(name, pool, _num_pods(pool, first), _num_pods(pool, most)))
+    return found
 
 
 def _num_pods(pool: Values, num_gangs: int) -> int:
@@ -102,6 +106,7 @@ def rights(values: Values, namespace: str) -> list[Access]:
     made = [
         ("ray.io", "rayservices"),
         ("", "configmaps"),
+        ("", "secrets"),  # Helm keeps the release itself in one
         ("", "services"),
         ("policy", "poddisruptionbudgets"),
         ("rbac.authorization.k8s.io", "roles"),
@@ -128,6 +133,7 @@ def secrets(values: Values) -> list[str]:
         values["auth"]["apiKeys"]["existingSecret"],
         values["auth"]["workerToken"]["existingSecret"],
         values["tls"]["existingSecret"],
+        *(entry["name"] for entry in values["image"]["pullSecrets"]),
     )
     return sorted({name for name in named if name})
 

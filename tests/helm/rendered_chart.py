@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shutil
 import subprocess
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -84,3 +84,30 @@ def pods(manifests: Iterable[Manifest]) -> dict[str, Manifest]:
 
 def containers(pod: Manifest) -> list[dict[str, Any]]:
     return [*pod["spec"].get("initContainers", []), *pod["spec"]["containers"]]
+
+
+def secret_references(node: Any) -> Iterator[tuple[str, str | None]]:
+    """(secret, key) wherever a pod names one; no key where all of it is mounted."""
+    if isinstance(node, dict):
+        if "secretKeyRef" in node:
+            yield node["secretKeyRef"]["name"], node["secretKeyRef"]["key"]
+        for entry in node.get("imagePullSecrets", []):
+            yield entry["name"], None
+        if "secretName" in node:
+            for item in node.get("items", [{"key": None}]):
+                yield node["secretName"], item["key"]
+    children: Iterable[Any] = node.values() if isinstance(node, dict) else node if isinstance(node, list) else ()
+    for child in children:
+        yield from secret_references(child)
+
+
+def resources_of(manifests: Iterable[Manifest]) -> set[tuple[str, str, str | None]]:
+    """(API group, resource, namespace) of each object; no namespace for those that belong to the whole cluster."""
+    wide = {"PriorityClass", "ClusterRole", "ClusterRoleBinding"}
+    found: set[tuple[str, str, str | None]] = set()
+    for manifest in manifests:
+        group = manifest["apiVersion"].rpartition("/")[0]
+        kind = manifest["kind"].lower()
+        plural = f"{kind[:-1]}ies" if kind.endswith("y") else f"{kind}es" if kind.endswith("s") else f"{kind}s"
+        found.add((group, plural, None if manifest["kind"] in wide else NAMESPACE))
+    return found

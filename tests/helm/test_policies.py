@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator
-from typing import Any
 
 import pytest
 
@@ -19,6 +17,7 @@ from rendered_chart import (
     pods,
     ray_service,
     rendered,
+    secret_references,
     serve_config,
 )
 
@@ -246,19 +245,6 @@ def test_secrets_are_named_not_told(manifests: tuple[Manifest, ...]) -> None:
                 if re.search("PASSWORD|TOKEN|KEY|SECRET", variable["name"]):
                     assert "secretKeyRef" in variable["valueFrom"]
                 assert not re.search(r"://[^$@]+:[^$@]+@", variable.get("value", ""))
-
-
-def secret_references(node: Any) -> Iterator[tuple[str, str | None]]:
-    """(secret, key) wherever a pod names one; no key where all of it is mounted."""
-    if isinstance(node, dict):
-        if "secretKeyRef" in node:
-            yield node["secretKeyRef"]["name"], node["secretKeyRef"]["key"]
-        if "secretName" in node:
-            for item in node.get("items", [{"key": None}]):
-                yield node["secretName"], item["key"]
-    children: Iterable[Any] = node.values() if isinstance(node, dict) else node if isinstance(node, list) else ()
-    for child in children:
-        yield from secret_references(child)
 
 
 def test_ray_asks_for_a_token_and_keeps_its_state_in_redis(manifests: tuple[Manifest, ...]) -> None:

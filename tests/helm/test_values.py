@@ -34,6 +34,7 @@ REFUSED = {
     "serving.router.host=0.0.0.0": "at '/serving/router': additional properties 'host' not allowed",
     "serving.router.port=0": "at '/serving/router/port': minimum: got 0, want 1",
     "autoscaling.targets.first_token_s=0": "at '/autoscaling/targets/first_token_s': exclusiveMinimum",
+    "routers.replicas=1": "routers.replicas: 1 is not between minReplicas = 2 and maxReplicas = 8",
     "image.tag=latest": "image.tag: latest is another image tomorrow",
     "image.pullPolicy=Sometimes": "value must be one of 'Always', 'IfNotPresent', 'Never'",
     "routers.resources.limits.memory=3 GB": "at '/routers/resources/limits/memory': '3 GB' does not match pattern",

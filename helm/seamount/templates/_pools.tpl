@@ -10,6 +10,13 @@
 {{- if hasSuffix "m" $quantity -}}{{ divf (trimSuffix "m" $quantity) 1000 }}{{- else -}}{{ $quantity }}{{- end -}}
 {{- end -}}
 
+{{/* Refuses a number of routers that the autoscaler would not keep. Argument: routers (their values). */}}
+{{- define "seamount.checkRouters" -}}
+{{- if or (lt (int .replicas) (int .minReplicas)) (gt (int .replicas) (int .maxReplicas)) -}}
+{{- fail (printf "routers.replicas: %v is not between minReplicas = %v and maxReplicas = %v" .replicas .minReplicas .maxReplicas) -}}
+{{- end -}}
+{{- end -}}
+
 {{/* Refuses what no pod could hold. Arguments: name, pool (its values), device (serving.engine.device). */}}
 {{- define "seamount.checkPool" -}}
 {{- $pool := .pool -}}
