@@ -23,7 +23,7 @@ import redis
 
 from seamount.cluster.autoscaling import AutoscalingSettings, DrainingSettings
 from seamount.cluster.fleet_draining import Drained, GangDrains
-from seamount.cluster.fleet_meter import gang_name
+from seamount.cluster.fleet_look import half_drained, homeless, is_serving, needlessly_homeless, of_nodes
 from seamount.cluster.fleet_metrics import FleetMetrics
 from seamount.cluster.fleet_nodes import Node, NodeWork, emptying, node_work, statuses
 from seamount.cluster.fleet_plan import (
@@ -158,7 +158,7 @@ class Reconciler:
         view = self._parts.view.look()
         self._note_starts(running)
         nodes = self._gangs.nodes()
-        view_here = _of_nodes(view, {node.node_id for node in nodes})
+        view_here = of_nodes(view, {node.node_id for node in nodes})
         work = self._node_work(running, nodes, view_here)
         is_outlived = self._siblings.is_outlived()
         leaving = {*self._leaving.names, *work.gangs, *work.routers}
@@ -172,7 +172,8 @@ class Reconciler:
             overdue=work.overdue,
             cheapest=wanted.cheapest,
         )
-        staying = [gang for gang in running if gang.name not in self._leaving]
+        misplaced = self._misplaced(running, {node.node_id for node in nodes} - work.avoided)
+        staying = [gang for gang in running if gang.name not in self._leaving and gang.name not in misplaced]
         for name in half_drained(view_here, self._leaving.names):  # by a fleet before this one, or by an operator
             staying = [gang for gang in staying if gang.name != name]
             self._empty(name, Cause.SCALE_DOWN, work.gangs, view_here)
@@ -187,7 +188,7 @@ class Reconciler:
         self._mind_routers(wanted.routers, view_here, work, is_outlived=is_outlived)
         for status in statuses(work, running, view_here):
             self._parts.drains.tell(status)
-        self._state.tell_siblings(is_serving=_is_serving(wanted, running) and not is_outlived)
+        self._state.tell_siblings(is_serving=is_serving(wanted, running) and not is_outlived)
 
     def _node_work(self, running: Sequence[RunningGang], nodes: Sequence[Node], view: View) -> NodeWork:
         requests = self._parts.drains.requests()
@@ -208,6 +209,8 @@ class Reconciler:
         name = f"{wanted.pool}-{number}"
         logger.info("gang_starting", extra=self._about(name, wanted.version))
         self._starting[name] = time.monotonic()
+        if avoided:
+            self._state.note_avoided(name, avoided)
         self._gangs.start(name, wanted, avoided)
         self._metrics.gang_started(wanted.pool)
 
@@ -217,6 +220,15 @@ class Reconciler:
                 took_s = time.monotonic() - self._starting.pop(gang.name)
                 self._metrics.gang_ready(gang.pool, took_s)
                 self._scaler.started(gang.pool, took_s)
+
+    def _misplaced(self, running: Sequence[RunningGang], welcome: Collection[str]) -> list[str]:
+        """Deletes gangs that find no node for avoiding one that takes gangs again; others are started at once."""
+        avoided = {name: self._state.avoided_by(name) for name in homeless(running)}
+        names = needlessly_homeless(avoided, welcome)
+        for gang in running:
+            if gang.name in names:
+                self._delete_gang(gang.name, gang.version)
+        return names
 
     def _take_away(self, action: Delete, condemned: Mapping[str, float], view: View) -> None:
         """Empty a gang that may hold sessions, delete any other."""
@@ -295,25 +307,3 @@ class Reconciler:
 
     def _about(self, gang: str, version: str) -> dict[str, object]:
         return {"gang": gang, "version": version, "epoch": self._state.epoch}
-
-
-def half_drained(view: View, known: Collection[str]) -> list[str]:
-    """Gangs with a rank that is leaving, other than ``known``: no turn goes there any more."""
-    names = {gang_name(rank.record.gang_id) for rank in view.ranks if rank.state.draining}
-    return sorted(names - set(known))
-
-
-def _of_nodes(view: View, node_ids: Collection[str]) -> View:
-    """What is in this Ray cluster: others of the name have gangs of the same names."""
-    return View(
-        ranks=tuple(rank for rank in view.ranks if rank.record.node_id in node_ids),
-        routers=tuple(one for one in view.routers if one[0].node_id in node_ids),
-    )
-
-
-def _is_serving(wanted: Wanted, running: Sequence[RunningGang]) -> bool:
-    """As many gangs as are wanted are ready."""
-    return all(
-        sum(gang.phase is Phase.READY and gang.pool == pool.pool for gang in running) >= pool.num_gangs
-        for pool in wanted.pools
-    )

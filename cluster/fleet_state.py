@@ -13,6 +13,7 @@ only hit the gang that it was decided for.
 from __future__ import annotations
 
 import time
+from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Any
 
@@ -121,6 +122,14 @@ class FleetState:
     def recall(self, field: str) -> float | None:
         stored: Any = self._client.hget(self._key, field)
         return None if stored is None else float(stored)
+
+    def note_avoided(self, gang: str, nodes: Collection[str]) -> None:
+        """A gang that is about to be started keeps off these nodes, for as long as it lives."""
+        self._checked(self._remember(keys=[self._key], args=[self.epoch, f"avoids:{gang}", ",".join(sorted(nodes))]))
+
+    def avoided_by(self, gang: str) -> frozenset[str]:
+        stored: Any = self._client.hget(self._key, f"avoids:{gang}")
+        return frozenset() if stored is None else frozenset(stored.decode().split(","))
 
     def admit_delete(self) -> None:
         self._checked(self._admit(keys=[self._key], args=[self.epoch, "", 0, STATE_TTL_S]))

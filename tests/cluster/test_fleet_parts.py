@@ -10,6 +10,7 @@ import pytest
 
 from seamount.cluster.autoscaling import AutoscalingSettings
 from seamount.cluster.fleet_draining import GangDrains
+from seamount.cluster.fleet_look import half_drained, homeless, needlessly_homeless
 from seamount.cluster.fleet_meter import Meter, SeenRank, router_load
 from seamount.cluster.fleet_nodes import HOOKS_S, Node, emptying, node_work, statuses
 from seamount.cluster.fleet_plan import Cause, Phase, RunningGang, WantedPool
@@ -229,6 +230,29 @@ def test_the_last_router_leaves_only_when_it_is_overdue() -> None:
     early, late = (emptying([request("n1")], NODES, now=now, replacement_s=30.0) for now in (1000.0, 1030.0))
     assert node_work(early, [], routers("n1")).routers == frozenset()
     assert node_work(late, [], routers("n1")).routers == {"router-0"}
+
+
+def test_a_gang_that_finds_no_node_for_avoiding_one_that_is_back_is_started_anew(redis_url: str) -> None:
+    (state,) = states(redis_url, "avoids")
+    state.note_avoided("decode-1", ["n1", "n2"])
+    running = [
+        gang(0, phase=Phase.STARTING),
+        gang(1, phase=Phase.STARTING),
+        gang(2, "n1", phase=Phase.STARTING),
+        gang(3),
+    ]
+    assert homeless(running) == ["decode-0", "decode-1"]
+    avoided = {name: state.avoided_by(name) for name in homeless(running)}
+    assert avoided == {"decode-0": frozenset(), "decode-1": {"n1", "n2"}}
+    assert needlessly_homeless(avoided, {"n3"}) == []
+    assert needlessly_homeless(avoided, {"n2", "n3"}) == ["decode-1"]
+    state.forget()
+
+
+def test_a_gang_with_a_rank_that_drains_is_on_its_way_out() -> None:
+    view = View(ranks=(rank("decode-0-a.0"), rank("decode-0-a.1", draining=True), rank("decode-1-b.0", draining=True)))
+    assert half_drained(view, ()) == ["decode-0", "decode-1"]
+    assert half_drained(view, ("decode-1",)) == ["decode-0"]
 
 
 # ---- siblings

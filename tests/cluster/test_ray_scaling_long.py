@@ -11,7 +11,8 @@ import psutil
 import pytest
 
 from harness.ray_nodes import node_of, replica_pids, wait_for
-from harness.scaling import Load, ScalingSystem, say, scaling_system
+from harness.scaling import Load, LongTurn, ScalingSystem, endless, say, scaling_system
+from seamount.cluster.node_drain import DrainPhase
 from seamount.router.client import Client
 from seamount.v1 import events_pb2, worker_pb2
 from seamount.wire.errors import SeamountError
@@ -22,7 +23,12 @@ DECODE, PREFILL = worker_pb2.POOL_DECODE, worker_pb2.POOL_PREFILL
 
 @pytest.fixture(scope="module")
 def system(redis_url: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[ScalingSystem]:
-    ranges = {"decode": {"min_gangs": 1, "max_gangs": 3}, "prefill": {"min_gangs": 0, "max_gangs": 2}}
+    ranges = {
+        "decode": {"min_gangs": 1, "max_gangs": 3},
+        "prefill": {"min_gangs": 0, "max_gangs": 2},
+        "routers": {"min_replicas": 2, "max_replicas": 3},
+        "streams_per_router": 4,
+    }
     with scaling_system(redis_url, tmp_path_factory.mktemp("scaling"), ranges, num_places=3) as running:
         yield running
 
@@ -75,14 +81,46 @@ def test_from_one_session_to_twelve_and_back(system: ScalingSystem) -> None:
     assert shape(system)[0] == 1
     load.start(11)
     wait_for("grown to three gangs", lambda: shape(system)[0] == 3, 240.0)
+    wait_for("and three routers", lambda: len(replica_pids("router")) == 3)
     load.stop()
     print(f"{load.num_turns} turns while it grew")
     alone = Load(system=system)
     alone.start(1)
     wait_for("shrunk to one gang", lambda: shape(system)[0] == 1, 240.0)
+    wait_for("and two routers", lambda: len(replica_pids("router")) == 2)
     alone.stop()
     print(f"{alone.num_turns} turns of one session while it shrank")
     assert load.failures == alone.failures == []
+
+
+def test_turns_go_on_at_other_routers_when_their_router_leaves_a_node(system: ScalingSystem, client: Client) -> None:
+    homes = {node_of(system.nodes, pid) for pid in replica_pids("router")}
+    node = next(one for one in system.nodes if one.name in homes - {"head"})
+    prompt = endless(client)
+    clients = [system.client() for _ in range(4)]  # the port is that of every router: some are at the one that leaves
+    turns = [
+        LongTurn(client=own, session_id=own.create_session().id, prompt=prompt, num_tokens=4000) for own in clients
+    ]
+    for turn in turns:
+        turn.start()
+    wait_for("four long turns run", lambda: all(turn.is_running() for turn in turns))
+    system.drains.request_drain(node.node_id, deadline_s=120.0, cause="test")
+    told: set[str] = set()
+
+    def is_empty() -> bool:
+        status = system.drains.drain_status(node.node_id)
+        assert status is not None
+        told.update(status.routers)
+        return status.phase is DrainPhase.EMPTY
+
+    wait_for("the node is empty", is_empty, 150.0)
+    assert told
+    receipts = [turn.result() for turn in turns]
+    print(f"{sum(receipt.num_retries for receipt in receipts)} times a turn was placed again")
+    for own, turn in zip(clients, turns, strict=True):
+        assert len(own.get_history(turn.session_id).messages) == 2
+        own.close()
+    system.drains.cancel_drain(node.node_id)
 
 
 def test_a_node_that_dies_costs_no_acknowledged_turn(system: ScalingSystem, client: Client) -> None:

@@ -21,7 +21,7 @@ from seamount.router.client import Client, Sampling, user
 from seamount.v1 import admin_pb2, events_pb2, worker_pb2
 from seamount.wire.errors import SeamountError
 
-NODES = [("head", {"prefill": 2, "router": 1}), ("a", {"decode": 4}), ("b", {"decode": 4})]
+NODES = [("head", {"prefill": 2, "router": 1}), ("a", {"decode": 4, "router": 1}), ("b", {"decode": 4, "router": 1})]
 """Decode gangs have two ranks and lie on one node: two of them fit on each."""
 TURN_S = 120.0
 ENDLESS_TOKENS = 400
