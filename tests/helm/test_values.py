@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import yaml
 
-from rendered_chart import CHART, ROOT, groups, helm, of_kind, rendered, run_template
+from rendered_chart import CHART, ROOT, groups, helm, of_kind, pods, rendered, run_template
 from seamount.router.tenants import read_api_keys
 from seamount.wire.credentials import read_secret
 
@@ -82,6 +82,16 @@ def test_pods_are_counted_from_gangs() -> None:
     done = run_template("--set", f"{chosen},autoscaling.enabled=false", "--show-only", "templates/rayservice.yaml")
     fixed = groups([yaml.safe_load(done.stdout)])["decode"]
     assert [fixed[key] for key in ("replicas", "minReplicas", "maxReplicas")] == [8, 8, 8]
+
+
+def test_pods_use_an_account_that_is_there() -> None:
+    for chosen, expected in (("create=false", "default"), ("create=false,serviceAccount.name=mine", "mine")):
+        done = run_template("--set", f"serviceAccount.{chosen}")
+        made = [entry for entry in yaml.safe_load_all(done.stdout) if entry]
+        assert not of_kind(made, "ServiceAccount")
+        assert {pod["spec"]["serviceAccountName"] for pod in pods(made).values()} == {expected}
+        (binding,) = of_kind(made, "RoleBinding")
+        assert binding["subjects"][0]["name"] == expected
 
 
 def test_two_releases_share_no_name_beyond_their_namespace() -> None:

@@ -30,7 +30,8 @@ helm.sh/chart: {{ printf "%s-%s" .Chart.Name .Chart.Version }}
 {{- end -}}
 
 {{- define "seamount.serviceAccount" -}}
-{{- .Values.serviceAccount.name | default (include "seamount.name" .) -}}
+{{- $own := ternary (include "seamount.name" .) "default" .Values.serviceAccount.create -}}
+{{- .Values.serviceAccount.name | default $own -}}
 {{- end -}}
 
 {{- define "seamount.priorityClass" -}}
