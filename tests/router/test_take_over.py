@@ -262,6 +262,8 @@ async def test_the_look_out_takes_the_turns_of_the_dead_alone(make: MakeTurns, s
     await asyncio.sleep(0.4)
     turn = await running_turn(a, dead)
     assert await look_out.scan() == 1
+    (taken,) = b.metrics.take_overs.collect()
+    assert [sample.value for sample in taken.samples] == [1.0]
     told = await follow(await b.resume(ALICE, dead, turn.turn_id))
     assert told[-1].finished.reason == common_pb2.FINISH_REASON_LENGTH
     await b.sessions.close()

@@ -168,3 +168,21 @@ async def test_no_label_holds_what_a_client_sent_or_a_session_is_called(
         assert session.id not in text
         assert "unmistakable" not in text
         assert text.count("\n") < 600
+
+
+async def test_a_rank_that_dies_and_the_retry_that_it_costs_are_counted(
+    cluster: LocalCluster, client: AsyncClient
+) -> None:
+    session = await client.create_session()
+    sampling = Sampling(max_output_tokens=300, temperature=0.8, seed=9)  # seconds: the death surely falls into them
+    stream = client.run_turn(session.id, [user("tell me a story")], sampling=sampling)
+    for _ in range(10):
+        await anext(stream)
+    await cluster.kill("decode-0.0")
+    await cluster.start_gang("decode", "decode-0")
+    turn = await stream.result()
+    after = await settled(cluster)
+    assert after.value("router_rank_deaths_total") == 1
+    assert after.value("router_retries_total") == turn.receipt.num_retries >= 1
+    assert after.value("router_turns_total", outcome="failed") == 0
+    assert after.value("router_ranks", pool="decode") == 1
