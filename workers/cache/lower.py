@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator
 from heapq import heapify, heappop, heappush
+from itertools import count
 
 from seamount.workers.cache.prefix import PageNode, StoredCopy
 from seamount.workers.cache.retention import Tier
@@ -125,8 +126,9 @@ class LowerTier:
     def _evict(self, newcomer: EvictionKey, now: float) -> None:
         """Drop what is worth less than the newcomer, a share of the tier at the most."""
         self._leaves = {node: None for node in self._leaves if self._is_leaf(node)}
+        numbers = count()  # of equals, the one that came first goes first
         order = [
-            (*self._key(node, self.tier), id(node), node) for node in self._leaves if self._may_go(node, self.tier)
+            (*self._key(node, self.tier), next(numbers), node) for node in self._leaves if self._may_go(node, self.tier)
         ]
         heapify(order)
         for _ in range(max(1, int(EVICTED_SHARE * self.num_pages))):
@@ -139,4 +141,4 @@ class LowerTier:
             self.num_evicted += 1
             self._on_drop(node)
             if parent is not None and self._is_leaf(parent) and self._may_go(parent, self.tier):
-                heappush(order, (*self._key(parent, self.tier), id(parent), parent))
+                heappush(order, (*self._key(parent, self.tier), next(numbers), parent))
