@@ -215,9 +215,13 @@ def test_taints_and_tolerations(toleration: dict[str, str], tolerated: bool) -> 
 # ---- values
 
 
-@pytest.mark.parametrize("path", sorted((CHART / "profiles").glob("*.yaml")), ids=lambda path: path.stem)
-def test_every_profile_says_what_it_asks_for(path: Path) -> None:
+@pytest.mark.parametrize(
+    "path", sorted([*CHART.glob("ci/*.yaml"), *CHART.glob("profiles/*.yaml")]), ids=lambda path: path.stem
+)
+def test_every_profile_and_every_tested_form_says_what_it_asks_for(path: Path) -> None:
     values = read_values(CHART, [path])
+    assert all(access.verb == "create" for access in rights(values, "models"))
+    assert all(secrets(values))
     found = {one.group: one for one in demands(values)}
     assert {"head", "router", "decode"} <= set(found)
     for one in found.values():
