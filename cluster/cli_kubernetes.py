@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 if TYPE_CHECKING:  # commands import what they need: --help is quick
@@ -147,5 +148,6 @@ def _table(checks: list[Check]) -> Table:
     for column in ("check", "outcome", "found", "remedy"):
         table.add_column(column, overflow="fold")
     for check in checks:
-        table.add_row(check.name, f"[{colours[check.outcome]}]{check.outcome}", check.detail, check.remedy)
+        outcome = f"[{colours[check.outcome]}]{check.outcome}"
+        table.add_row(check.name, outcome, escape(check.detail), escape(check.remedy))
     return table
