@@ -31,10 +31,12 @@ def helm() -> str:
     return found
 
 
-def run_template(*arguments: str, values: Iterable[Path] = ()) -> subprocess.CompletedProcess[str]:
+def run_template(
+    *arguments: str, values: Iterable[Path] = (), release: str = RELEASE
+) -> subprocess.CompletedProcess[str]:
     """``helm template`` of the chart; arguments such as ``--set a=b``."""
     files = [part for file in values for part in ("--values", str(file))]
-    command = [helm(), "template", RELEASE, str(CHART), "--namespace", NAMESPACE, *files, *arguments]
+    command = [helm(), "template", release, str(CHART), "--namespace", NAMESPACE, *files, *arguments]
     return subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 from pathlib import Path
 from typing import Any
@@ -45,6 +46,25 @@ def test_the_schema_of_kuberay_refuses_what_it_does_not_know(manifests: tuple[Ma
     service["spec"]["rayClusterConfig"]["gcsFaultTolerance"] = {}
     with pytest.raises(jsonschema.ValidationError, match="gcsFaultTolerance"):
         jsonschema.Draft7Validator(strict(schema)).validate(service)
+
+
+def test_kuberay_accepts_it_beyond_its_schema(manifests: tuple[Manifest, ...]) -> None:
+    """What the operator refuses when it reads a RayService (its validation.go), as far as it concerns this chart."""
+    service = ray_service(manifests)
+    cluster = service["spec"]["rayClusterConfig"]
+    assert re.fullmatch(r"[a-z]([-a-z0-9]*[a-z0-9])?", service["metadata"]["name"])
+    assert len(service["metadata"]["name"]) <= 47
+    assert [int(part) for part in cluster["rayVersion"].split(".")] >= [2, 52, 0]  # for tokens
+    scales = cluster["enableInTreeAutoscaling"]
+    assert ("autoscalerOptions" in cluster) == scales
+    for name, group in groups(manifests).items():
+        assert not group["rayStartParams"].keys() & {"num-cpus", "num-gpus", "memory", "resources", "labels"}
+        assert group["template"]["spec"].get("restartPolicy", "Never") == "Never"
+        if name != "head":
+            assert 0 <= group["minReplicas"] <= group["replicas"] <= group["maxReplicas"]
+            assert ("idleTimeoutSeconds" in group) <= scales
+    named = {entry["name"] for entry in pods(manifests)["head"]["spec"]["containers"][0]["env"]}
+    assert not named & {"RAY_REDIS_ADDRESS", "REDIS_PASSWORD", "REDIS_USERNAME", "RAY_enable_autoscaler_v2"}
 
 
 def strict(schema: Any) -> Any:

@@ -57,6 +57,13 @@ def test_a_bad_value_is_refused_by_name(value: str) -> None:
     assert REFUSED[value] in done.stderr
 
 
+def test_a_release_needs_a_name_that_kuberay_takes() -> None:
+    assert "release 9lives: KubeRay takes names that begin with a letter" in run_template(release="9lives").stderr
+    done = run_template(release=f"a.{'b' * 50}")
+    (service,) = of_kind([entry for entry in yaml.safe_load_all(done.stdout) if entry], "RayService")
+    assert service["metadata"]["name"] == f"a-{'b' * 38}"
+
+
 def test_devices_must_be_as_many_as_ranks() -> None:
     done = run_template(
         "--set", "serving.engine.device=cuda,pools.decode.gpu=true,pools.prefill.maxGangs=0,pools.prefill.gangs=0"
