@@ -37,6 +37,7 @@ from seamount.cluster.fleet_plan import (
     WantedPool,
     plan,
 )
+from seamount.cluster.fleet_routers import RouterCare
 from seamount.cluster.fleet_scaling import ROUTERS, Scaler, Wanted
 from seamount.cluster.fleet_siblings import Siblings
 from seamount.cluster.fleet_state import FleetState
@@ -110,10 +111,9 @@ class Reconciler:
         self._scaler = Scaler(parts.scaling, wanted, state)
         self._leaving = GangDrains(parts.view)
         self._siblings = Siblings(state)
+        self._routers = RouterCare(parts.leaving_routers, gangs.scale_routers)
         self._not_before: dict[PoolName, float] = {}
         self._starting: dict[str, float] = {}
-        self._num_routers: int | None = None
-        self._emptied: set[str] = set()
         self._stop = threading.Event()
         self._last_pass = time.monotonic()
         self._thread = threading.Thread(target=self._run, name="fleet", daemon=True)
@@ -185,7 +185,10 @@ class Reconciler:
                 case Delete():
                     self._take_away(action, work.gangs, view_here)
         self._end_drains(running, work.gangs)
-        self._mind_routers(wanted.routers, view_here, work, is_outlived=is_outlived)
+        if is_outlived:
+            self._routers.all_leave(view_here)
+        else:
+            self._routers.mind(wanted.routers, view_here, work, [node.node_id for node in nodes])
         for status in statuses(work, running, view_here):
             self._parts.drains.tell(status)
         self._state.tell_siblings(is_serving=is_serving(wanted, running) and not is_outlived)
@@ -283,19 +286,6 @@ class Reconciler:
         self._not_before[action.pool] = time.monotonic() + pause_s
         logger.warning("gang_failed", extra={"gang": action.name, "count": count, "pause_s": pause_s})
         return count < MAX_FAILURES
-
-    def _mind_routers(self, wanted: int | None, view: View, work: NodeWork, *, is_outlived: bool) -> None:
-        """Their number, one more for each that leaves its node as long as it stands there; and those that go."""
-        here = {record.peer_id for record, _ in view.routers}
-        self._parts.leaving_routers.ask(sorted(here if is_outlived else work.routers))
-        if wanted is None or is_outlived:
-            return
-        self._emptied |= {record.node_id for record, _ in view.routers if record.peer_id in work.routers}
-        self._emptied &= work.avoided
-        number = wanted + len(self._emptied)
-        if number != self._num_routers:
-            self._gangs.scale_routers(number)
-            self._num_routers = number
 
     def _measure(self, running: Sequence[RunningGang], wanted: Wanted) -> None:
         for pool in wanted.pools:

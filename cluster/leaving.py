@@ -22,5 +22,10 @@ class LeavingRouters:
         for router_id in router_ids:
             self._client.set(self._prefix + router_id, 1, ex=ASKED_FOR_S)
 
+    def release(self, router_ids: Iterable[str]) -> None:
+        """They may come back."""
+        for router_id in router_ids:
+            self._client.delete(self._prefix + router_id)
+
     def is_asked(self, router_id: str) -> bool:
         return bool(self._client.exists(self._prefix + router_id))

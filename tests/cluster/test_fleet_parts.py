@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import secrets
 import threading
 from collections.abc import Collection
 from concurrent.futures import Future
@@ -12,12 +13,14 @@ from seamount.cluster.autoscaling import AutoscalingSettings
 from seamount.cluster.fleet_draining import GangDrains
 from seamount.cluster.fleet_look import half_drained, homeless, needlessly_homeless
 from seamount.cluster.fleet_meter import Meter, SeenRank, router_load
-from seamount.cluster.fleet_nodes import HOOKS_S, Node, emptying, node_work, statuses
+from seamount.cluster.fleet_nodes import HOOKS_S, Node, NodeWork, emptying, node_work, statuses
 from seamount.cluster.fleet_plan import Cause, Phase, RunningGang, WantedPool
+from seamount.cluster.fleet_routers import RouterCare
 from seamount.cluster.fleet_scaling import Scaler
 from seamount.cluster.fleet_siblings import SIBLING_DEAD_AFTER_S, Siblings
 from seamount.cluster.fleet_state import FleetState, connect
 from seamount.cluster.fleet_view import View
+from seamount.cluster.leaving import LeavingRouters
 from seamount.cluster.load import RouterLoad
 from seamount.cluster.node_drain import DrainPhase, DrainRequest
 from seamount.router.directory import PeerRecord, Role
@@ -253,6 +256,33 @@ def test_a_gang_with_a_rank_that_drains_is_on_its_way_out() -> None:
     view = View(ranks=(rank("decode-0-a.0"), rank("decode-0-a.1", draining=True), rank("decode-1-b.0", draining=True)))
     assert half_drained(view, ()) == ["decode-0", "decode-1"]
     assert half_drained(view, ("decode-1",)) == ["decode-0"]
+
+
+def test_a_node_that_is_emptied_has_a_router_more_elsewhere_until_it_is_closed_or_has_its_own_back(
+    redis_url: str,
+) -> None:
+    leaving = LeavingRouters(connect(redis_url, timeout_s=1.0), f"test-{secrets.token_hex(4)}")
+    scaled: list[int] = []
+    care = RouterCare(leaving, scaled.append)
+    both = ["n1", "n2"]
+    care.mind(1, routers("n1"), NodeWork(), both)
+    care.mind(1, routers("n1"), NodeWork(avoided=frozenset({"n1"})), both)
+    assert scaled == [1, 2]  # the only one stays until another one serves
+    assert not leaving.is_asked("router-0")
+    going = NodeWork(avoided=frozenset({"n1"}), routers=frozenset({"router-0"}))
+    care.mind(1, routers("n1", "n2"), going, both)
+    assert leaving.is_asked("router-0")
+    gone = View(routers=routers("n1", "n2").routers[1:])
+    care.mind(1, gone, NodeWork(avoided=frozenset({"n1"})), both)
+    assert scaled == [1, 2]
+    care.mind(1, gone, NodeWork(), both)  # the node stays after all
+    assert not leaving.is_asked("router-0")
+    assert scaled == [1, 2]  # were there one fewer now, Serve might take the one that serves
+    care.mind(1, routers("n1", "n2"), NodeWork(), both)
+    assert scaled == [1, 2, 1]
+    care.mind(1, routers("n1", "n2"), going, both)
+    care.mind(1, gone, NodeWork(), ["n2"])  # closed
+    assert scaled == [1, 2, 1, 2, 1]
 
 
 # ---- siblings
