@@ -45,12 +45,8 @@ MAX_NEW = 352
 """Tokens of one reply; gold ones have up to about 315."""
 ROWS = 16
 """Sequences of ``DENSE_LENGTH`` tokens in one backward pass."""
-FIRST_LR, LEAST_LR, MOST_LR = 6e-4, 1e-4, 2e-3
-"""Learning rates, one for both optimisers: at the first step, and what it is kept between."""
-DIVERGENCE = 5e-4
-"""Where the learning rate is led to: mean of log^2(p / drawn) / 2 over an update's tokens, by the trained model."""
-DECAY_SHARE = 0.4
-"""Of the stage, at its end, over which the learning rate falls linearly to 0."""
+LR = 1e-3
+"""Of both optimisers, at the first step; it falls linearly to 0."""
 STEPS = 120
 """Of the whole stage, at the most."""
 MEASURED = 128
@@ -120,7 +116,6 @@ class Learner:
         others = [parameter for parameter in trained.others if parameter.requires_grad]
         self._trained = [*trained.matrices, *others]
         self._optimizer = Optimizer(trained.matrices, others, weight_decay=0.0)
-        self._lr = FIRST_LR
 
     def warm_up(self) -> None:
         """Compile what an update runs; nothing changes."""
@@ -141,7 +136,7 @@ class Learner:
             parameter.copy_(value)
 
     def update(self, samples: Sequence[tuple[Transcript, float]], lr_factor: float = 1.0) -> dict[str, float]:
-        """One step on contexts with their advantages; returns figures over all ranks. lr_factor: of the rate."""
+        """One step on contexts with their advantages; returns figures over all ranks. lr_factor: of ``LR``."""
         (num_sampled,) = self._ranks.totals(sum(int((~np.isnan(one.drawn)).sum()) for one, _ in samples))
         loss, seen = torch.zeros((), device=self._device), torch.zeros(2, device=self._device)
         for block in packed(samples, DENSE_LENGTH, self._device):
@@ -149,11 +144,10 @@ class Learner:
             loss, seen = loss + part, seen + some
         loss_sum, clipped, apart = self._ranks.totals(float(loss), *seen.tolist())
         count = max(1.0, num_sampled)
-        lr = lr_factor * self._lr
+        lr = lr_factor * LR
         if num_sampled:
             self._ranks.sum_gradients(self._trained)
             self._optimizer.step(lr, lr)
-            self._lr = next_lr(self._lr, apart / count)
         return {
             "loss": loss_sum,
             "clipped": clipped / count,
@@ -161,15 +155,6 @@ class Learner:
             "learnt_tokens": num_sampled,
             "lr": lr,
         }
-
-
-def next_lr(lr: float, divergence: float) -> float:
-    """The learning rate that brings the divergence of an update, which grows with its square, closer to its goal.
-
-    The attempts of an update were drawn over the last few of them, so its divergence tells how far those went.
-    """
-    towards = (DIVERGENCE / max(divergence, 1e-3 * DIVERGENCE)) ** 0.5
-    return min(MOST_LR, max(LEAST_LR, lr * min(1.1, max(0.8, towards))))
 
 
 def policy_gradient(model: Model, block: Packed, num_sampled: float) -> tuple[Tensor, Tensor]:
@@ -216,8 +201,7 @@ class Reinforcement:
             while step < last and in_time:
                 by_time = (time.monotonic() - began) / max(1e-3, end - MEASURING_S - began)
                 (progress,) = self._ranks.first(max(step / STEPS, by_time))
-                factor = min(1.0, (1 - progress) / DECAY_SHARE)
-                figures = self._step(factor, stop) if progress < 1 else None
+                figures = self._step(1 - progress, stop) if progress < 1 else None
                 in_time = figures is not None
                 if figures is not None:
                     step += 1

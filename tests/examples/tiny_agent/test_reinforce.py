@@ -17,7 +17,7 @@ from examples.tiny_agent.config import model_config
 from examples.tiny_agent.documents import TOKENIZER
 from examples.tiny_agent.indexing import Rows, SelectedAttention
 from examples.tiny_agent.model import Model
-from examples.tiny_agent.reinforce import Learner, next_lr, packed
+from examples.tiny_agent.reinforce import Learner, packed
 from examples.tiny_agent.rollouts import Reply, Rollouts, draw
 from examples.tiny_agent.sampling import Links, Measure, Over, Result, Sample, Sizes, run_sampler
 from examples.tiny_agent.shared_weights import SharedWeights
@@ -255,7 +255,7 @@ def test_packing_keeps_every_sampled_token_with_its_advantage() -> None:
 
 def test_rewarded_tokens_become_likelier(monkeypatch: pytest.MonkeyPatch) -> None:
     """Reward: the share of sampled tokens that are even. No data, no gold answer."""
-    for name, value in {"ROWS": 4, "DENSE_LENGTH": 64, "FIRST_LR": 1e-2, "MOST_LR": 1e-2, "LEAST_LR": 1e-2}.items():
+    for name, value in {"ROWS": 4, "DENSE_LENGTH": 64, "LR": 1e-2}.items():
         monkeypatch.setattr(reinforce, name, value)
     monkeypatch.setattr(objectives, "HEAD_ROWS", 64)
     model = _model()
@@ -342,15 +342,6 @@ def test_a_failure_is_told() -> None:
     told = _obeyed(["nonsense"], Sizes(num_conversations=8, max_tokens=2048, max_new=4, group=4), _model())
     assert len(told) == 1
     assert "nonsense" in told[0].error or "Traceback" in told[0].error
-
-
-def test_learning_rate_is_led_to_a_divergence() -> None:
-    lr = reinforce.FIRST_LR
-    for _ in range(40):  # the divergence of an update of rate x is 2000 x^2
-        lr = next_lr(lr, 2000 * lr**2)
-    assert 2000 * lr**2 == pytest.approx(reinforce.DIVERGENCE, rel=0.01)
-    assert next_lr(reinforce.MOST_LR, 0.0) == reinforce.MOST_LR
-    assert next_lr(reinforce.LEAST_LR, 1.0) == reinforce.LEAST_LR
 
 
 def test_reply_of_another_context_starts_a_new_transcript() -> None:
