@@ -38,15 +38,17 @@ class Comparison:
 
 
 def read(path: Path) -> list[dict[str, Any]]:
-    """The lines of a run's folder or of a file of metrics. Raises BadParameter where there are none."""
+    """The lines of a run's folder or of a file of metrics that are points of a curve; success before and after
+    reinforcement is none. Raises BadParameter where there are none."""
     file = path / "metrics.jsonl" if path.is_dir() else path
     try:
         lines = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
     except (OSError, ValueError) as error:
         raise typer.BadParameter(f"{file} holds no metrics: {error}") from error
-    if not lines:
-        raise typer.BadParameter(f"{file} is empty")
-    return lines
+    points = [line for line in lines if quantity(line["stage"]) in line]
+    if not points:
+        raise typer.BadParameter(f"{file} holds no curves")
+    return points
 
 
 def curve(lines: Sequence[Mapping[str, Any]], stage: str) -> Curve:

@@ -49,8 +49,11 @@ def test_the_command_says_whether_curves_agree(factor: float, code: int, tmp_pat
     result = CliRunner().invoke(app, [str(run.parent), "--recorded", str(recorded)])
     assert result.exit_code == code, result.output
     assert f"{100 * factor - 100:.1f}%" in result.output
-    empty = _written(tmp_path / "empty.jsonl", [])
-    assert CliRunner().invoke(app, [str(empty)]).exit_code == 2
+    measured = {"stage": "reinforce, measured", "step": 0, "success": 0.5}
+    recorded = _written(tmp_path / "old.jsonl", [*_lines(), measured])
+    assert CliRunner().invoke(app, [str(recorded), "--recorded", str(recorded)]).exit_code == 0
+    for lines in ([], [measured]):
+        assert CliRunner().invoke(app, [str(_written(tmp_path / "none.jsonl", lines))]).exit_code == 2
 
 
 def test_curves_are_drawn(tmp_path: Path) -> None:
