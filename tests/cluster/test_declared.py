@@ -20,6 +20,7 @@ import tempfile
 import time
 import urllib.request
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -37,7 +38,7 @@ from seamount.v1 import events_pb2
 from seamount.wire.errors import Unauthenticated
 from seamount.workers.model.random_checkpoint import write_random_checkpoint
 
-pytestmark = [pytest.mark.cluster, pytest.mark.timeout(240)]
+pytestmark = [pytest.mark.cluster, pytest.mark.timeout(300)]
 
 PORTS = ("node-manager", "object-manager", "runtime-env-agent", "metrics-export", "dashboard-agent-listen")
 """What each node of one machine needs for itself; a pod has its own."""
@@ -65,8 +66,12 @@ class Nodes:
 
     def replicas(self, application: str) -> set[int]:
         """Process ids; Serve names a replica's process after its application."""
-        ours = [child for pid in self.pids for child in psutil.Process(pid).children(recursive=True)]
-        return {child.pid for child in ours if f"ray::ServeReplica:{application}:" in " ".join(child.cmdline())}
+        found = set()
+        for child in (child for pid in self.pids for child in psutil.Process(pid).children(recursive=True)):
+            with suppress(psutil.Error):  # it has just ended
+                if f"ray::ServeReplica:{application}:" in " ".join(child.cmdline()):
+                    found.add(child.pid)
+        return found
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
