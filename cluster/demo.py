@@ -79,6 +79,15 @@ def _conversation(client: Client, console: Console) -> Iterator[Check]:
     tripled = talk.ask("What is that times 3?")
     yield check_answer("it knew which number", tripled, round(desk.flights[flight]["fare"] * 3, 2))
 
+    talk.heading("Several calls at once")
+    lowest = min(desk.flights, key=lambda key: float(desk.flights[key]["fare"]))
+    others = [key for key in desk.flights if key != lowest]
+    *keys, last = desk.flights
+    compared = talk.ask(f"Which flight has the lowest fare: {', '.join(keys)} or {last}?")
+    yield check_answer(
+        "it looked all of them up and compared", compared, lowest, desk.flights[lowest]["fare"], but_not=others
+    )
+
     talk.heading("A call that fails, and what to do then")
     wanted, there, voucher = 5, desk.cabins["HWP31"]["nights"], desk.vouchers[0]
     booked = talk.ask(f"Please book {wanted} nights of cabin HWP31; if there are fewer, all there are.")

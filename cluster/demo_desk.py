@@ -16,6 +16,7 @@ from pydantic import ConfigDict, ValidationError, validate_call
 from seamount.router.client import Tool, ToolCall
 
 Record = dict[str, Any]
+PackageField = Literal["flight", "passengers", "class"]
 FlightField = Literal["destination", "fare", "minutes", "delayed"]
 CabinField = Literal["host", "nights", "tariff", "refundable"]
 _OPERATIONS: dict[str, Callable[[float, float], float]] = {
@@ -64,17 +65,15 @@ class Desk:
     vouchers: list[str] = field(default_factory=lambda: ["E-7145", "E-7152"])
     calls: list[tuple[ToolCall, Record]] = field(default_factory=list)
 
-    def obtain_package(self, package_handle: str, reviews: bool) -> Record:
-        said = {"reviews": "calm and bright"} if reviews else {}
-        return {"handle": package_handle, **self._one("package", package_handle), **said}
+    def retrieve_package(self, package_handle: str, revision: list[PackageField]) -> Record:
+        return {"handle": package_handle, **_some(self._one("package", package_handle), revision)}
 
     def inspect_flight(self, flight_handle: str, revision: list[FlightField]) -> Record:
         return {"handle": flight_handle, **_some(self._one("flight", flight_handle), revision)}
 
-    def retrieve_cabin(self, handle: str, reviews: bool, revision: list[CabinField] | None = None) -> Record:
-        cabin = self._one("cabin", handle)
-        said = {"reviews": "silk and cello"} if reviews else {}
-        return {"handle": handle, **_some(cabin, revision or list(cabin)), **said}
+    def check_cabin(self, cabin_handle: str, revision: list[CabinField] | None = None) -> Record:
+        cabin = self._one("cabin", cabin_handle)
+        return {"handle": cabin_handle, **_some(cabin, revision or list(cabin))}
 
     def book_cabin(self, nights: int, cabin_handle: str) -> Record:
         cabin = self._one("cabin", cabin_handle)
@@ -89,7 +88,7 @@ class Desk:
     def answer(self, call: ToolCall) -> str:
         """Run a call; compact JSON, ``{"error": …}`` where it cannot be done."""
         try:
-            function = getattr(self, FUNCTIONS[call.name].method)
+            function = getattr(self, FUNCTIONS[call.name].name)
             checked = validate_call(config=ConfigDict(strict=True))(function)
             result: Record = checked(**json.loads(call.arguments_json))
         except KeyError:
@@ -114,58 +113,60 @@ def _some(record: Record, names: Sequence[str]) -> Record:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Function:
-    """A function as the model reads it. method: of ``Desk``, which does it."""
+    """A function as the model reads it. name: of the method of ``Desk`` that does it, too."""
 
-    method: str
+    name: str
     description: str
     parameters: dict[str, Record]
     optional: tuple[str, ...] = ()
 
-    def schema(self, name: str) -> Record:
+    def schema(self) -> Record:
         required = [parameter for parameter in self.parameters if parameter not in self.optional]
         parameters = {"type": "object", "properties": self.parameters, "required": required}
-        return {"name": name, "description": self.description, "parameters": parameters}
+        return {"name": self.name, "description": self.description, "parameters": parameters}
 
 
-_REVIEWS = {"type": "boolean", "description": "with reviews or without"}
-FUNCTIONS: dict[str, Function] = {
-    "reckon": Function(
-        method="reckon",
-        description="Works out a sum, difference or product.",
+_FUNCTIONS = (
+    Function(
+        name="retrieve_package",
+        description="Details of one package by handle.",
         parameters={
-            "p": {"type": "number", "description": "a number"},
-            "symbol": {"type": "string", "enum": ["+", "-", "*"], "description": "what to do"},
-            "q": {"type": "number"},
+            "package_handle": _text("handle of the package"),
+            "revision": _choices(("flight", "passengers", "class"), "which fields"),
         },
     ),
-    "bookCabin": Function(
-        method="book_cabin",
-        description="To book nights of one cabin; gives a voucher.",
-        parameters={"nights": {"type": "integer"}, "cabin_handle": _text()},
-    ),
-    "flight_inspect": Function(
-        method="inspect_flight",
+    Function(
+        name="inspect_flight",
         description="Details of one flight by handle.",
         parameters={
             "flight_handle": _text(),
             "revision": _choices(("destination", "fare", "minutes", "delayed"), "which fields"),
         },
     ),
-    "obtainPackage": Function(
-        method="obtain_package",
-        description="Returns one package.",
-        parameters={"package_handle": _text("handle of the package"), "reviews": _REVIEWS},
-    ),
-    "retrieveCabin": Function(
-        method="retrieve_cabin",
+    Function(
+        name="check_cabin",
         description="Details of one cabin by handle.",
         parameters={
-            "handle": _text("handle of the cabin"),
-            "revision": _choices(("host", "nights", "tariff", "refundable")),
-            "reviews": _REVIEWS,
+            "cabin_handle": _text("handle of the cabin"),
+            "revision": _choices(("host", "nights", "tariff", "refundable"), "which fields"),
         },
         optional=("revision",),
     ),
-}
+    Function(
+        name="book_cabin",
+        description="To book nights of one cabin; gives a voucher.",
+        parameters={"nights": {"type": "integer"}, "cabin_handle": _text("handle of the cabin")},
+    ),
+    Function(
+        name="reckon",
+        description="Works out a sum, difference or product.",
+        parameters={
+            "p": {"type": "number", "description": "a number"},
+            "symbol": {"type": "string", "enum": ["+", "-", "*"], "description": "what to do"},
+            "q": {"type": "number", "description": "a number"},
+        },
+    ),
+)
+FUNCTIONS: dict[str, Function] = {function.name: function for function in _FUNCTIONS}
 """By name, in the order in which the model reads them."""
-TOOLS = tuple(Tool(function_json=json.dumps(function.schema(name))) for name, function in FUNCTIONS.items())
+TOOLS = tuple(Tool(function_json=json.dumps(function.schema())) for function in _FUNCTIONS)

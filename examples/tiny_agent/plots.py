@@ -30,8 +30,8 @@ def _plot_kinds(axes: Any, report: Report) -> None:
     for i, model in enumerate(report.models):
         shares = [report.of_model(model)[name].success for name in names]
         values = [100 * value.value for value in shares]
-        below = [100 * (value.value - value.interval[0]) for value in shares]
-        above = [100 * (value.interval[1] - value.value) for value in shares]
+        below = [max(0.0, 100 * (value.value - value.interval[0])) for value in shares]
+        above = [max(0.0, 100 * (value.interval[1] - value.value)) for value in shares]  # rounding at 0 and 100
         places = [place + (i - (len(report.models) - 1) / 2) * width for place in range(len(names))]
         axes.bar(places, values, width, yerr=[below, above], label=model, capsize=2)
     axes.set_xticks(range(len(names)), names, rotation=30, ha="right")
