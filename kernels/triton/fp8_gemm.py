@@ -10,8 +10,9 @@ tiles go to memory and the last program to arrive sums them in the order of the 
 who was last.
 Bytes: N K + M K + 2 M N, scales 1 / 32 of that; splits add 8 M N each (they stay in the L2).
 Up to 256 rows Hopper GPUs have two more ways: fp8_gemm_chains.py where the tiles of a weight are one long wave, and
-fp8_gemm_persistent.py for most of the rest from 65 rows on and for one wave of short tiles. For more rows, and for
-several waves of long tiles from 65 on, ``torch._scaled_mm`` does the work (cuBLASLt's 1x128 by 128x128 product).
+fp8_gemm_persistent.py for most of the rest from 65 rows on, for one wave of short tiles, and for the fewest rows of
+large weights, whose last wave it splits. For more rows, and for several waves of long tiles from 65 on,
+``torch._scaled_mm`` does the work (cuBLASLt's 1x128 by 128x128 product).
 """
 
 from functools import cache
@@ -161,9 +162,11 @@ def fp8_gemm(x: Tensor, x_scale: Tensor, weight: Tensor, weight_scale: Tensor) -
         if width := choose_width(rows, columns, blocks, processors):
             return fp8_gemm_chains.launch_chains(*operands, block_n=width)
         if tile := choose_persistent(rows, columns, blocks, processors):
+            # Up to 32 rows the parts of a split tile are few bytes beside its weight.
+            arrived = arrivals(x.device) if rows <= 32 else None
             block_m, block_n = tile
             return fp8_gemm_persistent.launch_persistent(
-                *operands, block_m=block_m, block_n=block_n, programs=processors
+                *operands, block_m=block_m, block_n=block_n, programs=processors, arrived=arrived
             )
     # For a small weight cuBLASLt leaves multiprocessors idle, and its scales have to be transposed.
     if rows > (128 if is_small(columns, blocks) else 64) and library_takes(x, weight):
@@ -190,8 +193,12 @@ def choose_width(rows: int, columns: int, blocks: int, processors: int) -> int:
 def choose_persistent(rows: int, columns: int, blocks: int, processors: int) -> tuple[int, int] | None:
     """Tokens and weight rows of a tile for fp8_gemm_persistent.py, None where another way is faster.
 
-    It is for 65 to 256 rows, of long tiles for one wave of small ones; for fewer rows, where short tiles are one wave.
+    It is for 65 to 256 rows, of long tiles for one wave of small ones; for fewer rows, where short tiles are one wave,
+    and for the fewest where the last of several waves is worth a split: of long tiles up to 32 rows, else up to 16.
     """
+    waves = triton.cdiv(columns, 128) / processors
+    if (rows <= 32 and blocks >= _LONG and waves > 2) or (rows <= 16 and 8 < blocks < _LONG and waves > 1):
+        return 64, 128
     if rows > 256 or (rows <= 64 and blocks >= _LONG):
         return None
     costs = {}

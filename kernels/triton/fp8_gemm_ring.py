@@ -42,16 +42,17 @@ def make_ring(
 
 
 @gluon.jit
-def fetch_blocks(x, weight, row, column, num_blocks, step, ring):
-    """One warp: all K blocks of the tile that begins at this row and column, the first in step ``step``."""
+def fetch_blocks(x, weight, row, column, num_blocks, step, ring, first_block=0):
+    """One warp: ``num_blocks`` K blocks of the tile that begins at this row and column, the first in step ``step``."""
     x_tiles, w_tiles, full, empty = ring
     STAGES: gl.constexpr = x_tiles.shape[0]
     for block in range(num_blocks):
         buffer = (step + block) % STAGES
         mbarrier.wait(empty.index(buffer), ((step + block) // STAGES & 1) ^ 1)
         mbarrier.expect(full.index(buffer), (x_tiles.shape[1] + w_tiles.shape[1]) * 128)
-        tma.async_copy_global_to_shared(weight, [column, block * 128], full.index(buffer), w_tiles.index(buffer))
-        tma.async_copy_global_to_shared(x, [row, block * 128], full.index(buffer), x_tiles.index(buffer))
+        channel = (first_block + block) * 128
+        tma.async_copy_global_to_shared(weight, [column, channel], full.index(buffer), w_tiles.index(buffer))
+        tma.async_copy_global_to_shared(x, [row, channel], full.index(buffer), x_tiles.index(buffer))
 
 
 @gluon.jit

@@ -121,14 +121,26 @@ def test_chains_of_blocks(
 @pytest.mark.parametrize(("block_m", "block_n"), list(fp8_gemm_persistent.TILES))
 @pytest.mark.parametrize(
     ("rows", "columns", "channels"),
-    [(1, 130, 128), (37, 4224, 1536), (64, 36864, 512), (128, 4096, 384), (200, 7168, 2048), (129, 576, 640)],
+    [
+        (1, 130, 128),
+        (37, 4224, 1536),
+        (64, 36864, 512),
+        (128, 4096, 384),
+        (200, 7168, 2048),
+        (129, 576, 640),
+        (1, 17536, 1536),
+        (33, 17000, 640),
+        (5, 17100, 256),
+    ],
 )
+@pytest.mark.parametrize("splits_last", [False, True])
 def test_persistent_tiles(
     rows: int,
     columns: int,
     channels: int,
     block_m: int,
     block_n: int,
+    splits_last: bool,
     poisoned: torch.device,
     generator: torch.Generator,
 ) -> None:
@@ -137,13 +149,27 @@ def test_persistent_tiles(
     if not fp8_gemm_ring.is_supported(moved[0]):
         pytest.skip("no Hopper GPU here")
 
+    arrived = torch.zeros(264, dtype=torch.int32, device=poisoned) if splits_last else None
+
     def run() -> Tensor:
-        return fp8_gemm_persistent.launch_persistent(*moved, block_m=block_m, block_n=block_n, programs=132)
+        return fp8_gemm_persistent.launch_persistent(
+            *moved, block_m=block_m, block_n=block_n, programs=132, arrived=arrived
+        )
 
     actual = run()
     expected = dequantize(moved[0], moved[1]).double() @ dequantize_blocks(moved[2], moved[3], torch.float32).double().T
     assert error(actual, expected.cpu()) < LIMIT
     assert all(torch.equal(actual, run()) for _ in range(5))
+    assert arrived is None or not arrived.any()
+
+
+def test_the_last_wave_is_split_over_all_programs() -> None:
+    assert fp8_gemm_persistent.divide_tail(tiles=288, blocks=56, programs=132) == (264, 5)
+    assert fp8_gemm_persistent.divide_tail(tiles=192, blocks=12, programs=132) == (132, 2)
+    # No more parts than K has blocks; nothing to split in whole waves, in one, or where a part would be a tile.
+    assert fp8_gemm_persistent.divide_tail(tiles=133, blocks=2, programs=132) == (132, 2)
+    for tiles, blocks in ((264, 56), (100, 56), (232, 56), (133, 1)):
+        assert fp8_gemm_persistent.divide_tail(tiles, blocks, 132) == (tiles, 1)
 
 
 def test_ways_for_the_weights_of_deepseek_v32() -> None:
@@ -156,8 +182,8 @@ def test_ways_for_the_weights_of_deepseek_v32() -> None:
     assert chosen(2112, 7168) == [None, None, 16, 32, 64]
     assert chosen(4096, 7168) == [32, 32, 32, 64, (128, 64)]
     assert chosen(7168, 16384) == [64, 64, 64, (128, 64), None]
-    assert chosen(36864, 7168) == [None] * 5
-    assert chosen(24576, 1536) == [None, None, None, (128, 64), (128, 128)]
+    assert chosen(36864, 7168) == [(64, 128), (64, 128), None, None, None]
+    assert chosen(24576, 1536) == [(64, 128), None, None, (128, 64), (128, 128)]
     assert chosen(32768, 512) == [None, None, None, (128, 128), (128, 128)]
     assert chosen(8192, 1536) == [(64, 128), (64, 128), (64, 128), (128, 64), (128, 128)]
     assert chosen(576, 7168)[:3] == [None] * 3
