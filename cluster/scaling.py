@@ -14,8 +14,8 @@ there may be no prefill gangs, decode gangs are to have the rate for all of it.
 Answers. Held pages H (in use or leased, with their trend over S), answers running R and blocked B, seconds between the
 tokens of an answer L; the most of
 
-    H / (max_occupancy x pages of a gang),   (R + B) / (max_occupancy x places of a gang),
-    n x (R + B) / R if any is blocked,       n x L / target
+    H x (1 + B / R) / (max_occupancy x pages of a gang),   (R + B) / (max_occupancy x places of a gang),
+    n x L / target
 
 While prefill gangs are short, L asks for no more: what streams wait for then is prompts. A step reads its weights for
 few answers as for many: once loads were seen that are ``LOADS_APART``, L = a + b R / n goes through the lightest and
@@ -120,15 +120,16 @@ def decode_need(
         return _need(len(snapshot.of("decode")), "starting")
     asks: dict[str, float] = {}  # by reason: gangs wanted, not rounded
     held, expected = _held(looks, min(HELD_WINDOW_S, slo.flow_window_s), snapshot.decode_start_s)
+    num_running, num_blocked = sum(gang.num_running for gang in ready), sum(gang.num_blocked for gang in ready)
+    with_blocked = 1.0 + num_blocked / max(1, num_running)
     pages = sum(gang.num_pages for gang in ready) / len(ready)
     if pages:
-        asks["pages"] = max(held, expected) / (slo.max_occupancy * pages)
-    num_running, num_blocked = sum(gang.num_running for gang in ready), sum(gang.num_blocked for gang in ready)
+        asks["pages"] = max(held, expected) * with_blocked / (slo.max_occupancy * pages)
     places = sum(gang.num_places for gang in ready) / len(ready)
     if places:
         asks["places"] = (num_running + num_blocked) / (slo.max_occupancy * places)
-    if num_blocked:
-        asks["blocked"] = len(ready) * (num_running + num_blocked) / max(1, num_running)
+    elif num_blocked:
+        asks["blocked"] = len(ready) * with_blocked
     if num_running:
         wanted = len(ready) * _for_inter_token(looks[-1], step, slo.inter_token_s)
         most = num_running / slo.decode.ranks_per_gang

@@ -12,7 +12,9 @@ import pytest
 
 from harness.ray_nodes import node_of, replica_pids, wait_for
 from harness.scaling import Load, LongTurn, ScalingSystem, endless, say, scaling_system
+from seamount.cluster.fleet_meter import gang_name
 from seamount.cluster.node_drain import DrainPhase
+from seamount.cluster.settings import validate
 from seamount.router.client import Client
 from seamount.v1 import events_pb2, worker_pb2
 from seamount.wire.errors import SeamountError
@@ -121,6 +123,32 @@ def test_turns_go_on_at_other_routers_when_their_router_leaves_a_node(system: Sc
         assert len(own.get_history(turn.session_id).messages) == 2
         own.close()
     system.drains.cancel_drain(node.node_id)
+
+
+def test_new_settings_are_new_gangs_beside_the_old_ones(system: ScalingSystem, redis_url: str) -> None:
+    from ray import serve  # not before the nodes are there: Ray reads its token when it is imported
+
+    from seamount.cluster.replicas import fleet_application
+
+    (old,) = {rank.state.gang_id for rank in system.ranks(DECODE)}
+    load = Load(system=system)
+    load.start(3, num_tokens=40)
+    wait_for("turns run", lambda: load.num_turns >= 3)
+    changed = system.settings.model_dump(exclude={"redis_url"}, mode="json")
+    changed["cache"]["num_pages"] = 500
+    serve.run(fleet_application(validate({**changed, "redis_url": redis_url})), name="fleet", route_prefix=None)
+
+    def is_new() -> bool:
+        ranks = system.ranks(DECODE)
+        return bool(system.gangs(DECODE)) and all(rank.state.num_pages == 500 for rank in ranks)
+
+    wait_for("the ranks are new ones", is_new, 180.0)
+    wait_for("the old gang is gone", lambda: not replica_pids(gang_name(old)), 60.0)
+    num_turns = load.num_turns
+    wait_for("turns go on", lambda: load.num_turns >= num_turns + 3)
+    load.stop()
+    assert load.failures == []
+    print(f"{load.num_turns} turns of three sessions, none failed")
 
 
 def test_a_node_that_dies_costs_no_acknowledged_turn(system: ScalingSystem, client: Client) -> None:

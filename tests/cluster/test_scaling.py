@@ -77,6 +77,10 @@ def settled(
         pytest.param([decode(n, num_held_pages=420) for n in range(2)], 0, (0, 2), id="840 / 640: two stay"),
         pytest.param([decode(n, num_held_pages=300) for n in range(2)], 0, (0, 1), id="600 / 640: one goes"),
         pytest.param([decode(0, num_running=4, num_blocked=4)], 0, (0, 2), id="half of the answers wait"),
+        pytest.param([decode(0, num_running=3, num_blocked=1, num_places=6)], 0, (0, 1), id="they wait at one rank"),
+        pytest.param(
+            [decode(0, num_held_pages=600, num_running=2, num_blocked=2, num_places=99)], 0, (0, 2), id="for pages"
+        ),
         pytest.param([decode(0, num_running=6, num_places=8)], 0, (0, 1), id="6 of 8 places"),
         pytest.param([decode(0, num_running=7, num_places=8)], 0, (0, 2), id="7 of 8 places"),
         pytest.param([decode(n, num_running=3, num_places=8) for n in range(2)], 0, (0, 2), id="6 / 5.12: two stay"),
