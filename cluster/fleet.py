@@ -37,7 +37,7 @@ from seamount.cluster.fleet_plan import (
     WantedPool,
     plan,
 )
-from seamount.cluster.fleet_routers import RouterCare
+from seamount.cluster.fleet_routers import RouterCare, RouterReplicas
 from seamount.cluster.fleet_scaling import ROUTERS, Scaler, Wanted
 from seamount.cluster.fleet_siblings import Siblings
 from seamount.cluster.fleet_state import FleetState
@@ -59,14 +59,13 @@ MAX_FAILURES = 3
 MAX_BACKOFF_S = 30.0
 
 
-class GangApplications(Protocol):
+class GangApplications(RouterReplicas, Protocol):
     """What the fleet needs of Serve and Ray; calls may block for seconds and raise whatever Ray raises."""
 
     def running(self) -> list[RunningGang]: ...
     def start(self, name: str, wanted: WantedPool, avoided_nodes: Collection[str]) -> None: ...
     def delete(self, name: str) -> None: ...
     def nodes(self) -> list[Node]: ...
-    def scale_routers(self, number: int) -> None: ...
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -111,7 +110,7 @@ class Reconciler:
         self._scaler = Scaler(parts.scaling, wanted, state)
         self._leaving = GangDrains(parts.view)
         self._siblings = Siblings(state)
-        self._routers = RouterCare(parts.leaving_routers, gangs.scale_routers)
+        self._routers = RouterCare(parts.leaving_routers, gangs)
         self._not_before: dict[PoolName, float] = {}
         self._starting: dict[str, float] = {}
         self._stop = threading.Event()

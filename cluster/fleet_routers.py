@@ -2,20 +2,29 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection
+from collections.abc import Collection
+from typing import Protocol
 
 from seamount.cluster.fleet_nodes import NodeWork
 from seamount.cluster.fleet_view import View
 from seamount.cluster.leaving import LeavingRouters
 
 
+class RouterReplicas(Protocol):
+    """What this needs of Serve."""
+
+    def num_routers(self) -> int | None:
+        """Replicas that Serve aims at; None where it has no routers."""
+
+    def scale_routers(self, number: int) -> None: ...
+
+
 class RouterCare:
     """Of one fleet. A router that has left a node still counts as one of Serve's replicas until the node is closed, so
     there is one more for each such node; and none fewer before those on nodes that stay after all are back."""
 
-    def __init__(self, leaving: LeavingRouters, scale: Callable[[int], None]) -> None:
-        """scale: sets the number of replicas."""
-        self._leaving, self._scale = leaving, scale
+    def __init__(self, leaving: LeavingRouters, routers: RouterReplicas) -> None:
+        self._leaving, self._routers = leaving, routers
         self._number: int | None = None
         self._asked: dict[str, str] = {}  # router -> its node
         self._emptied: set[str] = set()
@@ -32,12 +41,12 @@ class RouterCare:
         self._asked |= {router: homes[router] for router in work.routers}
         self._asked = {router: node for router, node in self._asked.items() if node in self._emptied}
         self._leaving.ask(sorted(work.routers))
-        if wanted is None:
+        in_force = self._routers.num_routers()
+        if wanted is None or in_force is None:
             return
-        number = wanted + len(self._emptied)
-        if number != self._number:
-            self._scale(number)
-            self._number = number
+        self._number = wanted + len(self._emptied)
+        if self._number != in_force:  # also where Serve's configuration, applied again, has set it back
+            self._routers.scale_routers(self._number)
 
     def all_leave(self, view: View) -> None:
         """Others have taken this Ray cluster's place."""

@@ -29,10 +29,12 @@ class ServeGangs:
 
     def __init__(self, settings: Settings) -> None:
         self._settings = settings
+        self._num_routers: int | None = None  # when ``running`` looked last
 
     def running(self) -> list[RunningGang]:
         """With the nodes that their ranks are on, or are starting on."""
         details: dict[str, Any] = ray.get(_controller().get_serve_instance_details.remote(), timeout=_ANSWER_S)
+        self._num_routers = _num_routers(details["applications"])
         return running_gangs(serve.status().applications, nodes=_nodes_of(details["applications"]))
 
     def start(self, name: str, wanted: WantedPool, avoided_nodes: Collection[str]) -> None:
@@ -53,6 +55,9 @@ class ServeGangs:
             if node["Alive"]
         ]
 
+    def num_routers(self) -> int | None:
+        return self._num_routers
+
     def scale_routers(self, number: int) -> None:
         ray.get(_controller().update_deployment_replicas.remote(ROUTER, number), timeout=_ANSWER_S)
 
@@ -61,6 +66,12 @@ def _controller() -> Any:
     client = _get_global_client()
     assert client is not None  # raised where Serve is not there
     return client._controller
+
+
+def _num_routers(applications: dict[str, Any]) -> int | None:
+    """Replicas that Serve aims at; None without a router."""
+    router = applications.get(ROUTER.app_name, {"deployments": {}})["deployments"].get(ROUTER.name)
+    return None if router is None else int(router["target_num_replicas"])
 
 
 def _nodes_of(applications: dict[str, Any]) -> dict[str, frozenset[str]]:

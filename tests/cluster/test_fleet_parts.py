@@ -258,12 +258,27 @@ def test_a_gang_with_a_rank_that_drains_is_on_its_way_out() -> None:
     assert half_drained(view, ("decode-1",)) == ["decode-0"]
 
 
+class Replicas:
+    """The number of routers as Serve keeps it."""
+
+    def __init__(self) -> None:
+        self.number: int | None = 2
+        self.scaled: list[int] = []
+
+    def num_routers(self) -> int | None:
+        return self.number
+
+    def scale_routers(self, number: int) -> None:
+        self.number = number
+        self.scaled.append(number)
+
+
 def test_a_node_that_is_emptied_has_a_router_more_elsewhere_until_it_is_closed_or_has_its_own_back(
     redis_url: str,
 ) -> None:
     leaving = LeavingRouters(connect(redis_url, timeout_s=1.0), f"test-{secrets.token_hex(4)}")
-    scaled: list[int] = []
-    care = RouterCare(leaving, scaled.append)
+    serve = Replicas()
+    care, scaled = RouterCare(leaving, serve), serve.scaled
     both = ["n1", "n2"]
     care.mind(1, routers("n1"), NodeWork(), both)
     care.mind(1, routers("n1"), NodeWork(avoided=frozenset({"n1"})), both)
@@ -283,6 +298,20 @@ def test_a_node_that_is_emptied_has_a_router_more_elsewhere_until_it_is_closed_o
     care.mind(1, routers("n1", "n2"), going, both)
     care.mind(1, gone, NodeWork(), ["n2"])  # closed
     assert scaled == [1, 2, 1, 2, 1]
+
+
+def test_the_number_of_routers_stands_when_serves_configuration_is_applied_again(redis_url: str) -> None:
+    serve = Replicas()
+    care = RouterCare(LeavingRouters(connect(redis_url, timeout_s=1.0), f"test-{secrets.token_hex(4)}"), serve)
+    for _ in range(2):
+        care.mind(3, routers("n1"), NodeWork(), ["n1"])
+    assert serve.scaled == [3]
+    serve.number = 2
+    care.mind(3, routers("n1"), NodeWork(), ["n1"])
+    assert serve.scaled == [3, 3]
+    serve.number = None  # its application is built anew
+    care.mind(3, routers("n1"), NodeWork(), ["n1"])
+    assert serve.scaled == [3, 3]
 
 
 # ---- siblings

@@ -240,6 +240,9 @@ class ServeInMemory:
     def nodes(self) -> list[Node]:
         return []
 
+    def num_routers(self) -> int | None:
+        return None
+
     def scale_routers(self, number: int) -> None:
         raise AssertionError("routers are not scaled here")
 
