@@ -23,7 +23,7 @@ import redis
 
 from seamount.cluster.autoscaling import AutoscalingSettings, DrainingSettings
 from seamount.cluster.fleet_draining import Drained, GangDrains
-from seamount.cluster.fleet_look import half_drained, homeless, is_serving, needlessly_homeless, of_nodes
+from seamount.cluster.fleet_look import gangs_of, half_drained, homeless, is_serving, needlessly_homeless, of_nodes
 from seamount.cluster.fleet_metrics import FleetMetrics
 from seamount.cluster.fleet_nodes import Node, NodeWork, emptying, node_work, statuses
 from seamount.cluster.fleet_plan import (
@@ -57,6 +57,8 @@ STALLED_AFTER_S = 60.0
 MAX_FAILURES = 3
 """Gangs of one pool and version that fail to come up before the fleet leaves the failed one standing, to be seen."""
 MAX_BACKOFF_S = 30.0
+BLIND_S = 10.0
+"""For so long a fleet that has just begun may not have seen the ranks of a gang yet, and could not empty it."""
 
 
 class GangApplications(RouterReplicas, Protocol):
@@ -114,7 +116,7 @@ class Reconciler:
         self._not_before: dict[PoolName, float] = {}
         self._starting: dict[str, float] = {}
         self._stop = threading.Event()
-        self._last_pass = time.monotonic()
+        self._last_pass = self._began = time.monotonic()
         self._thread = threading.Thread(target=self._run, name="fleet", daemon=True)
 
     def start(self) -> None:
@@ -242,6 +244,8 @@ class Reconciler:
         self._empty(action.name, action.cause, condemned, view)
 
     def _empty(self, name: str, cause: Cause, condemned: Mapping[str, float], view: View) -> None:
+        if time.monotonic() < self._began + BLIND_S and name not in gangs_of(view):
+            return
         self._state.admit_delete()
         logger.info("gang_draining", extra={"gang": name, "cause": cause.value, "epoch": self._state.epoch})
         settings = self._parts.draining

@@ -27,6 +27,8 @@ _AGAIN_S = 0.5
 _CALL_S = 30.0
 """Of one call: peers that came meanwhile are told with the next."""
 MIN_CALL_S = 1.0
+_ANSWER_S = 5.0
+"""Beyond a call's own deadline."""
 MAX_AT_ONCE = 64
 
 
@@ -129,10 +131,11 @@ class GangDrains:
         while not self._stop.is_set() and self._clock() < leaving.until_s:
             left_s = leaving.until_s - self._clock()
             turns_left_s = max(0.0, turns_s - (self._clock() - leaving.begun_s))
+            call_s = max(MIN_CALL_S, min(_CALL_S, left_s))
             try:
-                answer = self._view.drain(
-                    rank_id, deadline_s=max(MIN_CALL_S, min(_CALL_S, left_s)), turns_s=turns_left_s, excluded=excluded
-                ).result()
+                answer = self._view.drain(rank_id, deadline_s=call_s, turns_s=turns_left_s, excluded=excluded).result(
+                    call_s + _ANSWER_S
+                )
                 _LOG.info("rank_drained", extra={"rank_id": rank_id, "sessions": answer.num_sessions})
                 if answer.is_empty:
                     return True
@@ -140,5 +143,7 @@ class GangDrains:
                 return True
             except SeamountError as error:  # nobody there to take the sessions yet, say
                 _LOG.info("rank_not_drained", extra={"rank_id": rank_id, "reason": error.reason})
+            except Exception:  # a defect here must not keep the fleet from its other work; the time goes on
+                _LOG.exception("rank_not_drained", extra={"rank_id": rank_id})
             self._stop.wait(_AGAIN_S)
         return False

@@ -10,6 +10,11 @@ from seamount.cluster.fleet_scaling import Wanted
 from seamount.cluster.fleet_view import View
 
 
+def gangs_of(view: View) -> frozenset[str]:
+    """Names of the gangs with a rank that is alive."""
+    return frozenset(gang_name(rank.record.gang_id) for rank in view.ranks)
+
+
 def half_drained(view: View, known: Collection[str]) -> list[str]:
     """Gangs with a rank that is leaving, other than ``known``: no turn goes there any more."""
     names = {gang_name(rank.record.gang_id) for rank in view.ranks if rank.state.draining}

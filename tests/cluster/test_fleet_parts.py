@@ -25,7 +25,7 @@ from seamount.cluster.load import RouterLoad
 from seamount.cluster.node_drain import DrainPhase, DrainRequest
 from seamount.router.directory import PeerRecord, Role
 from seamount.v1 import admin_pb2, worker_pb2
-from seamount.wire.errors import FailedPrecondition, NotFound, SeamountError
+from seamount.wire.errors import FailedPrecondition, NotFound
 from seamount.wire.ids import RankId
 
 
@@ -118,7 +118,7 @@ class Ranks:
 
     def __init__(self) -> None:
         self.asked: list[tuple[str, float, frozenset[RankId]]] = []
-        self.answers: dict[str, list[admin_pb2.DrainRankResponse | SeamountError]] = {}
+        self.answers: dict[str, list[admin_pb2.DrainRankResponse | Exception]] = {}
         self.told = threading.Event()
 
     def drain(
@@ -128,7 +128,7 @@ class Ranks:
         answers = self.answers.get(rank_id, [])
         answer = answers.pop(0) if answers else admin_pb2.DrainRankResponse(is_empty=True)
         told: Future[admin_pb2.DrainRankResponse] = Future()
-        if isinstance(answer, SeamountError):
+        if isinstance(answer, Exception):
             told.set_exception(answer)
         else:
             told.set_result(answer)
@@ -146,13 +146,14 @@ def test_every_rank_of_a_gang_is_drained_to_those_that_stay() -> None:
     ranks = Ranks()
     drains = GangDrains(ranks, clock := Clock())
     nobody = FailedPrecondition("nobody is there", reason="NO_OTHER_RANK")
-    ranks.answers["decode-0-a.1"] = [nobody, admin_pb2.DrainRankResponse(), NotFound("gone", reason="RANK_NOT_FOUND")]
+    defect, gone = ValueError("not a typed error"), NotFound("gone", reason="RANK_NOT_FOUND")
+    ranks.answers["decode-0-a.1"] = [nobody, defect, admin_pb2.DrainRankResponse(), gone]
     begin(drains, "decode-0")
     begin(drains, "decode-0")
     ended = until_ended(drains)
     assert [(one.name, one.is_empty) for one in ended] == [("decode-0", True)]
     asked = [rank_id for rank_id, _, _ in ranks.asked]
-    assert (asked.count("decode-0-a.0"), asked.count("decode-0-a.1")) == (1, 3)
+    assert (asked.count("decode-0-a.0"), asked.count("decode-0-a.1")) == (1, 4)
     assert all(excluded == {"decode-0-a.0", "decode-0-a.1", "decode-2-c.0"} for _, _, excluded in ranks.asked)
     assert "decode-0" in drains
     drains.forget("decode-0")

@@ -9,6 +9,7 @@ from types import SimpleNamespace
 import pytest
 import redis
 
+from seamount.cluster import fleet
 from seamount.cluster.fleet import MAX_FAILURES, FleetParts, Reconciler
 from seamount.cluster.fleet_metrics import FleetMetrics
 from seamount.cluster.fleet_nodes import Node
@@ -264,6 +265,21 @@ def test_reconciling_starts_what_is_wanted_and_a_successor_adopts_it(redis_url: 
     second.stop(5)
     assert not second.healthy()
     assert len(serve.gangs) == 3
+
+
+def test_a_fleet_that_has_just_begun_lets_no_gang_go_whose_ranks_it_has_not_seen(
+    redis_url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    serve, state = ServeInMemory(comes_up=True), fleet_state(redis_url, "blind")
+    state.claim()
+    serve.gangs = {one.name: one for one in (gang(0), gang(1))}
+    begun = reconciler(redis_url, [wants(1)], state, serve)
+    begun.reconcile()
+    assert len(serve.gangs) == 2
+    monkeypatch.setattr(fleet, "BLIND_S", 0.0)
+    begun.reconcile()
+    assert len(serve.gangs) == 1
+    state.forget()
 
 
 def test_a_pool_that_cannot_come_up_is_tried_a_bounded_number_of_times(redis_url: str) -> None:
