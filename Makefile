@@ -76,8 +76,8 @@ test-interpreter: $(READY)  ## the GPU kernels' tests on a CPU, in Triton's inte
 	TRITON_INTERPRET=1 PYTHONPATH=$(INTERPRETER):gen $(BIN)/python -m pytest -q -rs --confcutdir=tests/kernels tests/kernels/gpu \
 		tests/examples/gpu/test_selection_bits.py
 
-bench: $(READY)  ## run the CPU benchmarks (25 minutes on an idle machine)
-	@set -e; for name in agents context cut_ahead latency retention tiers token_log transfer; do \
+bench: $(READY)  ## run the CPU benchmarks (half an hour on an idle machine)
+	@set -e; for name in agents context cut_ahead latency retention scaling tiers token_log transfer; do \
 		echo "== benchmarks.$$name"; $(BIN)/python -m benchmarks.$$name; done
 
 bench-kernels:  ## measure the GPU kernels; needs a CUDA device

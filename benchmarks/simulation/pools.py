@@ -252,12 +252,10 @@ def _decode(state: State, plant: Plant) -> None:
 
 
 def _waits_s(demand: Demand, served: Floats) -> Floats:
-    """By second: until the prompts that came in it have all been computed at the rate of the queue before them."""
+    """By second: until the prompts that came in it have all been computed, or the day is over."""
     came = np.cumsum(demand.num_tokens)
     at = np.searchsorted(served, came * (1 - 1e-12) - 1e-3)
-    waits = np.maximum(0.0, at - np.arange(DAY_S))
-    waits[at >= DAY_S] = DAY_S  # not in this day
-    return waits
+    return np.maximum(0.0, at - np.arange(DAY_S))
 
 
 def _p99_by_minute(demand: Demand, first_token_s: Floats) -> Floats:
