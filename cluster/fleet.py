@@ -25,7 +25,7 @@ from seamount.cluster.autoscaling import AutoscalingSettings, DrainingSettings
 from seamount.cluster.fleet_draining import Drained, GangDrains
 from seamount.cluster.fleet_look import gangs_of, half_drained, homeless, is_serving, needlessly_homeless, of_nodes
 from seamount.cluster.fleet_metrics import FleetMetrics
-from seamount.cluster.fleet_nodes import Node, NodeWork, emptying, node_work, statuses
+from seamount.cluster.fleet_nodes import Node, NodeRequests, statuses
 from seamount.cluster.fleet_plan import (
     POOL_NAMES,
     Cause,
@@ -112,6 +112,7 @@ class Reconciler:
         self._scaler = Scaler(parts.scaling, wanted, state)
         self._leaving = GangDrains(parts.view)
         self._siblings = Siblings(state)
+        self._requests = NodeRequests(parts.drains, parts.draining.replacement_s)
         self._routers = RouterCare(parts.leaving_routers, gangs)
         self._not_before: dict[PoolName, float] = {}
         self._starting: dict[str, float] = {}
@@ -160,7 +161,7 @@ class Reconciler:
         self._note_starts(running)
         nodes = self._gangs.nodes()
         view_here = of_nodes(view, {node.node_id for node in nodes})
-        work = self._node_work(running, nodes, view_here)
+        work = self._requests.work(running, nodes, view_here)
         is_outlived = self._siblings.is_outlived()
         leaving = {*self._leaving.names, *work.gangs, *work.routers}
         wanted = self._scaler.wanted(running, view_here, leaving)
@@ -193,14 +194,6 @@ class Reconciler:
         for status in statuses(work, running, view_here):
             self._parts.drains.tell(status)
         self._state.tell_siblings(is_serving=is_serving(wanted, running) and not is_outlived)
-
-    def _node_work(self, running: Sequence[RunningGang], nodes: Sequence[Node], view: View) -> NodeWork:
-        requests = self._parts.drains.requests()
-        if not requests:
-            return NodeWork()
-        replacement_s = self._parts.draining.replacement_s
-        concerned = emptying(requests, nodes, now=self._parts.drains.now(), replacement_s=replacement_s)
-        return node_work(concerned, running, view)
 
     def _given_up(self, pools: Sequence[WantedPool]) -> frozenset[PoolName]:
         return frozenset(

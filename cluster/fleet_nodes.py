@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 
 from seamount.cluster.fleet_plan import Phase, RunningGang
 from seamount.cluster.fleet_view import View
-from seamount.cluster.node_drain import DrainPhase, DrainRequest, DrainStatus
+from seamount.cluster.node_drain import DrainPhase, DrainRequest, DrainRequests, DrainStatus
 
 HOOKS_S = 5.0
 """Kept of a request's time for the shutdown of what is left."""
@@ -41,6 +41,29 @@ class NodeWork:
     overdue: frozenset[str] = frozenset()
     avoided: frozenset[str] = frozenset()
     routers: frozenset[str] = frozenset()
+
+
+class NodeRequests:
+    """The requests that concern one Ray cluster. One ends with its node: a machine that comes back under the same name
+    or address, or another pod that is given it, is another Ray node, which nobody has asked for."""
+
+    def __init__(self, drains: DrainRequests, replacement_s: float) -> None:
+        self._drains, self._replacement_s = drains, replacement_s
+        self._meant: dict[DrainRequest, str] = {}  # the id of the Ray node that was found for each
+
+    def work(self, running: Iterable[RunningGang], nodes: Sequence[Node], view: View) -> NodeWork:
+        """What there is to do now. May raise ``redis.RedisError``."""
+        requests = self._drains.requests()
+        if not requests:
+            return NodeWork()
+        alive = {node.node_id for node in nodes}
+        ended = [request for request in requests if self._meant.get(request, "") not in {"", *alive}]
+        for request in ended:
+            self._drains.cancel_drain(request.node)
+        standing = [request for request in requests if request not in ended]
+        concerned = emptying(standing, nodes, now=self._drains.now(), replacement_s=self._replacement_s)
+        self._meant = {one.request: one.node_id for one in concerned}
+        return node_work(concerned, running, view)
 
 
 def emptying(

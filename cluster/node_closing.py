@@ -66,7 +66,7 @@ def empty_node(
     while True:
         status: DrainStatus | None = patient(drains.drain_status, node)
         if status is None:
-            raise Unavailable(f"the drain of {node} was cancelled", reason="DRAIN_CANCELLED")
+            raise Unavailable(f"the drain of {node} was cancelled, or the node is gone", reason="DRAIN_CANCELLED")
         on_status(status)
         waited_s = time.monotonic() - began
         if status.phase is DrainPhase.EMPTY:
@@ -80,8 +80,8 @@ def empty_node(
         if waited_s > deadline_s:
             left = ", ".join((*status.gangs, *status.routers))
             raise DeadlineExceeded(
-                f"{node} is not empty after {deadline_s:g} s: {left or status.detail}; ask again with a longer "
-                "deadline",
+                f"{node} is not empty after {deadline_s:g} s: {left or status.detail}; what is left goes "
+                "without handing over now: ask again to see it through",
                 reason="NODE_NOT_EMPTY",
             )
         time.sleep(_POLL_S)

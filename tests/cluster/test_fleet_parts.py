@@ -13,7 +13,7 @@ from seamount.cluster.autoscaling import AutoscalingSettings
 from seamount.cluster.fleet_draining import GangDrains
 from seamount.cluster.fleet_look import half_drained, homeless, needlessly_homeless
 from seamount.cluster.fleet_meter import Meter, SeenRank, router_load
-from seamount.cluster.fleet_nodes import HOOKS_S, Node, NodeWork, emptying, node_work, statuses
+from seamount.cluster.fleet_nodes import HOOKS_S, Node, NodeRequests, NodeWork, emptying, node_work, statuses
 from seamount.cluster.fleet_plan import Cause, Phase, RunningGang, WantedPool
 from seamount.cluster.fleet_routers import RouterCare
 from seamount.cluster.fleet_scaling import Scaler
@@ -22,7 +22,7 @@ from seamount.cluster.fleet_state import FleetState, connect
 from seamount.cluster.fleet_view import View
 from seamount.cluster.leaving import LeavingRouters
 from seamount.cluster.load import RouterLoad
-from seamount.cluster.node_drain import DrainPhase, DrainRequest
+from seamount.cluster.node_drain import DrainPhase, DrainRequest, DrainRequests
 from seamount.router.directory import PeerRecord, Role
 from seamount.v1 import admin_pb2, worker_pb2
 from seamount.wire.errors import FailedPrecondition, NotFound
@@ -257,6 +257,19 @@ def test_a_gang_with_a_rank_that_drains_is_on_its_way_out() -> None:
     view = View(ranks=(rank("decode-0-a.0"), rank("decode-0-a.1", draining=True), rank("decode-1-b.0", draining=True)))
     assert half_drained(view, ()) == ["decode-0", "decode-1"]
     assert half_drained(view, ("decode-1",)) == ["decode-0"]
+
+
+def test_a_request_ends_with_the_node_that_it_was_for(redis_url: str) -> None:
+    drains = DrainRequests(connect(redis_url, timeout_s=1.0), f"test-{secrets.token_hex(4)}")
+    drains.request_drain("pod-a", deadline_s=60.0)
+    requests = NodeRequests(drains, 10.0)
+    for _ in range(2):
+        assert requests.work([], NODES, View()).avoided == {"n1"}
+    back = [Node(node_id="n3", names=frozenset({"n3", "10.0.0.1", "pod-a"})), NODES[1]]
+    assert requests.work([], back, View()).avoided == set()
+    assert drains.drain_status("pod-a") is None
+    drains.request_drain("pod-a", deadline_s=60.0)
+    assert requests.work([], back, View()).avoided == {"n3"}
 
 
 class Replicas:
