@@ -12,8 +12,8 @@ from seamount.cluster.kubernetes.chart_values import Values, claim, demands, rig
 from seamount.cluster.kubernetes.objects import node_view
 from seamount.wire.errors import NotFound, PermissionDenied
 
-MIN_VERSION = (1, 27)
-"""Of Kubernetes: gRPC probes are stable from there on."""
+MIN_VERSION = (1, 29)
+"""Of Kubernetes, as the chart's kubeVersion says."""
 _KUBERAY = "install the KubeRay operator, 1.6 or newer"
 _DEFAULT_CLASS = "storageclass.kubernetes.io/is-default-class"
 

@@ -5,14 +5,21 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+import yaml
 
 from rendered_chart import CHART, NAMESPACE, VALUES, groups, of_kind, pods, rendered, resources_of, secret_references
 from seamount.cluster.kubernetes.chart_values import claim, demands, read_values, rights, secrets, storage_class
+from seamount.cluster.kubernetes.preflight import MIN_VERSION
 
 
 @pytest.fixture(params=sorted(VALUES))
 def values_file(request: pytest.FixtureRequest) -> Path:
     return VALUES[request.param]
+
+
+def test_the_least_version_of_kubernetes() -> None:
+    major, minor = MIN_VERSION
+    assert yaml.safe_load((CHART / "Chart.yaml").read_text())["kubeVersion"] == f">={major}.{minor}.0-0"
 
 
 def test_pods(values_file: Path) -> None:

@@ -97,7 +97,7 @@ def test_a_cluster_that_takes_the_profile_passes(ready: ApiServer, run: Callable
 
 
 def test_what_lacks_is_named_with_its_remedy(ready: ApiServer, run: Callable[..., tuple[int, str, str]]) -> None:
-    ready.minor, ready.groups = "26", {}
+    ready.minor, ready.groups = "28", {}
     for number in range(5):
         ready.put("nodes", big_node(f"gpu-{number}", product="NVIDIA-A10"))
     ready.named["secrets"].clear()
