@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import secrets
 import uuid
 from collections.abc import AsyncIterator, Generator, Iterator
 from pathlib import Path
@@ -10,6 +12,14 @@ import pytest
 
 from seamount.cluster.redis_server import RedisServer
 from seamount.router.store import Store
+
+# Ray reads these when it is first imported, which some test files do before any test runs.
+os.environ |= {
+    "RAY_AUTH_MODE": "token",
+    "RAY_AUTH_TOKEN": secrets.token_hex(32),
+    "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",  # nodes have the address 127.0.0.1
+    "RAY_USAGE_STATS_ENABLED": "0",
+}
 
 _figures = pytest.StashKey[list[tuple[str, str]]]()
 

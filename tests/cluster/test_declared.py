@@ -135,7 +135,9 @@ class three_nodes:
     def __init__(self, temp_dir: Path, groups: dict[str, dict[str, Any]], redis_url: str) -> None:
         self._token = secrets.token_hex(32)
         self._groups = groups
-        self._environment = os.environ | {
+        inherited = os.environ.copy()
+        inherited.pop("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", None)  # `ray start` refuses several nodes with it
+        self._environment = inherited | {
             "RAY_TMPDIR": str(temp_dir),
             "RAY_AUTH_MODE": "token",
             "RAY_AUTH_TOKEN": self._token,

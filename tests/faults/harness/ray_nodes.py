@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import logging
 import random
-import secrets
 import shutil
 import socket
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,6 +19,8 @@ import pytest
 
 from seamount.router.byte_tokenizer import write_byte_tokenizer
 from seamount.workers.model.random_checkpoint import write_random_checkpoint
+
+_raylets: set[int] = set()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -33,22 +34,15 @@ class RayNode:
 
 @contextmanager
 def ray_nodes(resources: Sequence[tuple[str, Mapping[str, float]]]) -> Iterator[list[RayNode]]:
-    """Nodes with these names and custom resources, the first one Ray's head; this process is connected to them.
+    """Nodes with these names and custom resources, the first one Ray's head; this process is connected to them. How
+    they trust each other is set for the whole test process, in ``conftest``.
 
     Afterwards no process of theirs is left.
     """
     temp_dir = Path(tempfile.mkdtemp(prefix="smt-"))
     (temp_dir / "ray").mkdir()  # where Ray notes its address
     environment = pytest.MonkeyPatch()
-    chosen = {
-        "RAY_TMPDIR": str(temp_dir),
-        "RAY_AUTH_MODE": "token",
-        "RAY_AUTH_TOKEN": secrets.token_hex(32),
-        "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",  # nodes have the address 127.0.0.1
-        "RAY_USAGE_STATS_ENABLED": "0",
-    }
-    for name, value in chosen.items():
-        environment.setenv(name, value)
+    environment.setenv("RAY_TMPDIR", str(temp_dir))
     import ray
     from ray.cluster_utils import Cluster
 
@@ -59,10 +53,13 @@ def ray_nodes(resources: Sequence[tuple[str, Mapping[str, float]]]) -> Iterator[
     started += [cluster.add_node(resources=dict(offered), **common) for _, offered in others]
     ray.init(address=cluster.address, log_to_driver=False, logging_level=logging.ERROR)
     names = [name for name, _ in resources]
-    yield [
+    nodes = [
         RayNode(name=name, node_id=node.node_id, raylet=_raylet(node))
         for name, node in zip(names, started, strict=True)
     ]
+    _raylets.update(node.raylet for node in nodes)
+    yield nodes
+    _raylets.clear()
     ray.shutdown()
     cluster.shutdown()
     environment.undo()
@@ -104,12 +101,14 @@ def node_of(nodes: Sequence[RayNode], pid: int) -> str:
 
 
 def replica_pids(application: str) -> set[int]:
-    """Serve names a replica's process after its application."""
+    """On the nodes of this test process. Serve names a replica's process after its application."""
     found = set()
-    for process in psutil.process_iter(["pid", "cmdline"]):
-        line = " ".join(process.info["cmdline"] or ())
-        if f"ray::ServeReplica:{application}:" in line:
-            found.add(process.info["pid"])
+    for raylet in _raylets:
+        with suppress(psutil.NoSuchProcess):
+            for process in psutil.Process(raylet).children(recursive=True):
+                with suppress(psutil.NoSuchProcess):
+                    if f"ray::ServeReplica:{application}:" in " ".join(process.cmdline()):
+                        found.add(process.pid)
     return found
 
 
