@@ -109,6 +109,8 @@ class NodeWatch:
                 self._reconcile()
             except (SeamountError, redis.RedisError) as error:
                 _LOG.warning("drain_not_requested", extra={"cause": type(error).__name__})
+            except Exception:  # a defect must not end the watch unseen
+                _LOG.exception("drain_not_requested")
 
     def _reconcile(self) -> None:
         nodes = self.nodes.objects if self.nodes is not None else []
@@ -132,8 +134,12 @@ class NodeWatch:
             status = self._drains.drain_status(address)
             if status is None or status.phase is not DrainPhase.EMPTY or status.node_id in self._closed:
                 continue
-            self._close_node(status.node_id)
-            self._closed.add(status.node_id)
+            try:
+                self._close_node(status.node_id)
+            except SeamountError as error:  # tried again, and the others' turn now
+                _LOG.warning("node_not_closed", extra={"node_id": status.node_id, "remedy": error.message})
+            else:
+                self._closed.add(status.node_id)
 
 
 def to_ask(wanted: Iterable[WantedDrain], asked: Iterable[DrainRequest], *, now_s: float) -> list[WantedDrain]:

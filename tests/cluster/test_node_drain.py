@@ -1,6 +1,8 @@
 from __future__ import annotations
 
+import json
 import secrets
+from dataclasses import asdict
 
 import pytest
 
@@ -40,6 +42,15 @@ def test_asked_again_the_earlier_deadline_holds(drains: DrainRequests) -> None:
     status = drains.drain_status("10.0.0.7")
     assert status is not None
     assert status.remaining_s <= 20.0
+
+
+def test_a_request_of_a_release_that_says_more_is_understood(drains: DrainRequests, redis_url: str) -> None:
+    drains.request_drain("node-a", deadline_s=60.0, cause="maintenance")
+    (asked,) = drains.requests()
+    client = connect(redis_url, timeout_s=1.0)
+    (key,) = [key for key in client.keys("*drains:asked") if client.hexists(key, "node-a")]
+    client.hset(key, "node-a", json.dumps({**asdict(asked), "priority": "high"}))
+    assert drains.requests() == [asked]
 
 
 def test_old_requests_go(drains: DrainRequests, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -22,6 +22,7 @@ from seamount.cluster.kubernetes.objects import (
     wanted_drains,
 )
 from seamount.cluster.node_drain import DrainPhase, DrainRequest, DrainRequests, DrainStatus
+from seamount.wire.errors import Unavailable
 
 from .api_server import ApiServer, Fault, node, pod
 
@@ -136,10 +137,16 @@ class Watched:
             deadline_s=DEADLINE_S,
             watches_nodes=watches_nodes,
             on_restart=lambda resource, cause: self.restarts.append((resource, cause)),
-            close_node=self.closed.append,
+            close_node=self._close,
             max_pause_s=0.2,
         )
+        self.failures: list[Exception] = []
         self.watch.start()
+
+    def _close(self, node_id: str) -> None:
+        if self.failures:
+            raise self.failures.pop()
+        self.closed.append(node_id)
 
     @property
     def asked(self) -> dict[str, str]:
@@ -181,6 +188,14 @@ def test_a_cordon_empties_and_closes_and_an_uncordon_takes_it_back(server: ApiSe
     server.remove("pods", "decode-a", "models")
     until(lambda: watched.asked == {})  # the next pod may get its address
     assert watched.closed == ["ab"]
+
+
+def test_a_node_that_cannot_be_closed_is_tried_again_and_holds_up_no_other(server: ApiServer, watched: Watched) -> None:
+    watched.failures = [ValueError("not a typed error"), Unavailable("Ray is busy", reason="NOT_CLOSED")]
+    for name, address in (("n1", "10.0.0.1"), ("n2", "10.0.0.2")):
+        watched.drains.tell(DrainStatus(node=address, phase=DrainPhase.EMPTY, node_id=f"of {name}"))
+        server.put("nodes", node(name, cordoned=True))
+    until(lambda: sorted(watched.closed) == ["of n1", "of n2"])
 
 
 def test_a_pod_that_terminates_is_drained_within_its_grace_period(server: ApiServer, watched: Watched) -> None:
