@@ -7,8 +7,9 @@ from collections.abc import Callable
 
 from seamount.cluster.fleet_state import FleetState
 
-SIBLING_DEAD_AFTER_S = 10.0
-"""A Ray cluster whose fleet has not beaten for so long, while Redis answered, is no successor."""
+SIBLING_DEAD_AFTER_S = 30.0
+"""A Ray cluster whose fleet has not beaten for so long, while Redis answered, is no successor. New settings replace its
+fleet, which takes about half of that."""
 
 
 class Siblings:
