@@ -8,8 +8,8 @@ from collections.abc import Callable
 from seamount.cluster.fleet_state import FleetState
 
 SIBLING_DEAD_AFTER_S = 30.0
-"""A Ray cluster whose fleet has not beaten for so long, while Redis answered, is no successor. New settings replace its
-fleet, which takes about half of that."""
+"""A Ray cluster whose fleet has not beaten for so long, while Redis answered, is no successor. Where
+new settings replace its fleet, the one before has up to 15 s to end."""
 
 
 class Siblings:
