@@ -32,6 +32,7 @@ REFUSED = {
     "serving.engine.max_contxt=9": "at '/serving/engine': additional properties 'max_contxt' not allowed",
     "serving.cache.layout=fp4": "at '/serving/cache/layout': value must be one of 'fp8', 'bf16', 'exact'",
     "serving.router.host=0.0.0.0": "at '/serving/router': additional properties 'host' not allowed",
+    "serving.router.port=9464": "serving.router.port: 9464 is taken in a router's pod",
     "serving.router.port=0": "at '/serving/router/port': minimum: got 0, want 1",
     "autoscaling.targets.first_token_s=0": "at '/autoscaling/targets/first_token_s': exclusiveMinimum",
     "routers.replicas=1": "routers.replicas: 1 is not between minReplicas = 2 and maxReplicas = 8",

@@ -17,6 +17,14 @@
 {{- end -}}
 {{- end -}}
 
+{{/* Refuses a port that another process of the router's pod listens on: metrics, Ray's exporter, Ray's agent. */}}
+{{- define "seamount.checkPort" -}}
+{{- $port := int .Values.serving.router.port -}}
+{{- if or (eq $port 8080) (eq $port 9464) (eq $port 52365) -}}
+{{- fail (printf "serving.router.port: %d is taken in a router's pod (8080 Ray's metrics, 9464 metrics, 52365 Ray's agent); choose another" $port) -}}
+{{- end -}}
+{{- end -}}
+
 {{/* Refuses what no pod could hold. Arguments: name, pool (its values), device (serving.engine.device). */}}
 {{- define "seamount.checkPool" -}}
 {{- $pool := .pool -}}
