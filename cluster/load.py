@@ -98,8 +98,8 @@ class Need:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Look:
-    """What one look came to; ``History`` keeps them. answers: that run at a decode gang, 0 where none does;
-    inter_token_s: between two tokens of one of them."""
+    """What one look came to; ``History`` keeps them. num_held_pages: of all decode gangs; answers: that run at a decode
+    gang, 0 where none does; inter_token_s: between two tokens of one of them."""
 
     now_s: float
     num_prompt_tokens: int

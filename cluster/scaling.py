@@ -11,10 +11,10 @@ streams, A = append_share x sum of their r:
 A queue that is gone before a new gang could serve starts none, and no more start than there are answers to share. Where
 there may be no prefill gangs, decode gangs are to have the rate for all of it.
 
-Answers. Held pages H (in use or leased, with their trend over S), answers running R and blocked B, seconds between the
-tokens of an answer L; the most of
+Answers. Held pages H (in use or leased; H' with their trend over S), answers running R and blocked B, seconds between
+the tokens of an answer L; the most of
 
-    H x (1 + B / R) / (max_occupancy x pages of a gang),   (R + B) / (max_occupancy x places of a gang),
+    max(H', H x (1 + B / R)) / (max_occupancy x pages of a gang),   (R + B) / (max_occupancy x places of a gang),
     n x L / target
 
 While prefill gangs are short, L asks for no more: what streams wait for then is prompts. A step reads its weights for
@@ -53,7 +53,7 @@ def decide(snapshot: Snapshot, slo: Slo) -> Decision:
     look = Look(
         now_s=snapshot.now_s,
         num_prompt_tokens=snapshot.num_prompt_tokens,
-        num_held_pages=sum(gang.num_held_pages for gang in snapshot.gangs),
+        num_held_pages=sum(gang.num_held_pages for gang in snapshot.of("decode")),
         answers=_mean([gang.num_running for gang in snapshot.ready("decode")]),
         inter_token_s=_inter_token_s(snapshot),
     )
@@ -124,7 +124,7 @@ def decode_need(
     with_blocked = 1.0 + num_blocked / max(1, num_running)
     pages = sum(gang.num_pages for gang in ready) / len(ready)
     if pages:
-        asks["pages"] = max(held, expected) * with_blocked / (slo.max_occupancy * pages)
+        asks["pages"] = max(expected, held * with_blocked) / (slo.max_occupancy * pages)
     places = sum(gang.num_places for gang in ready) / len(ready)
     if places:
         asks["places"] = (num_running + num_blocked) / (slo.max_occupancy * places)

@@ -73,6 +73,9 @@ def settled(
         pytest.param([decode(0), prefill(0)], 200_000, (8, 1), id="at most"),
         pytest.param([decode(0, num_held_pages=790)], 0, (0, 1), id="790 pages of 1,000 fit into 0.8"),
         pytest.param([decode(0, num_held_pages=900)], 0, (0, 2), id="900 do not"),
+        pytest.param(
+            [decode(0, num_held_pages=700), prefill(0, num_held_pages=700)], 0, (0, 1), id="prefill's are its own"
+        ),
         pytest.param([decode(n, num_held_pages=900) for n in range(3)], 0, (0, 4), id="2,700 / 800"),
         pytest.param([decode(n, num_held_pages=420) for n in range(2)], 0, (0, 2), id="840 / 640: two stay"),
         pytest.param([decode(n, num_held_pages=300) for n in range(2)], 0, (0, 1), id="600 / 640: one goes"),
