@@ -116,6 +116,7 @@ class Reconciler:
         self._routers = RouterCare(parts.leaving_routers, gangs)
         self._not_before: dict[PoolName, float] = {}
         self._starting: dict[str, float] = {}
+        self._has_served = False
         self._stop = threading.Event()
         self._last_pass = self._began = time.monotonic()
         self._thread = threading.Thread(target=self._run, name="fleet", daemon=True)
@@ -140,6 +141,7 @@ class Reconciler:
             try:
                 if not self._state.epoch:
                     self._state.claim()
+                    self._has_served = self._state.was_serving()
                     logger.info("fleet_claimed", extra={"epoch": self._state.epoch, "number": self._state.number})
                 self.reconcile()
                 self._last_pass = time.monotonic()
@@ -162,10 +164,10 @@ class Reconciler:
         nodes = self._gangs.nodes()
         view_here = of_nodes(view, {node.node_id for node in nodes})
         work = self._requests.work(running, nodes, view_here)
-        is_outlived = self._siblings.is_outlived()
+        family = self._siblings.look()
         leaving = {*self._leaving.names, *work.gangs, *work.routers}
-        wanted = self._scaler.wanted(running, view_here, leaving)
-        if is_outlived:
+        wanted = self._scaler.wanted(running, view_here, leaving, elder=None if self._has_served else family.elder)
+        if family.is_outlived:
             wanted = replace(wanted, pools=[replace(pool, num_gangs=0) for pool in wanted.pools])
         self._measure(running, wanted)
         mind = Circumstances(
@@ -187,13 +189,15 @@ class Reconciler:
                 case Delete():
                     self._take_away(action, work.gangs, view_here)
         self._end_drains(running, work.gangs)
-        if is_outlived:
+        if family.is_outlived:
             self._routers.all_leave(view_here)
         else:
             self._routers.mind(wanted.routers, view_here, work, [node.node_id for node in nodes])
         for status in statuses(work, running, view_here):
             self._parts.drains.tell(status)
-        self._state.tell_siblings(is_serving=is_serving(wanted, running) and not is_outlived)
+        serves = is_serving(wanted, running) and not family.is_outlived
+        self._has_served |= serves
+        self._state.tell_siblings(is_serving=serves)
 
     def _given_up(self, pools: Sequence[WantedPool]) -> frozenset[PoolName]:
         return frozenset(

@@ -51,12 +51,18 @@ class Scaler:
         self._history = History()
         self._last: Wanted | None = None
 
-    def wanted(self, running: Sequence[RunningGang], view: View, leaving: Collection[str]) -> Wanted:
-        """What there should be now. leaving: gangs and routers that go already, or are to be replaced."""
+    def wanted(
+        self, running: Sequence[RunningGang], view: View, leaving: Collection[str], *, elder: str | None = None
+    ) -> Wanted:
+        """What there should be now. leaving: gangs and routers that go already, or are to be replaced. elder: the Ray
+        session whose load is to come here: as many gangs as it wants are to stand before any of it does."""
         loads = self._meter.gangs(running, view.ranks)
         cheapest = tuple(gang.name for gang in cheapest_first([gang for gang in loads if gang.name not in leaving]))
         if not self._settings.enabled:
             return Wanted(pools=self._pools, cheapest=cheapest)
+        if elder is not None:
+            self._last = replace(self._remembered(elder), cheapest=cheapest)
+            return self._last
         last = self._last or self._remembered()
         if self._is_changing(running, leaving) or not view.routers:
             self._last = replace(last, cheapest=cheapest)
@@ -102,12 +108,13 @@ class Scaler:
         measured = self._state.recall(_START + pool)
         return self._settings.start_s if measured is None else measured
 
-    def _remembered(self) -> Wanted:
-        """What a fleet before this one wanted last, within today's limits; decisions go on from there."""
+    def _remembered(self, elder: str | None = None) -> Wanted:
+        """What a fleet before this one, or that of an older Ray cluster, wanted last, within today's limits; decisions
+        go on from there."""
         pools = []
         for pool in self._pools:
             limits = self._slo.prefill if pool.pool == "prefill" else self._slo.decode
-            stored = self._state.recall(_WANTED + pool.pool)
+            stored = self._state.recall(_WANTED + pool.pool, of=elder)
             number = pool.num_gangs if stored is None else int(stored)
             pools.append(replace(pool, num_gangs=min(max(number, limits.at_least), limits.at_most)))
         numbers = {pool.pool: pool.num_gangs for pool in pools}

@@ -81,7 +81,8 @@ class FleetState:
 
     def __init__(self, client: redis.Redis, *, cluster_name: str, ray_session: str) -> None:
         self._client = client
-        self._key = f"seamount:{{{cluster_name}}}:fleet:{ray_session}"
+        self._cluster_name = cluster_name
+        self._key = self._key_of(ray_session)
         self._siblings_key = f"seamount:{{{cluster_name}}}:fleets"
         self._session = ray_session
         self._enter = client.register_script(_ENTER)
@@ -103,6 +104,11 @@ class FleetState:
         told = f"{int(time.time() * 1e3)}:{int(is_serving)}"
         self._client.hset(self._siblings_key, f"beat:{self._session}", told)
 
+    def was_serving(self) -> bool:
+        """What the fleets of this Ray cluster told last."""
+        stored: Any = self._client.hget(self._siblings_key, f"beat:{self._session}")
+        return stored is not None and stored.decode().endswith(":1")
+
     def siblings(self) -> list[Sibling]:
         """The other Ray clusters of this name, dead ones, too."""
         stored: Any = self._client.hgetall(self._siblings_key)
@@ -119,8 +125,9 @@ class FleetState:
         """A number for the fleets after this one."""
         self._checked(self._remember(keys=[self._key], args=[self.epoch, field, value]))
 
-    def recall(self, field: str) -> float | None:
-        stored: Any = self._client.hget(self._key, field)
+    def recall(self, field: str, *, of: str | None = None) -> float | None:
+        """of: the Ray session of a sibling; None = this one."""
+        stored: Any = self._client.hget(self._key if of is None else self._key_of(of), field)
         return None if stored is None else float(stored)
 
     def note_avoided(self, gang: str, nodes: Collection[str]) -> None:
@@ -149,6 +156,9 @@ class FleetState:
         """Removes the state: the Ray cluster is going."""
         self._client.delete(self._key)
         self._client.hdel(self._siblings_key, f"number:{self._session}", f"beat:{self._session}")
+
+    def _key_of(self, ray_session: str) -> str:
+        return f"seamount:{{{self._cluster_name}}}:fleet:{ray_session}"
 
     def _checked(self, number: Any) -> int:
         if int(number) < 0:

@@ -347,18 +347,23 @@ def test_an_older_ray_cluster_gives_way_to_a_younger_one_that_lives_and_serves(r
     of_old, of_young = Siblings(old, clock), Siblings(young, clock)
     old.tell_siblings(is_serving=True)
     young.tell_siblings(is_serving=False)
-    assert not of_old.is_outlived()
+    assert not of_old.look().is_outlived
     for _ in range(2):
         clock.now_s += 1.0
         old.tell_siblings(is_serving=True)
         young.tell_siblings(is_serving=False)
-        assert not of_old.is_outlived()
+        assert not of_old.look().is_outlived
+        of_young.look()
+    assert of_young.look().elder == "first"
+    assert of_old.look().elder is None
     clock.now_s += 1.0
     young.tell_siblings(is_serving=True)
-    assert of_old.is_outlived()
-    assert not of_young.is_outlived()
-    clock.now_s += SIBLING_DEAD_AFTER_S  # the younger one is gone again
-    assert not of_old.is_outlived()
+    assert of_old.look().is_outlived
+    assert (old.was_serving(), young.was_serving()) == (True, True)
+    assert not of_young.look().is_outlived
+    clock.now_s += SIBLING_DEAD_AFTER_S  # the younger one is gone again, and the older one does not beat either
+    assert not of_old.look().is_outlived
+    assert of_young.look().elder is None
     old.claim()  # its next fleet is still of the same Ray cluster
     assert old.number == 1
     young.forget()
@@ -380,8 +385,15 @@ ON = AutoscalingSettings.model_validate(
 FULL = {"num_free_pages": 5, "num_running": 1, "prefill_tokens_per_s": 100.0}
 
 
-def numbers(scaler: Scaler, running: list[RunningGang], view: View, leaving: Collection[str] = ()) -> list[int]:
-    return [pool.num_gangs for pool in scaler.wanted(running, view, leaving).pools]
+def numbers(
+    scaler: Scaler,
+    running: list[RunningGang],
+    view: View,
+    leaving: Collection[str] = (),
+    *,
+    elder: str | None = None,
+) -> list[int]:
+    return [pool.num_gangs for pool in scaler.wanted(running, view, leaving, elder=elder).pools]
 
 
 def test_without_scaling_the_numbers_are_those_of_the_settings(redis_url: str) -> None:
@@ -411,6 +423,26 @@ def test_what_was_wanted_outlives_the_fleet_and_a_gang_that_leaves_is_not_fewer_
     older = [gang(0, version="u"), gang(1)]
     assert numbers(after, older, full) == [3, 0]  # an update goes first
     state.forget()
+
+
+def test_a_younger_ray_cluster_begins_with_as_many_gangs_as_the_older_one_wants(redis_url: str) -> None:
+    old, young = states(redis_url, "loaded", "upgraded")
+    clock = Clock()
+    of_old, of_young = Scaler(ON, POOLS, old, clock), Scaler(ON, POOLS, young, clock)
+    running = [gang(0), gang(1)]
+    full = View(ranks=(rank("decode-0-a.0", **FULL), rank("decode-1-b.0", **FULL)), routers=routers("n1").routers)
+    calm = View(ranks=(rank("decode-0-c.0", num_free_pages=100),), routers=routers("n1").routers)
+    assert numbers(of_young, [gang(0)], calm, elder="loaded") == [2, 0]  # nothing is known of it yet
+    for _ in range(5):
+        clock.now_s += 1.0
+        wanted = numbers(of_old, running, full)
+    assert wanted == [3, 0]
+    for _ in range(10):  # its own gangs have nothing to do
+        clock.now_s += 1.0
+        assert numbers(of_young, [gang(0)], calm, elder="loaded") == [3, 0]
+    assert numbers(of_young, [gang(0)], calm) == [3, 0]  # from here on it decides: shrinking takes its time
+    for state in (old, young):
+        state.forget()
 
 
 def test_how_long_gangs_take_to_start_is_measured_and_kept(redis_url: str) -> None:
