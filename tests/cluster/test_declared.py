@@ -9,17 +9,15 @@ from __future__ import annotations
 import base64
 import json
 import os
-import random
 import secrets
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import tempfile
 import time
 import urllib.request
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -31,12 +29,11 @@ import pytest
 import yaml
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
+from harness.ray_nodes import free_port, random_checkpoint, wait_for
 from rendered_chart import VALUES, Manifest, groups, of_kind, run_template, serve_config
-from seamount.router.byte_tokenizer import write_byte_tokenizer
 from seamount.router.client import Client, Sampling, user
 from seamount.v1 import events_pb2
 from seamount.wire.errors import Unauthenticated
-from seamount.workers.model.random_checkpoint import write_random_checkpoint
 
 pytestmark = [pytest.mark.cluster, pytest.mark.timeout(300)]
 
@@ -86,7 +83,7 @@ class System:
 def system(redis_url: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[System]:
     folder = tmp_path_factory.mktemp("declared")
     port = free_port()
-    chosen = {"model": {"path": str(checkpoint(folder))}, "router": {"port": port}}
+    chosen = {"model": {"path": str(random_checkpoint(folder))}, "router": {"port": port}}
     done = run_template("--set-json", f"serving={json.dumps(chosen)}", values=[VALUES["trial-cpu"]])
     assert done.returncode == 0, done.stderr
     manifests = [manifest for manifest in yaml.safe_load_all(done.stdout) if manifest]
@@ -102,17 +99,6 @@ def system(redis_url: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator
     shutil.rmtree(temp_dir)
 
 
-def checkpoint(folder: Path) -> Path:
-    tokenizer = folder / "tokenizer"
-    tokenizer.mkdir()
-    vocab_size = write_byte_tokenizer(tokenizer)
-    files = {file.name: file.read_bytes() for file in tokenizer.iterdir()}
-    seed = random.SystemRandom().randrange(1 << 31)
-    print(f"checkpoint seed {seed}")
-    write_random_checkpoint(folder / "model", seed=seed, geometry="test", vocab_size=vocab_size, extra_files=files)
-    return folder / "model"
-
-
 def write_secrets(manifests: list[Manifest], folder: Path) -> str:
     """The chart's own secrets as files, where pods have them mounted; the API key."""
     data: dict[str, str] = {}
@@ -122,11 +108,6 @@ def write_secrets(manifests: list[Manifest], folder: Path) -> str:
         (folder / place).parent.mkdir(parents=True)
         (folder / place).write_text(data[key])
     return data["trial-key"]
-
-
-def free_port() -> int:
-    with socket.create_server(("127.0.0.1", 0)) as probe:
-        return int(probe.getsockname()[1])
 
 
 class three_nodes:
@@ -208,14 +189,6 @@ def answers(nodes: Nodes) -> bool:
     except OSError:
         return False
     return True
-
-
-def wait_for(what: str, true: Callable[[], bool], timeout_s: float = 60.0) -> None:
-    begun = time.monotonic()
-    while not true():
-        assert time.monotonic() - begun < timeout_s, f"{what}: not within {timeout_s:g} s"
-        time.sleep(0.2)
-    print(f"{what}: {time.monotonic() - begun:.1f} s")
 
 
 def is_ready(address: str) -> bool:

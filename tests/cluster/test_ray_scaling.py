@@ -67,14 +67,16 @@ def test_twelve_sessions_make_the_fleet_grow_and_one_lets_it_shrink_by_the_cheap
 
 
 def large_session_at(client: Client, gang: str) -> str:
-    """One with many pages on a rank of that gang."""
-    for _ in range(20):
+    """One with many pages on a rank of that gang. It grows where its first few tokens are: pages that others had left
+    elsewhere would make that gang dear."""
+    for _ in range(40):
         session = client.create_session()
-        receipt = say(client, session.id, "a long story about the sea " * 150)
-        if gang_of(receipt.decode_rank) == gang:
-            return session.id
+        if gang_of(say(client, session.id, "hello").decode_rank) == gang:
+            receipt = say(client, session.id, "a long story about the sea " * 150)
+            if gang_of(receipt.decode_rank) == gang:
+                return session.id
         client.delete_session(session.id)
-    raise AssertionError(f"none of twenty sessions was placed on {gang}")
+    raise AssertionError(f"none of forty sessions was placed on {gang}")
 
 
 def test_a_long_turn_leaves_a_node_that_is_to_be_emptied_on_the_same_stream(

@@ -112,7 +112,7 @@ def replica_pids(application: str) -> set[int]:
     return found
 
 
-def wait_for(what: str, true: Callable[[], bool], timeout_s: float = 30.0) -> None:
+def wait_for(what: str, true: Callable[[], bool], timeout_s: float = 60.0) -> None:
     begun = time.monotonic()
     while not true():
         assert time.monotonic() - begun < timeout_s, f"{what}: not within {timeout_s:g} s"

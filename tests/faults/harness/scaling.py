@@ -152,7 +152,7 @@ class Load:
 
 def endless(client: Client) -> str:
     """A prompt whose greedy answer does not end by itself for a while: it may well go round in circles then."""
-    for _ in range(30):
+    for _ in range(100):
         prompt = f"Count. {secrets.token_hex(4)}"
         turn = client.run_turn(
             client.create_session().id,
