@@ -101,7 +101,7 @@ class FleetState:
 
     def tell_siblings(self, *, is_serving: bool) -> None:
         """One beat."""
-        told = f"{int(time.time() * 1e3)}:{int(is_serving)}"
+        told = f"{time.time_ns()}:{int(is_serving)}"
         self._client.hset(self._siblings_key, f"beat:{self._session}", told)
 
     def was_serving(self) -> bool:

@@ -333,7 +333,7 @@ def test_the_number_of_routers_stands_when_serves_configuration_is_applied_again
 
 def states(redis_url: str, *sessions: str) -> list[FleetState]:
     client = connect(redis_url, timeout_s=1.0)
-    name = f"test-{id(sessions)}"
+    name = f"test-{secrets.token_hex(4)}"
     made = [FleetState(client, cluster_name=name, ray_session=session) for session in sessions]
     for state in made:
         state.claim()
