@@ -10,6 +10,7 @@ import time
 from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass
+from http.client import HTTPException
 from urllib.request import urlopen
 
 import psutil
@@ -106,7 +107,7 @@ def test_every_process_is_scraped_on_a_port_of_its_own(system: System, client: C
     say(client, client.create_session().id, "Are you counted?")
     first, found = system.settings.metrics.port, dict[str, float]()
     for port in range(first, first + 12):  # fleet, router and three ranks; the port of a stranger may lie between
-        with suppress(OSError), urlopen(f"http://127.0.0.1:{port}/metrics", timeout=10) as response:
+        with suppress(OSError, HTTPException), urlopen(f"http://127.0.0.1:{port}/metrics", timeout=10) as response:
             families = text_string_to_metric_families(response.read().decode())
             samples = [sample for family in families for sample in family.samples if sample.name.startswith("seamount")]
             found |= {f"{s.name} {' '.join(sorted(s.labels.values()))}".strip(): s.value for s in samples}
