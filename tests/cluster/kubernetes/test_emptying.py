@@ -5,11 +5,9 @@ from __future__ import annotations
 import json
 import threading
 from collections.abc import Callable
-from pathlib import Path
 
 import pytest
 
-from seamount.cluster.cli import main
 from seamount.cluster.kubernetes.api import KubernetesApi
 from seamount.cluster.kubernetes.emptying import Emptying, drain_kubernetes_node
 from seamount.wire.errors import DeadlineExceeded, NotFound, PermissionDenied
@@ -105,18 +103,6 @@ def test_unknown_nodes_and_missing_rights(cluster: ApiServer, api: KubernetesApi
 
 
 # ---- the commands
-
-
-@pytest.fixture
-def run(kubeconfig: Path, capsys: pytest.CaptureFixture[str]) -> Callable[..., tuple[int, str, str]]:
-    def call(*arguments: str) -> tuple[int, str, str]:
-        with pytest.raises(SystemExit) as caught:
-            main(["k8s", *arguments, "--kubeconfig", str(kubeconfig)])
-        code = caught.value.code
-        told = capsys.readouterr()
-        return (code if isinstance(code, int) else 0 if code is None else 1), told.out, told.err
-
-    return call
 
 
 def test_drain_tells_progress_and_its_end(cluster: ApiServer, run: Callable[..., tuple[int, str, str]]) -> None:

@@ -11,7 +11,6 @@ from typing import Any
 import pytest
 import yaml
 
-from seamount.cluster.cli import main
 from seamount.cluster.kubernetes.api import KubernetesApi
 from seamount.cluster.kubernetes.capacity import room, takes
 from seamount.cluster.kubernetes.chart_values import Demand, claim, demands, read_values, rights, secrets, storage_class
@@ -48,20 +47,6 @@ def ready(server: ApiServer) -> ApiServer:
         "persistentvolumeclaims": {("models", "deepseek-v32")},
     }
     return server
-
-
-@pytest.fixture
-def run(kubeconfig: Path, capsys: pytest.CaptureFixture[str]) -> Callable[..., tuple[int, str, str]]:
-    """Exit code, output and errors of ``seamount k8s ...``."""
-
-    def call(*arguments: str) -> tuple[int, str, str]:
-        with pytest.raises(SystemExit) as caught:
-            main(["k8s", *arguments, "--kubeconfig", str(kubeconfig)])
-        code = caught.value.code
-        told = capsys.readouterr()
-        return (code if isinstance(code, int) else 0 if code is None else 1), told.out, told.err
-
-    return call
 
 
 def preflight(run: Callable[..., tuple[int, str, str]], *files: Path) -> tuple[int, dict[str, dict[str, str]]]:
