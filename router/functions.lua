@@ -28,9 +28,13 @@ local function decimal(number)
   return string.format('%.0f', number)
 end
 
-local function now_ms()
+local function now_us()
   local time = redis.call('TIME')
-  return tonumber(time[1]) * 1000 + math.floor(tonumber(time[2]) / 1000)
+  return tonumber(time[1]) * 1000000 + tonumber(time[2])
+end
+
+local function now_ms()
+  return math.floor(now_us() / 1000)
 end
 
 -- The session's fields by name, or nil and the answer that says why not.
@@ -109,6 +113,8 @@ local function close_log(log, field, value, kept_ms)
   redis.call('PEXPIRE', log, kept_ms)
 end
 
+-- Its epochs count on from the time of creation in microseconds: a session that is made anew under the id of a deleted
+-- one is above all epochs of that, which ranks may remember.
 -- ARGV tenant, session, record, body hash, summary, chain, created (ms), rest, rank, options, then the entries it begins
 --      with: those of another session, chained to its own record
 --   {CREATED|EXISTS, created, view} · {KEY_REUSED} · {DATA_LOSS, part}
@@ -124,7 +130,7 @@ local function create_session(keys, argv)
   for i = 11, #argv do redis.call('RPUSH', keys[2], argv[i]) end
   redis.call('HSET', keys[1], 'tenant', tenant, 'session', session, 'record', record, 'create_hash', body_hash,
              'summary', argv[5], 'chain', argv[6], 'created', argv[7], 'updated', decimal(now_ms()), 'rest', rest,
-             'head', decimal(#argv - 10), 'epoch', '0', 'num_keys', '0', 'rank', argv[9], 'options', argv[10],
+             'head', decimal(#argv - 10), 'epoch', decimal(now_us()), 'num_keys', '0', 'rank', argv[9], 'options', argv[10],
              'prompt_tokens', '0', 'output_tokens', '0', 'turn', '', 'key', '', 'hash', '', 'owner', '', 'nonce', '', 'deadline', '0')
   meta = load(keys, tenant, session)
   return {'CREATED', meta.created, view(meta)}

@@ -87,6 +87,8 @@ async def test_killed_with_its_client(system: FaultSystem, num_tokens: int) -> N
 
 _TURN = 13
 """Of begin_turn's arguments."""
+_DEAD_EPOCH = 11
+"""Of take_over_turn's."""
 
 
 @points("point,num_tokens", sample(WRITES, 6), seeded=1)
@@ -114,9 +116,14 @@ async def test_stopped_before_a_write_and_continued(system: FaultSystem, point: 
 
 async def turn_id_of(system: FaultSystem, answer: Answer) -> str:
     """Also of a turn whose client has heard nothing yet."""
+    return argument(system, answer, "begin_turn", _TURN)
+
+
+def argument(system: FaultSystem, answer: Answer, name: str, place: int) -> str:
+    """Of the first such command about the answer's session."""
     session_id = answer.session.id.encode()
-    found = [c for p in system.proxies.values() for c in p.seen if c.name == "begin_turn" and session_id in c.arguments]
-    return found[0].arguments[_TURN].decode()
+    found = [c for p in system.proxies.values() for c in p.seen if c.name == name and session_id in c.arguments]
+    return found[0].arguments[place].decode()
 
 
 async def refused_by_ranks(system: FaultSystem, answer: Answer, asked: Request) -> None:
@@ -128,7 +135,7 @@ async def refused_by_ranks(system: FaultSystem, answer: Answer, asked: Request) 
         stale = worker_pb2.ReserveRequest(
             session_id=answer.session.id,
             turn_id=answer.turn_id,
-            epoch=1,
+            epoch=int(argument(system, answer, "take_over_turn", _DEAD_EPOCH)),
             attempt=9,
             cache_salt=bytes(32),
             token_ids=[1],

@@ -143,6 +143,7 @@ class SessionMachine(RuleBasedStateMachine):
         self.cold = Sessions(store, secret=SECRET, router_id=RouterId("cold"), cache_bytes=0)
         self.token_logs = [TokenLog(sessions) for sessions in self.routers]
         self.sessions: dict[str, Modelled] = {}
+        self.epochs: dict[SessionId, int] = {}
         self.past: list[Holder] = []
         self.num_steps = 0
 
@@ -158,15 +159,17 @@ class SessionMachine(RuleBasedStateMachine):
         request = session_pb2.CreateSessionRequest(idempotency_key=key)
         request.defaults.top_k = 1 + len(body)
         answer = await said(self.routers[router].create(self.tenant, request, model="m"))
-        self.settle_made(key, request, [], answer)
+        await self.settle_made(key, request, [], answer)
 
-    def settle_made(self, key: str, request: Any, records: Sequence[record_pb2.TurnRecord], answer: Any) -> None:
+    async def settle_made(self, key: str, request: Any, records: Sequence[record_pb2.TurnRecord], answer: Any) -> None:
         known = self.sessions.get(key)
         if known is not None and known.request != request:
             assert answer == "KEY_REUSED"
             return
         if known is None:
             known = Modelled(id=SessionId(answer.id), request=request, records=list(records))
+            known.epoch = (await self.cold.get(self.tenant, known.id)).epoch
+            assert known.epoch > self.epochs.get(known.id, 0), "made anew: above all epochs of the deleted one"
             self.sessions[key] = known
         assert (answer.id, answer.head) == (known.id, len(known.records)), "a retry finds the first one's session"
 
@@ -290,7 +293,7 @@ class SessionMachine(RuleBasedStateMachine):
         view, history = await self.routers[router].read(self.tenant, origin.id)
         records = history.records[:at_turn]
         answer = await said(self.routers[router].fork(self.tenant, request, view, records, num_context_tokens=0))
-        self.settle_made(key, request, origin.records[:at_turn], answer)
+        await self.settle_made(key, request, origin.records[:at_turn], answer)
 
     @rule(
         place=places,
@@ -528,6 +531,7 @@ class SessionMachine(RuleBasedStateMachine):
         session = self.sessions.pop(key, None)
         if session is None:
             return
+        self.epochs[session.id] = session.epoch
         if session.holder is not None:
             self.release(session, "lost")
         for _ in range(1 + is_repeated):

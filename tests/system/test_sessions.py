@@ -206,6 +206,16 @@ async def gone_with_its_lease(cluster: LocalCluster, alice: AsyncClient) -> None
             await asyncio.sleep(0.05)
 
 
+async def test_a_session_made_anew_under_its_old_key_is_served_where_the_old_one_was(alice: AsyncClient) -> None:
+    """It has the same id: what ranks remember of the first one's epochs must not refuse it."""
+    for _ in range(3):  # two decode ranks: one of them serves two of the three
+        session = await alice.create_session(idempotency_key="made again")
+        for _ in range(2):
+            turn = await alice.run_turn(session.id, [user("hello")], sampling=SHORT).result()
+            assert turn.finish_reason == common_pb2.FINISH_REASON_LENGTH
+        await alice.delete_session(session.id)
+
+
 async def test_a_retry_replays_the_first_result_and_computes_nothing(cluster: LocalCluster, alice: AsyncClient) -> None:
     session = await alice.create_session()
     sampling = Sampling(max_output_tokens=10, temperature=1.0, num_logprobs=2)
