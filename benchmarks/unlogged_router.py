@@ -1,21 +1,38 @@
-"""A router whose token log tells events at once and writes nothing: what ``benchmarks.token_log`` compares with.
+"""A router that tells events at once and keeps nothing for a log: what ``benchmarks.token_log`` compares with.
 
 python -m benchmarks.unlogged_router < START      START: what ``seamount.cluster.process`` reads
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from seamount.cluster.process import main
-from seamount.router.token_log import TokenLog
+from seamount.router import token_log
+from seamount.v1 import common_pb2
+from seamount.wire.ids import RankId
 
 
-async def _tell_at_once(token_log: TokenLog) -> None:
-    logs, token_log._news = list(token_log._news), {}
-    for log in logs:
-        if log.to_send() is not None:
-            log.settle(None)
+class Unlogged(token_log.TurnLog):
+    """Delivers what it is given; nothing ever waits, and nothing is asked."""
+
+    def add_prompt(self, num_prompt_tokens: int, events: token_log.Events) -> None:
+        self._deliver(events)
+
+    def add(
+        self,
+        token_ids: Sequence[int],
+        logprobs: Sequence[common_pb2.TokenLogprobs],
+        events: token_log.Events,
+        *,
+        decode_rank: RankId | None,
+    ) -> None:
+        self._deliver(events)
+
+    def ask_if_still(self) -> bool:
+        return False
 
 
 if __name__ == "__main__":
-    TokenLog._flush = _tell_at_once  # type: ignore[method-assign]
+    token_log.TurnLog = Unlogged  # type: ignore[misc]
     main()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import lru_cache
 from typing import Any
 from urllib.parse import quote
 
@@ -146,10 +147,8 @@ class SessionStore:
             raise _refusal(reply)
         return Taken(session=_session(reply[2]), first=reply[3], entries=reply[4], remaining_s=int(reply[1]) / 1000)
 
-    async def append_tokens(
-        self, appends: Sequence[AppendArguments], *, budget_s: float | None
-    ) -> list[SeamountError | None]:
-        """Append to the logs of several turns in one round trip; what was appended before is passed over.
+    async def append_tokens(self, appends: Sequence[AppendArguments]) -> list[SeamountError | None]:
+        """Append to the logs of several turns in one round trip, tried once; what was appended before is passed over.
 
         One answer each: None, or ``Aborted`` (STALE_EPOCH: the turn is another's, or over), ``NotFound``, ``DataLoss``.
         """
@@ -160,7 +159,7 @@ class SessionStore:
             )
             for one in appends
         ]
-        replies = await self.store.pipeline([called("append_tokens", *one) for one in calls], budget_s=budget_s)
+        replies = await self.store.functions([called("append_tokens", *one) for one in calls])
         return [None if reply[0] == b"LOGGED" else _refusal(reply) for reply in replies]
 
     async def read_log(
@@ -281,6 +280,7 @@ def not_found() -> NotFound:
     return NotFound("there is no such session; check its id, and that this API key made it", reason="SESSION_NOT_FOUND")
 
 
+@lru_cache(maxsize=4096)
 def _tag(tenant: TenantId, session_id: SessionId) -> str:
     return f"{{{quote(tenant, safe='')}/{quote(session_id, safe='')}}}"
 

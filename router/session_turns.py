@@ -208,7 +208,7 @@ class SessionTurns:
 
     async def append_tokens(self, appends: Sequence[AppendArguments]) -> list[SeamountError | None]:
         """``SessionStore.append_tokens``."""
-        return await self._store.append_tokens(appends, budget_s=None)
+        return await self._store.append_tokens(appends)
 
     async def read_log(
         self, tenant: TenantId, session_id: SessionId, turn_id: TurnId, *, after: str = ""

@@ -23,6 +23,7 @@ from redis.asyncio.retry import Retry
 from redis.backoff import NoBackoff
 from tenacity import AsyncRetrying, retry_if_exception_type, stop_after_delay, wait_random_exponential
 
+from seamount.router.store_line import Command, Line
 from seamount.wire.errors import (
     DataLoss,
     FailedPrecondition,
@@ -91,6 +92,7 @@ class Store:
         on_attempt: OnAttempt | None = None,
     ) -> None:
         self._client = client
+        self._line = Line(client.connection_pool)
         self._on_attempt = on_attempt
         self._command_timeout_s = command_timeout_s
         self._retry_budget_s = retry_budget_s
@@ -153,6 +155,7 @@ class Store:
 
     async def close(self) -> None:
         """Close every connection. Harmless when repeated."""
+        await self._line.close()
         await self._client.aclose()
 
     def key(self, *parts: str) -> str:
@@ -174,15 +177,23 @@ class Store:
         """One plain command that may be repeated harmlessly; errors as ``function``."""
         return await self._retried(lambda: self._send(arguments), budget_s)
 
-    async def pipeline(
-        self, commands: Sequence[Sequence[bytes | str | int]], *, budget_s: float | None = None
-    ) -> list[Any]:
+    async def pipeline(self, commands: Sequence[Command], *, budget_s: float | None = None) -> list[Any]:
         """Several repeatable commands, also those of ``called``, in order, in one round trip, without a transaction;
         ``[]`` for none. Errors as ``function``: of the first that failed, the others have been done all the same."""
         if not commands:
             return []
         about = _first_function(commands)
         return await self._retried(lambda: self._with_library(lambda: self._send_all(commands)), budget_s, about)
+
+    async def functions(self, commands: Sequence[Command]) -> list[Any]:
+        """As ``pipeline``, of Functions alone (``called``), tried once, on a connection kept for this: for callers that
+        come many times a second and repeat what failed themselves."""
+        try:
+            return await self._attempt(
+                lambda: self._with_library(lambda: self._line.exchange(commands)), _first_function(commands)
+            )
+        except _RETRIED as error:
+            raise _unavailable() from error
 
     async def _with_library(self, call: Callable[[], Awaitable[_T]]) -> _T:
         try:
@@ -193,7 +204,7 @@ class Store:
         await self._load_library_once()
         return await call()
 
-    async def _send_all(self, commands: Sequence[Sequence[bytes | str | int]]) -> list[Any]:
+    async def _send_all(self, commands: Sequence[Command]) -> list[Any]:
         async with self._client.pipeline(transaction=False) as pipe:
             for arguments in commands:
                 pipe.execute_command(*arguments)
@@ -214,27 +225,30 @@ class Store:
             retry=retry_if_exception_type(_RETRIED),
             reraise=True,
         )
-
-        async def attempt() -> _T:
-            began = time.monotonic()
-            try:
-                reply = await self._tried(call)
-            except _RETRIED:
-                self._told(operation, began, False)
-                raise
-            self._told(operation, began, True)
-            return reply
-
         try:
-            return await retrying(attempt)
+            return await retrying(self._attempt, call, operation)
         except _RETRIED as error:
             raise _unavailable() from error
+
+    async def _attempt(self, call: Callable[[], Awaitable[_T]], operation: str) -> _T:
+        began = time.monotonic()
+        try:
+            reply = await self._tried(call)
+        except _RETRIED:
+            self._told(operation, began, False)
+            raise
+        self._told(operation, began, True)
+        return reply
 
     async def _tried(self, call: Callable[[], Awaitable[_T]]) -> _T:
         try:
             with _kept_cancellation():
                 async with asyncio.timeout(self._command_timeout_s):
                     return await call()
+        except RuntimeError as error:  # uvloop's word for a connection that was reset while nobody used it
+            if "handler is closed" not in str(error):
+                raise
+            raise redis_errors.ConnectionError(str(error)) from error
         except (redis_errors.AuthenticationError, redis_errors.NoPermissionError) as error:
             raise _refused_access(error) from error
         except redis_errors.ResponseError as error:
@@ -261,7 +275,7 @@ def called(name: str, keys: Keys, arguments: Arguments, *, read_only: bool = Fal
     return ("FCALL_RO" if read_only else "FCALL", f"{LIBRARY}_{name}", len(keys), *keys, *arguments)
 
 
-def _first_function(commands: Sequence[Sequence[bytes | str | int]]) -> str:
+def _first_function(commands: Sequence[Command]) -> str:
     """The Function that the commands are about; ``plain`` where none of them calls one."""
     for command in commands:
         if command[0] in ("FCALL", "FCALL_RO"):

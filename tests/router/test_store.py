@@ -7,10 +7,14 @@ import os
 import random
 import re
 import signal
+import socket
+import struct
 import time
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
+import uvloop
 
 import seamount.router.store as store_module
 from seamount.cluster.redis_server import RedisServer
@@ -138,6 +142,70 @@ async def test_cancelled_calls_never_get_each_others_replies(redis_url: str, nam
         for index, reply in enumerate(replies):
             assert isinstance(reply, asyncio.CancelledError) or reply == f"value {index}".encode()
     await store.close()
+
+
+async def test_calls_on_the_kept_connection_never_get_each_others_replies(redis_url: str, namespace: str) -> None:
+    store = await Store.open(redis_url, namespace=namespace)
+    for index in range(50):
+        await store.command("SET", store.key(str(index)), f"value {index}")
+
+    async def read(index: int) -> list[bytes]:
+        return await store.functions([("GET", store.key(str(one))) for one in (index, index // 2)])
+
+    for _ in range(8):
+        calls = [asyncio.create_task(read(index)) for index in range(50)]
+        for call in calls:
+            if random.random() < 0.3:
+                asyncio.get_running_loop().call_later(random.random() * 0.005, call.cancel)
+        replies = await asyncio.gather(*calls, return_exceptions=True)
+        assert sum(not isinstance(reply, asyncio.CancelledError) for reply in replies) > 10
+        for index, reply in enumerate(replies):
+            expected = [f"value {one}".encode() for one in (index, index // 2)]
+            assert isinstance(reply, asyncio.CancelledError) or reply == expected
+    await store.command("SET", store.key("text"), "x")
+    with pytest.raises(DataLoss):  # when all have been done and their replies read
+        await store.functions([("LPUSH", store.key("text"), 1), ("SET", store.key("1"), "new")])
+    assert await read(1) == [b"new", b"value 0"]
+    await store.close()
+
+
+def test_a_connection_that_was_reset_meanwhile_is_made_anew(tmp_path: Path) -> None:
+    """On the loop that routers run on, which has an error of its own for it."""
+
+    async def relay(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        while data := await reader.read(1 << 16):
+            writer.write(data)
+
+    async def run(upstream: str) -> None:
+        open_writers: list[asyncio.StreamWriter] = []
+
+        async def accept(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+            open_writers.append(writer)
+            from_redis, to_redis = await asyncio.open_unix_connection(upstream)
+            with suppress(ConnectionError):
+                await asyncio.gather(relay(reader, to_redis), relay(from_redis, writer))
+
+        async def reset() -> None:
+            while open_writers:
+                writer = open_writers.pop()
+                linger = struct.pack("ii", 1, 0)
+                writer.get_extra_info("socket").setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, linger)
+                writer.transport.abort()
+            await asyncio.sleep(0.05)
+
+        proxy = await asyncio.start_server(accept, "127.0.0.1", 0)
+        store = await Store.open(f"redis://127.0.0.1:{proxy.sockets[0].getsockname()[1]}/0")
+        assert await store.functions([("SET", "a", 1)]) == [b"OK"]
+        await reset()
+        assert await store.command("GET", "a") == b"1"
+        with pytest.raises(Unavailable):  # tried once
+            await store.functions([("GET", "a")])
+        assert await store.functions([("GET", "a")]) == [b"1"]
+        await store.close()
+        proxy.close()
+
+    with RedisServer() as server:
+        uvloop.run(run(server.start(tmp_path).removeprefix("unix://")))
 
 
 async def test_a_cancellation_is_never_lost(store: Store) -> None:
