@@ -19,6 +19,7 @@ from pydantic import SecretStr
 from seamount.cluster.fleet import PASS_S
 from seamount.cluster.fleet_plan import Phase, RunningGang, WantedPool, least_pools, running_gangs
 from seamount.cluster.local_ray import LocalRay
+from seamount.cluster.serve_status import applications, explanation
 from seamount.cluster.settings import Settings
 from seamount.wire.errors import DeadlineExceeded, SeamountError, Unavailable
 
@@ -93,10 +94,10 @@ def shutdown(timeout_s: float = STOP_TIMEOUT_S) -> None:
     from ray import serve
 
     deadline = time.monotonic() + timeout_s
-    for names in ({FLEET_APPLICATION}, {ROUTER_APPLICATION}, {gang.name for gang in running_gangs(_applications())}):
-        for name in names & _applications().keys():
+    for names in ({FLEET_APPLICATION}, {ROUTER_APPLICATION}, {gang.name for gang in running_gangs(applications())}):
+        for name in names & applications().keys():
             serve.delete(name, _blocking=False)
-        while left := names & _applications().keys():
+        while left := names & applications().keys():
             if time.monotonic() > deadline:
                 raise DeadlineExceeded(f"still stopping after {timeout_s:g} s: {sorted(left)}", reason="STOP_TIMEOUT")
             time.sleep(_POLL_S)
@@ -123,7 +124,7 @@ def _run_applications(settings: Settings, redis_url: str) -> str:
         )
         return str(router.address.remote().result(timeout_s=10.0))
     except (RuntimeError, TimeoutError) as error:
-        said = _explanation(_applications().get(ROUTER_APPLICATION)) or str(error)
+        said = explanation(applications().get(ROUTER_APPLICATION)) or str(error)
         raise Unavailable(f"the router did not come up: {said}", reason="ROUTER_FAILED") from error
 
 
@@ -133,14 +134,14 @@ def _wait_for_pools(settings: Settings, on_progress: Callable[[list[PoolProgress
     told: list[PoolProgress] = []
     failures = _Failures()
     while True:
-        applications = _applications()
-        progress = pool_progress(wanted, running_gangs(applications), applications)
+        present = applications()
+        progress = pool_progress(wanted, running_gangs(present), present)
         if progress != told:
             on_progress(progress)
             told = progress
         if all(pool.num_ready >= pool.num_wanted for pool in progress):
             return
-        failures.check(running_gangs(applications), progress)
+        failures.check(running_gangs(present), progress)
         if time.monotonic() > deadline:
             state = "; ".join(f"{p.pool} {p.num_ready}/{p.num_wanted} {p.detail}" for p in progress)
             raise DeadlineExceeded(f"pools not up after {timeout_s:g} s: {state}", reason="START_TIMEOUT")
@@ -148,7 +149,7 @@ def _wait_for_pools(settings: Settings, on_progress: Callable[[list[PoolProgress
 
 
 def pool_progress(
-    wanted: Iterable[WantedPool], gangs: Iterable[RunningGang], applications: Mapping[str, Any]
+    wanted: Iterable[WantedPool], gangs: Iterable[RunningGang], reported: Mapping[str, Any]
 ) -> list[PoolProgress]:
     """One entry a wanted pool, from what Serve reports; only gangs of the wanted version count as ready."""
     progress = []
@@ -156,7 +157,7 @@ def pool_progress(
     for pool in wanted:
         present = [gang for gang in gangs if gang.pool == pool.pool and gang.version == pool.version]
         num_ready = sum(gang.phase is Phase.READY for gang in present)
-        waiting = [_explanation(applications[gang.name]) for gang in present if gang.phase is not Phase.READY]
+        waiting = [explanation(reported[gang.name]) for gang in present if gang.phase is not Phase.READY]
         detail = "; ".join(filter(None, waiting)) if num_ready < pool.num_gangs else ""
         progress.append(PoolProgress(pool=pool.pool, num_ready=num_ready, num_wanted=pool.num_gangs, detail=detail))
     return progress
@@ -176,19 +177,3 @@ class _Failures:
         for pool in progress:
             if pool.pool in given_up:
                 raise Unavailable(f"the {pool.pool} pool cannot come up: {pool.detail}", reason="POOL_FAILED")
-
-
-def _applications() -> Mapping[str, Any]:
-    from ray import serve
-
-    applications: Mapping[str, Any] = serve.status().applications
-    return applications
-
-
-def _explanation(application: Any) -> str:
-    """The last line that Serve has to say about an application's deployments: an exception's own, if there was one."""
-    if application is None:
-        return ""
-    messages = [deployment.message for deployment in application.deployments.values()] or [application.message]
-    lines = [line.strip() for message in messages for line in message.splitlines() if line.strip()]
-    return lines[-1] if lines else ""

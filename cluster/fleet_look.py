@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
 
-from seamount.cluster.fleet_meter import gang_name
-from seamount.cluster.fleet_plan import Phase, RunningGang
-from seamount.cluster.fleet_scaling import Wanted
+from seamount.cluster.fleet_meter import SeenRank, gang_name
+from seamount.cluster.fleet_plan import Phase, RunningGang, WantedPool, named_gang
+from seamount.cluster.fleet_state import Progress
 from seamount.cluster.fleet_view import View
+from seamount.workers.spec import PoolName
 
 
 def gangs_of(view: View) -> frozenset[str]:
@@ -29,12 +30,29 @@ def of_nodes(view: View, node_ids: Collection[str]) -> View:
     )
 
 
-def is_serving(wanted: Wanted, running: Sequence[RunningGang]) -> bool:
-    """As many gangs as are wanted are ready."""
-    return all(
-        sum(gang.phase is Phase.READY and gang.pool == pool.pool for gang in running) >= pool.num_gangs
-        for pool in wanted.pools
-    )
+def ranks_elsewhere(view: View, node_ids: Collection[str]) -> tuple[SeenRank, ...]:
+    """Of the other Ray clusters of the name."""
+    return tuple(rank for rank in view.ranks if rank.record.node_id not in node_ids)
+
+
+def gangs_elsewhere(ranks: Sequence[SeenRank]) -> list[RunningGang]:
+    """Those of the other Ray clusters that stay; all of their ranks serve."""
+    leaving = {rank.record.gang_id for rank in ranks if rank.state.draining}
+    ids = {rank.record.gang_id for rank in ranks} - leaving
+    found = [named_gang(gang_name(gang_id), version="", phase=Phase.READY) for gang_id in sorted(ids)]
+    return [gang for gang in found if gang is not None]
+
+
+def progress(
+    pools: Sequence[WantedPool], running: Sequence[RunningGang], leaving: Collection[str]
+) -> dict[PoolName, Progress]:
+    """How many gangs are ready and stay, of those that are wanted."""
+
+    def num_ready(pool: WantedPool) -> int:
+        present = [gang for gang in running if gang.pool == pool.pool and gang.name not in leaving]
+        return min(pool.num_gangs, sum(gang.phase is Phase.READY for gang in present))
+
+    return {pool.pool: Progress(num_ready=num_ready(pool), num_wanted=pool.num_gangs) for pool in pools}
 
 
 def homeless(running: Sequence[RunningGang]) -> list[str]:

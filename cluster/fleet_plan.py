@@ -91,13 +91,15 @@ class Circumstances:
     """What a plan has to mind besides.
 
     given_up: pools that failed to come up too often; condemned: gangs on nodes that are to be emptied; overdue: those
-    of them that go whether or not there is one in their place; cheapest: names, the cheapest to lose first.
+    of them that go whether or not there is one in their place; cheapest: names, the cheapest to lose first; surplus:
+    why there are too many of a pool.
     """
 
     given_up: frozenset[PoolName] = frozenset()
     condemned: frozenset[str] = frozenset()
     overdue: frozenset[str] = frozenset()
     cheapest: tuple[str, ...] = ()
+    surplus: Cause = Cause.SCALE_DOWN
 
 
 _NONE = Circumstances()
@@ -121,7 +123,7 @@ def plan(
     for pool in wanted:
         named.add(pool.pool)
         actions += _plan_pool(pool, [gang for gang in present if gang.pool == pool.pool], circumstances)
-    actions += [_delete(gang, Cause.SCALE_DOWN) for gang in present if gang.pool not in named]
+    actions += [_delete(gang, circumstances.surplus) for gang in present if gang.pool not in named]
     return actions
 
 
@@ -150,7 +152,7 @@ def _plan_pool(wanted: WantedPool, gangs: Sequence[RunningGang], mind: Circumsta
     return [
         *(_delete(gang, Cause.FAILED) for gang in failed),
         *starts,
-        *(_delete(gang, Cause.SCALE_DOWN) for gang in surplus),
+        *(_delete(gang, mind.surplus) for gang in surplus),
         *(_delete(gang, Cause.NODE if gang.name in mind.condemned else Cause.VERSION) for gang in outlived),
     ]
 
@@ -213,13 +215,21 @@ def running_gangs(
     """
     gangs = []
     for name, application in applications.items():
-        if match := _GANG_NAME.match(name):
-            pool: PoolName = "prefill" if match[1] == "prefill" else "decode"
-            version = next(iter(application.deployments), "")
-            phase = _phase(application.status.value)
-            here = nodes.get(name, frozenset())
-            gangs.append(RunningGang(pool=pool, number=int(match[2]), version=version, phase=phase, nodes=here))
+        version = next(iter(application.deployments), "")
+        phase = _phase(application.status.value)
+        gang = named_gang(name, version=version, phase=phase, nodes=nodes.get(name, frozenset()))
+        if gang is not None:
+            gangs.append(gang)
     return gangs
+
+
+def named_gang(name: str, *, version: str, phase: Phase, nodes: frozenset[str] = frozenset()) -> RunningGang | None:
+    """None where the name is no gang's."""
+    match = _GANG_NAME.match(name)
+    if match is None:
+        return None
+    pool: PoolName = "prefill" if match[1] == "prefill" else "decode"
+    return RunningGang(pool=pool, number=int(match[2]), version=version, phase=phase, nodes=nodes)
 
 
 def _phase(status: str) -> Phase:

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import logging
 import time
+from collections import Counter
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, replace
 
 from seamount.cluster.autoscaling import AutoscalingSettings
-from seamount.cluster.fleet_meter import Meter
+from seamount.cluster.fleet_look import gangs_elsewhere
+from seamount.cluster.fleet_meter import Meter, SeenRank
 from seamount.cluster.fleet_plan import RunningGang, WantedPool
+from seamount.cluster.fleet_siblings import Family
 from seamount.cluster.fleet_state import FleetState
 from seamount.cluster.fleet_view import View
 from seamount.cluster.load import Decision, GangLoad, History, Snapshot
@@ -22,11 +25,13 @@ _START_SMOOTHING = 0.5
 _WANTED = "wanted:"
 _START = "start_s:"
 ROUTERS = "router"
+_ALONE = Family()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Wanted:
-    """Of one pass. cheapest: gangs, the cheapest to lose first; routers: None = not the fleet's to say."""
+    """Of one pass, for all Ray clusters of the name together. Here: cheapest, gangs, the cheapest to lose first;
+    routers, None = not the fleet's to say."""
 
     pools: Sequence[WantedPool]
     cheapest: tuple[str, ...] = ()
@@ -48,33 +53,47 @@ class Scaler:
         ranks = {pool.pool: pool.expert_parallel for pool in pools}
         self._slo = settings.slo(prefill_ranks=ranks.get("prefill", 1), decode_ranks=ranks.get("decode", 1))
         self._meter = Meter(clock)
+        self._meter_elsewhere = Meter(clock)
         self._history = History()
         self._last: Wanted | None = None
+        self._kept: dict[str, int] = {}
 
     def wanted(
-        self, running: Sequence[RunningGang], view: View, leaving: Collection[str], *, elder: str | None = None
+        self,
+        running: Sequence[RunningGang],
+        view: View,
+        leaving: Collection[str],
+        *,
+        elsewhere: Sequence[SeenRank] = (),
+        family: Family = _ALONE,
+        follows: bool = False,
+        given_up: Collection[PoolName] = (),
     ) -> Wanted:
-        """What there should be now. leaving: gangs and routers that go already, or are to be replaced. elder: the Ray
-        session whose load is to come here: as many gangs as it wants are to stand before any of it does."""
+        """What there should be now.
+
+        view: of this Ray cluster; elsewhere: ranks of the others of the name. leaving: gangs and routers that go
+        already, or are to be replaced. follows: this Ray cluster has still to come up with as many as ``family.elder``
+        wants, if there is one. given_up: pools whose gangs of today's version failed to come up too often.
+        """
         loads = self._meter.gangs(running, view.ranks)
+        there = self._meter_elsewhere.gangs(gangs_elsewhere(elsewhere), elsewhere)
         cheapest = tuple(gang.name for gang in cheapest_first([gang for gang in loads if gang.name not in leaving]))
         if not self._settings.enabled:
-            return Wanted(pools=self._pools, cheapest=cheapest)
-        if elder is not None:
-            self._last = replace(self._remembered(elder), cheapest=cheapest)
-            return self._last
-        last = self._last or self._remembered()
-        if self._is_changing(running, leaving) or not view.routers:
-            self._last = replace(last, cheapest=cheapest)
-            return self._last
-        decision = self._decide([gang for gang in loads if gang.name not in leaving], view, leaving)
-        numbers: dict[PoolName, int] = {"prefill": decision.prefill, "decode": decision.decode}
-        pools = [replace(pool, num_gangs=numbers[pool.pool]) for pool in self._pools]
-        wanted = Wanted(pools=pools, cheapest=cheapest, routers=decision.routers)
-        if wanted.pools != last.pools or wanted.routers != last.routers:
-            self._remember(wanted, decision)
-        self._last = wanted
-        return wanted
+            wanted = Wanted(pools=self._pools)
+        elif follows and family.elder is not None:
+            wanted = self._remembered(family.elder)
+        else:
+            wanted = self._last or self._remembered()
+            if view.routers:
+                changing = self._changing(running)
+                here = [gang for gang in loads if gang.name not in leaving and _counts(gang, changing)]
+                seen = Counter(gang.pool for gang in there)
+                unseen = {pool for pool, number in family.ready.items() if seen[pool] < number}
+                decision = self._decide([*here, *there], view, leaving)
+                wanted = self._scaled(wanted, decision, stuck=changing & set(given_up), unseen=unseen)
+        self._keep(wanted)
+        self._last = replace(wanted, cheapest=cheapest)
+        return self._last
 
     def started(self, pool: PoolName, took_s: float) -> None:
         """A gang serves, so long after it was asked for."""
@@ -83,26 +102,44 @@ class Scaler:
         self._state.remember(_START + pool, known + _START_SMOOTHING * (took_s - known))
 
     def _decide(self, gangs: Sequence[GangLoad], view: View, leaving: Collection[str]) -> Decision:
-        decision = decide(
+        return decide(
             Snapshot(
                 now_s=self._clock(),
                 gangs=tuple(gangs),
                 routers=tuple(load for record, load in view.routers if record.peer_id not in leaving),
-                num_prompt_tokens=self._meter.num_prompt_tokens,
+                num_prompt_tokens=self._meter.num_prompt_tokens + self._meter_elsewhere.num_prompt_tokens,
                 prefill_start_s=self._start_s("prefill"),
                 decode_start_s=self._start_s("decode"),
                 history=self._history,
             ),
             self._slo,
         )
-        self._history = decision.history
-        return decision
 
-    def _is_changing(self, running: Sequence[RunningGang], leaving: Collection[str]) -> bool:
-        """Gangs of another version, or on nodes that are to be emptied, still carry load: their successors come first,
-        as many as there were to be."""
+    def _scaled(
+        self, last: Wanted, decision: Decision, *, stuck: Collection[PoolName], unseen: Collection[PoolName]
+    ) -> Wanted:
+        """stuck: pools that stay as they are, since their gangs of an older version could not be started again; unseen:
+        those that do not shrink, since younger Ray clusters have gangs whose load is not seen here."""
+        numbers: dict[PoolName, int] = {"prefill": decision.prefill, "decode": decision.decode}
+        for pool in last.pools:
+            if pool.pool in stuck:
+                numbers[pool.pool] = pool.num_gangs
+            elif pool.pool in unseen:
+                numbers[pool.pool] = max(numbers[pool.pool], pool.num_gangs)
+        self._history = replace(decision.history, prefill=numbers["prefill"], decode=numbers["decode"])
+        pools = [replace(pool, num_gangs=numbers[pool.pool]) for pool in self._pools]
+        wanted = Wanted(pools=pools, routers=decision.routers)
+        if wanted.pools != last.pools or wanted.routers != last.routers:
+            look = decision.look
+            because = {"prefill": look.prefill.reason, "decode": look.decode.reason}
+            about = {"prefill": numbers["prefill"], "decode": numbers["decode"], "routers": decision.routers}
+            _LOG.info("fleet_scales", extra={**about, "because": because})
+        return wanted
+
+    def _changing(self, running: Sequence[RunningGang]) -> set[PoolName]:
+        """Pools with gangs of an older version."""
         versions = {pool.pool: pool.version for pool in self._pools}
-        return any(gang.name not in leaving and gang.version != versions.get(gang.pool) for gang in running)
+        return {gang.pool for gang in running if gang.version != versions.get(gang.pool)}
 
     def _start_s(self, pool: PoolName) -> float:
         measured = self._state.recall(_START + pool)
@@ -118,19 +155,23 @@ class Scaler:
             number = pool.num_gangs if stored is None else int(stored)
             pools.append(replace(pool, num_gangs=min(max(number, limits.at_least), limits.at_most)))
         numbers = {pool.pool: pool.num_gangs for pool in pools}
-        self._history = History(prefill=numbers.get("prefill"), decode=numbers.get("decode"))
-        return Wanted(pools=pools)
+        stored = self._state.recall(_WANTED + ROUTERS, of=elder)
+        allowed = self._slo.routers
+        routers = None if stored is None else min(max(int(stored), allowed.at_least), allowed.at_most)
+        self._history = History(prefill=numbers.get("prefill"), decode=numbers.get("decode"), routers=routers)
+        return Wanted(pools=pools, routers=routers)
 
-    def _remember(self, wanted: Wanted, decision: Decision) -> None:
-        for pool in wanted.pools:
-            self._state.remember(_WANTED + pool.pool, pool.num_gangs)
-        look = decision.look
-        _LOG.info(
-            "fleet_scales",
-            extra={
-                "prefill": decision.prefill,
-                "decode": decision.decode,
-                "routers": decision.routers,
-                "because": {"prefill": look.prefill.reason, "decode": look.decode.reason},
-            },
-        )
+    def _keep(self, wanted: Wanted) -> None:
+        """For the fleet after this one, and for that of a younger Ray cluster."""
+        numbers: dict[str, int] = {pool.pool: pool.num_gangs for pool in wanted.pools}
+        if wanted.routers is not None:
+            numbers[ROUTERS] = wanted.routers
+        for name, number in numbers.items():
+            if self._kept.get(name) != number:
+                self._state.remember(_WANTED + name, number)
+        self._kept = numbers
+
+
+def _counts(gang: GangLoad, changing: Collection[PoolName]) -> bool:
+    """Gangs that start in the place of others of an older version are no more than there were."""
+    return gang.is_ready or gang.pool not in changing

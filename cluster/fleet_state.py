@@ -1,8 +1,8 @@
 """What one fleet leaves to its successor, in Redis, and what keeps an older fleet from acting after a newer one.
 
 One Ray cluster has one fleet at a time. Several Ray clusters may serve under one cluster name, as a new image is rolled
-out: each has its own fleet and state; they see each other's beats, and one that finds a younger cluster serving empties
-its own.
+out: each has its own fleet and state; they see each other's beats and how many gangs are ready in each, and an older
+one gives up as many as a younger one has.
 
 A starting fleet raises the cluster's fleet epoch; every act is admitted under that epoch by one script first, so an
 older fleet is refused from then on. An act admitted just before may still reach Serve afterwards; that is harmless,
@@ -12,9 +12,10 @@ only hit the gang that it was decided for.
 
 from __future__ import annotations
 
+import json
 import time
-from collections.abc import Collection
-from dataclasses import dataclass
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 import redis
@@ -25,7 +26,8 @@ from seamount.wire.errors import Aborted
 from seamount.workers.spec import PoolName
 
 STATE_TTL_S = 7 * 24 * 3600
-"""A Ray cluster's fleet state goes so long after its last act; nobody is judged by it."""
+"""A Ray cluster's fleet state goes so long after its last beat; nobody is judged by it."""
+_SERVED = "served"
 
 # KEYS[1] the fleet's hash. ARGV: epoch, pool ('' = draw no number), lowest number, time to live.
 # Returns -1 for a stale epoch, else the number drawn (0 where none was asked for).
@@ -63,13 +65,23 @@ return redis.call('HINCRBY', KEYS[1], ARGV[2], 1)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Progress:
+    """Gangs of one pool: that serve and stay (never more than are wanted), and that are wanted."""
+
+    num_ready: int
+    num_wanted: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Sibling:
-    """A Ray cluster of the same name. beat: grows while its fleet lives; is_serving: a gang of each pool is ready."""
+    """A Ray cluster of the same name. beat: grows while its fleet lives; is_serving: it has come up, with as many gangs
+    as were wanted then; progress: of its pools, nothing where its release does not tell."""
 
     ray_session: str
     number: int
     beat: int
     is_serving: bool
+    progress: Mapping[PoolName, Progress] = field(default_factory=dict)
 
 
 class FleetState:
@@ -99,15 +111,30 @@ class FleetState:
         self._client.expire(self._key, STATE_TTL_S)
         self.number = int(self._enter(keys=[self._siblings_key], args=[self._session]))
 
-    def tell_siblings(self, *, is_serving: bool) -> None:
-        """One beat."""
-        told = f"{time.time_ns()}:{int(is_serving)}"
-        self._client.hset(self._siblings_key, f"beat:{self._session}", told)
+    def tell_siblings(self, *, is_serving: bool, progress: Mapping[PoolName, Progress]) -> None:
+        """One beat; it keeps the state from going, too."""
+        told = {pool: [one.num_ready, one.num_wanted] for pool, one in progress.items()}
+        with self._client.pipeline(transaction=True) as pipe:
+            pipe.hset(
+                self._siblings_key,
+                mapping={
+                    f"beat:{self._session}": f"{time.time_ns()}:{int(is_serving)}",
+                    f"progress:{self._session}": json.dumps(told),
+                },
+            )
+            pipe.expire(self._key, STATE_TTL_S)
+            pipe.execute()
 
-    def was_serving(self) -> bool:
-        """What the fleets of this Ray cluster told last."""
-        stored: Any = self._client.hget(self._siblings_key, f"beat:{self._session}")
-        return stored is not None and stored.decode().endswith(":1")
+    def note_served(self) -> None:
+        """This Ray cluster has come up; it stays so, whatever becomes of its gangs."""
+        self.remember(_SERVED, 1)
+
+    def has_served(self) -> bool:
+        return self.recall(_SERVED) is not None
+
+    def progress(self) -> dict[PoolName, Progress]:
+        """What the fleet of this Ray cluster told last; empty before its first beat."""
+        return _progress(self._client.hget(self._siblings_key, f"progress:{self._session}"))
 
     def siblings(self) -> list[Sibling]:
         """The other Ray clusters of this name, dead ones, too."""
@@ -118,7 +145,15 @@ class FleetState:
             kind, _, session = name.partition(":")
             if kind == "number" and session != self._session:
                 beat, _, serving = fields.get(f"beat:{session}", "0:0").partition(":")
-                found.append(Sibling(ray_session=session, number=int(value), beat=int(beat), is_serving=serving == "1"))
+                found.append(
+                    Sibling(
+                        ray_session=session,
+                        number=int(value),
+                        beat=int(beat),
+                        is_serving=serving == "1",
+                        progress=_progress(fields.get(f"progress:{session}")),
+                    )
+                )
         return found
 
     def remember(self, field: str, value: float) -> None:
@@ -148,6 +183,10 @@ class FleetState:
     def count_failure(self, pool: PoolName, version: str) -> int:
         return self._checked(self._count_failure(keys=[self._key], args=[self.epoch, _failures(pool, version)]))
 
+    def clear_failures(self, pool: PoolName, version: str) -> None:
+        """One has come up."""
+        self.remember(_failures(pool, version), 0)
+
     def num_failures(self, pool: PoolName, version: str) -> int:
         count: Any = self._client.hget(self._key, _failures(pool, version))
         return int(count or 0)
@@ -155,7 +194,7 @@ class FleetState:
     def forget(self) -> None:
         """Removes the state: the Ray cluster is going."""
         self._client.delete(self._key)
-        self._client.hdel(self._siblings_key, f"number:{self._session}", f"beat:{self._session}")
+        self._client.hdel(self._siblings_key, *(f"{kind}:{self._session}" for kind in ("number", "beat", "progress")))
 
     def _key_of(self, ray_session: str) -> str:
         return f"seamount:{{{self._cluster_name}}}:fleet:{ray_session}"
@@ -164,6 +203,12 @@ class FleetState:
         if int(number) < 0:
             raise Aborted(f"fleet epoch {self.epoch} is over: another fleet has taken over", reason="STALE_FLEET")
         return int(number)
+
+
+def _progress(told: Any) -> dict[PoolName, Progress]:
+    """told: JSON of ``tell_siblings``, None = nothing."""
+    found: dict[PoolName, list[int]] = {} if told is None else json.loads(told)
+    return {pool: Progress(num_ready=ready, num_wanted=wanted) for pool, (ready, wanted) in found.items()}
 
 
 def _failures(pool: PoolName, version: str) -> str:

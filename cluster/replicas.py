@@ -1,4 +1,5 @@
-"""The two Serve replicas beside the ranks: the router, which serves clients, and the fleet, which runs the gangs."""
+"""The Serve replicas beside the ranks: the router, which serves clients, the fleet, which runs the gangs, and one that
+says when they have come up."""
 
 from __future__ import annotations
 
@@ -27,7 +28,9 @@ from seamount.cluster.pools import (
     node_id,
     reachable_host,
 )
+from seamount.cluster.readiness import wait_until_up
 from seamount.cluster.serve_gangs import ServeGangs
+from seamount.cluster.serve_status import applications
 from seamount.cluster.settings import Settings
 from seamount.cluster.specs import router_spec
 from seamount.router.server import RouterServer
@@ -43,6 +46,7 @@ LEAVE_POLL_S = 0.5
 _FLEET_STOP_S = 10.0
 HEAD_RESOURCE = "node:__internal_head__"
 """Ray's own name for one unit of its head node."""
+_ON_THE_HEAD: dict[str, object] = {"num_cpus": 0, "resources": {HEAD_RESOURCE: 0.001}}
 
 
 class Router:
@@ -103,12 +107,10 @@ class Fleet:
         logs.configure()
         assert settings.redis_url is not None
         client = connect(settings.redis_url.get_secret_value(), timeout_s=settings.redis.timeout_s)
-        session = ray.get_runtime_context().get_session_name()
-        state = FleetState(client, cluster_name=settings.cluster_name, ray_session=session)
         registry = new_registry()
         metrics = FleetMetrics(registry)
         parts = FleetParts.of(settings, client)
-        self._reconciler = Reconciler(wanted_pools(settings), state, ServeGangs(settings), metrics, parts)
+        self._reconciler = Reconciler(wanted_pools(settings), _state(settings), ServeGangs(settings), metrics, parts)
         self._reconciler.start()
         host = bind_address(settings.metrics.host)
         self._endpoint = MetricsEndpoint(registry, host=host, port=settings.metrics.port)
@@ -132,6 +134,14 @@ class Fleet:
             self._endpoint.close()
 
 
+class Readiness:
+    """``__init__`` returns once this Ray cluster has come up; Serve tries it three times, each ``timeout_s`` long."""
+
+    async def __init__(self, settings: Settings, timeout_s: float) -> None:  # type: ignore[misc]
+        logs.configure()
+        await wait_until_up(_state(settings), applications, timeout_s=timeout_s)
+
+
 def router_application(settings: Settings, resources: dict[str, float]) -> Application:
     """One router; ``resources`` says which nodes may run it, empty = any."""
     options: dict[str, object] = {"num_cpus": IDLE_CPUS, "resources": resources}
@@ -140,10 +150,25 @@ def router_application(settings: Settings, resources: dict[str, float]) -> Appli
 
 def fleet_application(settings: Settings) -> Application:
     """The fleet, beside Ray's own state: on Kubernetes that pod alone has a token of the API server's."""
-    return _single(Fleet, {"num_cpus": 0, "resources": {HEAD_RESOURCE: 0.001}}, drain_s=_FLEET_STOP_S).bind(settings)
+    return _single(Fleet, _ON_THE_HEAD, drain_s=_FLEET_STOP_S).bind(settings)
 
 
-def _single(replica: type[Router] | type[Fleet], options: dict[str, object], *, drain_s: float) -> serve.Deployment:
+def readiness_application(settings: Settings, timeout_s: float) -> Application:
+    """timeout_s: of one attempt."""
+    return _single(Readiness, _ON_THE_HEAD, drain_s=0.0).bind(settings, timeout_s)
+
+
+def _state(settings: Settings) -> FleetState:
+    """Of this Ray cluster's fleet."""
+    assert settings.redis_url is not None
+    client = connect(settings.redis_url.get_secret_value(), timeout_s=settings.redis.timeout_s)
+    session = ray.get_runtime_context().get_session_name()
+    return FleetState(client, cluster_name=settings.cluster_name, ray_session=session)
+
+
+def _single(
+    replica: type[Router] | type[Fleet] | type[Readiness], options: dict[str, object], *, drain_s: float
+) -> serve.Deployment:
     return serve.deployment(
         num_replicas=1,
         ray_actor_options=options,

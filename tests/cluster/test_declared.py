@@ -213,6 +213,18 @@ def client(system: System) -> Iterator[Client]:
         yield client
 
 
+def test_kuberay_finds_nothing_that_still_starts_only_once_the_gangs_serve(system: System) -> None:
+    """It turns to a new Ray cluster as soon as every application there runs."""
+    seen: list[dict[str, str]] = [{}]
+
+    def all_run() -> bool:
+        seen.append(system.nodes.statuses())
+        return bool(seen[-1]) and set(seen[-1].values()) == {"RUNNING"}
+
+    wait_for("every application runs", all_run, timeout_s=120.0)
+    assert sorted(seen[-1]) == ["decode-0", "fleet", "prefill-0", "readiness", "router"]
+
+
 def test_the_configuration_comes_up_and_serves_a_conversation(system: System, client: Client) -> None:
     wait_for("router ready", lambda: is_ready(system.address), timeout_s=120.0)
     session = client.create_session()
@@ -224,7 +236,7 @@ def test_the_configuration_comes_up_and_serves_a_conversation(system: System, cl
     declared = {
         name for name, status in system.nodes.statuses().items() if not name.startswith(("decode-", "prefill-"))
     }
-    assert declared == {"fleet", "router"}
+    assert declared == {"fleet", "router", "readiness"}
 
 
 def test_a_key_is_asked_for(system: System) -> None:
@@ -239,10 +251,10 @@ def gangs(system: System) -> dict[str, set[int]]:
 
 def test_the_same_configuration_again_changes_nothing(system: System, client: Client) -> None:
     wait_for("both gangs", lambda: sorted(len(pids) for pids in gangs(system).values()) == [1, 2])
-    before = gangs(system), system.nodes.replicas("fleet"), system.nodes.replicas("router")
+    before = gangs(system), [system.nodes.replicas(name) for name in ("fleet", "router", "readiness")]
     system.nodes.request("PUT", system.config)
     time.sleep(3.0)  # several passes of the fleet, and of Serve's controller
-    assert (gangs(system), system.nodes.replicas("fleet"), system.nodes.replicas("router")) == before
+    assert (gangs(system), [system.nodes.replicas(name) for name in ("fleet", "router", "readiness")]) == before
     say(client, client.create_session().id, "Still there?")
 
 
@@ -259,6 +271,26 @@ def test_another_fleet_takes_the_gangs_over_as_they_are(system: System, client: 
     time.sleep(3.0)  # several passes of the new one
     assert (gangs(system), system.nodes.replicas("router")) == before
     assert say(client, session.id, "And after it.").num_cached_tokens > 0
+
+
+def test_gangs_that_do_not_come_up_are_told_and_those_of_others_are_left_alone(system: System) -> None:
+    before = gangs(system)
+    changed = json.loads(json.dumps(system.config))
+    (waiting,) = [one for one in changed["applications"] if one["name"] == "readiness"]
+    changed["applications"].append(
+        {**waiting, "name": "nobody", "args": {"cluster_name": "nobody", "start_timeout_s": 0.5}}
+    )
+    system.nodes.request("PUT", changed)
+
+    def said() -> str:
+        deployments = system.nodes.request("GET")["applications"]["nobody"]["deployments"]
+        return " ".join(deployment["message"] for deployment in deployments.values())
+
+    wait_for("told", lambda: "not all gangs serve after 0.5 s: the fleet has not told what it wants" in said())
+    assert system.nodes.statuses()["nobody"] != "RUNNING"
+    system.nodes.request("PUT", system.config)
+    wait_for("gone", lambda: "nobody" not in system.nodes.statuses())
+    assert gangs(system) == before
 
 
 def test_settings_that_contradict_each_other_are_refused_by_name_and_nothing_stops(

@@ -10,7 +10,8 @@ import pytest
 import redis
 
 from seamount.cluster import fleet
-from seamount.cluster.fleet import MAX_FAILURES, FleetParts, Reconciler
+from seamount.cluster.fleet import FleetParts, Reconciler
+from seamount.cluster.fleet_acts import MAX_FAILURES
 from seamount.cluster.fleet_metrics import FleetMetrics
 from seamount.cluster.fleet_nodes import Node
 from seamount.cluster.fleet_plan import (

@@ -155,7 +155,7 @@ def test_service_monitors_find_their_service(manifests: tuple[Manifest, ...]) ->
 
 
 def test_routers_listen_where_the_service_and_the_probe_ask(manifests: tuple[Manifest, ...]) -> None:
-    (_, router) = serve_config(manifests)["applications"]
+    (_, router, _) = serve_config(manifests)["applications"]
     (entry,) = pods(manifests)["router"]["spec"]["containers"]
     assert {"name": "grpc", "containerPort": router["args"]["router"]["port"]} in entry["ports"]
     probe = entry["readinessProbe"]
@@ -191,7 +191,7 @@ def test_pods_are_drained_before_their_time_is_up_and_clusters_before_they_are_d
         assert pod["spec"]["terminationGracePeriodSeconds"] >= int(deadline) + 30
         deadlines.add(int(deadline))
     (deadline,) = deadlines
-    (fleet, _) = serve_config(manifests)["applications"]
+    (fleet, *_) = serve_config(manifests)["applications"]
     turn_s = fleet["args"]["router"].get("turn_deadline_s", 600)
     assert ray_service(manifests)["spec"]["rayClusterDeletionDelaySeconds"] >= turn_s + deadline
 

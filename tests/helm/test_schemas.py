@@ -84,17 +84,20 @@ def strict(schema: Any) -> Any:
 
 def test_serve_accepts_the_applications(manifests: tuple[Manifest, ...]) -> None:
     parsed = ServeDeploySchema.model_validate(serve_config(manifests))
-    assert [application.name for application in parsed.applications] == ["fleet", "router"]
+    assert [application.name for application in parsed.applications] == ["fleet", "router", "readiness"]
     for application in parsed.applications:
         assert application.import_path == f"seamount.cluster.declared:{application.name}"
 
 
 def test_the_settings_are_valid_and_say_what_the_pods_have(manifests: tuple[Manifest, ...], tmp_path: Path) -> None:
-    fleet, router = (application["args"] for application in serve_config(manifests)["applications"])
+    fleet, router, readiness = (application["args"] for application in serve_config(manifests)["applications"])
     (told,) = (entry["data"]["serving.yaml"] for entry in of_kind(manifests, "ConfigMap"))
     assert yaml.safe_load(told) == fleet
     settings = with_secrets(fleet, tmp_path)
     assert with_secrets(router, tmp_path).router == settings.router
+    assert readiness.pop("start_timeout_s") > 0
+    assert with_secrets(readiness, tmp_path).cluster_name == settings.cluster_name
+    assert with_secrets(readiness, tmp_path).redis.timeout_s == settings.redis.timeout_s
     present = groups(manifests)
     for name in ("prefill", "decode"):
         pool = getattr(settings.pools, name)

@@ -91,13 +91,13 @@ helm.sh/chart: {{ printf "%s-%s" .Chart.Name .Chart.Version }}
 {{- .Values.drain.deadlineSeconds -}}
 {{- end -}}
 
-{{/* Seconds after which the old Ray cluster of an upgrade is deleted. */}}
+{{/* Seconds after which the old Ray cluster of an upgrade is deleted; the new one's gangs serve by then. */}}
 {{- define "seamount.deletionDelay" -}}
 {{- $turn := dig "router" "turn_deadline_s" 600 .Values.serving | ceil | int -}}
-{{- $least := add .Values.drain.startupSeconds $turn .Values.drain.deadlineSeconds -}}
+{{- $least := add $turn .Values.drain.deadlineSeconds -}}
 {{- $chosen := int .Values.drain.clusterDeletionDelaySeconds -}}
 {{- if and $chosen (lt $chosen (int $least)) -}}
-{{- fail (printf "drain.clusterDeletionDelaySeconds: %d s are too few: new gangs take up to %v s, a turn up to %v s, a drain up to %v s; give %v or more, or 0" $chosen .Values.drain.startupSeconds $turn .Values.drain.deadlineSeconds $least) -}}
+{{- fail (printf "drain.clusterDeletionDelaySeconds: %d s are too few: a turn takes up to %v s, a drain up to %v s; give %v or more, or 0" $chosen $turn .Values.drain.deadlineSeconds $least) -}}
 {{- end -}}
 {{- $chosen | default $least -}}
 {{- end -}}

@@ -44,6 +44,7 @@
 {{/*
 What KubeRay tells Serve: the router and the fleet, each with its settings, so that changed ones reach it. The fleet runs
 the gangs by itself, and re-applying this leaves them alone. Routers know nothing of pools: changes there leave them be.
+KubeRay turns to a new Ray cluster once all applications run: `readiness` does when the gangs serve, and never again after.
 */}}
 {{- define "seamount.serveConfig" -}}
 {{- $serving := include "seamount.servingYaml" . | fromYaml -}}
@@ -66,4 +67,10 @@ applications:
     deployments:
       - name: Router
         num_replicas: {{ .Values.routers.replicas }}
+  - name: readiness
+    import_path: seamount.cluster.declared:readiness
+    route_prefix: null
+    args:
+      {{- pick $serving "cluster_name" "redis" | toYaml | nindent 6 }}
+      start_timeout_s: {{ .Values.drain.startupSeconds }}
 {{- end -}}
