@@ -21,6 +21,8 @@ from seamount.wire.errors import DeadlineExceeded, FailedPrecondition, Unavailab
 
 TAKEN_UP_S = 20.0
 """A fleet that runs takes a request up sooner: it looks about twice a second."""
+GONE_S = 60.0
+"""A fleet that has told nothing for so long is gone, as in an uninstallation; one that is replaced needs less."""
 CLOSING_S = 30
 """What Ray has to close a node that is empty."""
 _POLL_S = 0.25
@@ -46,12 +48,14 @@ def empty_node(
     cause: str,
     on_status: Callable[[DrainStatus], None] = lambda status: None,
     taken_up_s: float | None = None,
+    gone_s: float = GONE_S,
 ) -> DrainStatus:
     """Ask for a node to be emptied and wait until it is; on_status: told at each look.
 
     Raises ``InvalidArgument`` (node, deadline), ``Unavailable`` where no fleet takes the request up within
-    ``taken_up_s`` (NO_FLEET) or Redis stays away for so long (STORE_UNAVAILABLE), ``DeadlineExceeded`` (NODE_NOT_EMPTY)
-    at the end of the time; the request stands then. taken_up_s: None = ``TAKEN_UP_S``, at most the deadline.
+    ``taken_up_s`` or the one that did has been silent for ``gone_s`` (NO_FLEET), or Redis stays away
+    (STORE_UNAVAILABLE), ``DeadlineExceeded`` (NODE_NOT_EMPTY) at the end of the time; the request stands then.
+    taken_up_s: None = ``TAKEN_UP_S``, at most the deadline.
     """
     if taken_up_s is None:
         taken_up_s = min(TAKEN_UP_S, deadline_s)
@@ -75,6 +79,11 @@ def empty_node(
             raise Unavailable(
                 f"no fleet knows the node {node}: give a Ray node's id, its address or its host name (`ray list "
                 "nodes`), and see that the fleet runs (`serve status`)",
+                reason="NO_FLEET",
+            )
+        if min(status.silent_s, waited_s) > gone_s:  # what an earlier fleet told may be old already
+            raise Unavailable(
+                f"the fleet has said nothing of {node} for {status.silent_s:.0f} s: see that it runs (`serve status`)",
                 reason="NO_FLEET",
             )
         if waited_s > deadline_s:

@@ -44,7 +44,7 @@ class DrainRequest:
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DrainStatus:
     """node_id: Ray's, empty until a fleet knows the node; gangs, routers: what is still to go, by name; detail: what is
-    waited for."""
+    waited for; remaining_s: of the request's time; silent_s: since the fleet told this, 0 where it never did."""
 
     node: str
     phase: DrainPhase
@@ -53,6 +53,7 @@ class DrainStatus:
     routers: tuple[str, ...] = ()
     detail: str = ""
     remaining_s: float = 0.0
+    silent_s: float = 0.0
 
 
 class DrainRequests:
@@ -95,7 +96,7 @@ class DrainRequests:
         request = self._requests().get(node)
         if request is None:
             return None
-        remaining_s = max(0.0, request.deadline_at - self.now())
+        now = self.now()
         stored: Any = self._client.hget(self._told, node)
         told = {} if stored is None else json.loads(stored)
         return DrainStatus(
@@ -105,7 +106,8 @@ class DrainRequests:
             gangs=tuple(told.get("gangs", ())),
             routers=tuple(told.get("routers", ())),
             detail=told.get("detail", "no fleet has taken it up: is the node one of this Ray cluster?"),
-            remaining_s=remaining_s,
+            remaining_s=max(0.0, request.deadline_at - now),
+            silent_s=max(0.0, now - told.get("told_at", now)),
         )
 
     def requests(self) -> list[DrainRequest]:
@@ -119,13 +121,14 @@ class DrainRequests:
         return sorted(standing, key=lambda request: request.node)[:_MAX_REQUESTS]
 
     def tell(self, status: DrainStatus) -> None:
-        """The fleet's answer."""
+        """The fleet's answer, of each pass anew."""
         told = {
             "phase": status.phase.value,
             "node_id": status.node_id,
             "gangs": status.gangs,
             "routers": status.routers,
             "detail": status.detail,
+            "told_at": self.now(),
         }
         self._client.hset(self._told, status.node, json.dumps(told))
 

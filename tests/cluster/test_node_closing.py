@@ -75,6 +75,20 @@ def test_without_a_fleet_it_says_so_soon(drains: DrainRequests) -> None:
     assert caught.value.reason == "NO_FLEET"
 
 
+def test_a_fleet_that_falls_silent_is_not_waited_for(drains: DrainRequests) -> None:
+    with answering(drains, draining("n1", "decode-0")), pytest.raises(Unavailable, match="has said nothing") as caught:
+        empty_node(drains, "n1", deadline_s=30.0, cause="a test", gone_s=0.6)
+    assert caught.value.reason == "NO_FLEET"
+
+
+def test_what_an_earlier_fleet_told_is_not_the_silence_of_this_one(drains: DrainRequests) -> None:
+    drains.request_drain("n1", deadline_s=60.0)
+    drains.tell(draining("n1", "decode-0"))
+    time.sleep(0.8)
+    threading.Timer(0.3, drains.tell, [empty("n1")]).start()
+    assert empty_node(drains, "n1", deadline_s=30.0, cause="a test", gone_s=0.7).phase is DrainPhase.EMPTY
+
+
 def test_at_the_deadline_it_names_what_is_left(drains: DrainRequests) -> None:
     with answering(drains, draining("n1", "decode-7")), pytest.raises(DeadlineExceeded, match="decode-7"):
         empty_node(drains, "n1", deadline_s=1.0, cause="a test")
