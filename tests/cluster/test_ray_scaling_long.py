@@ -10,8 +10,9 @@ from collections.abc import Iterator
 import psutil
 import pytest
 
+from harness.long_turns import LongTurn, num_tokens_in
 from harness.ray_nodes import node_of, replica_pids, wait_for
-from harness.scaling import Load, LongTurn, ScalingSystem, endless, say, scaling_system
+from harness.scaling import Load, ScalingSystem, say, scaling_system
 from seamount.cluster.fleet_meter import gang_name
 from seamount.cluster.node_drain import DrainPhase
 from seamount.cluster.settings import validate
@@ -98,10 +99,9 @@ def test_from_one_session_to_twelve_and_back(system: ScalingSystem) -> None:
 def test_turns_go_on_at_other_routers_when_their_router_leaves_a_node(system: ScalingSystem, client: Client) -> None:
     homes = {node_of(system.nodes, pid) for pid in replica_pids("router")}
     node = next(one for one in system.nodes if one.name in homes - {"head"})
-    prompt = endless(client)
-    clients = [system.client() for _ in range(4)]  # the port is that of every router: some are at the one that leaves
-    turns = [
-        LongTurn(client=own, session_id=own.create_session().id, prompt=prompt, num_tokens=4000) for own in clients
+    address, num_tokens = system.deployment.router_address, num_tokens_in(20.0, system, client)
+    turns = [  # the port is that of every router: some are at the one that leaves
+        LongTurn(address=address, session_id=client.create_session().id, num_tokens=num_tokens) for _ in range(4)
     ]
     for turn in turns:
         turn.start()
@@ -118,10 +118,12 @@ def test_turns_go_on_at_other_routers_when_their_router_leaves_a_node(system: Sc
     wait_for("the node is empty", is_empty, 150.0)
     assert told
     receipts = [turn.result() for turn in turns]
-    print(f"{sum(receipt.num_retries for receipt in receipts)} times a turn was placed again")
-    for own, turn in zip(clients, turns, strict=True):
-        assert len(own.get_history(turn.session_id).messages) == 2
-        own.close()
+    print(
+        f"{num_tokens} tokens each; {sum(receipt.num_retries for receipt in receipts)} times a turn was placed again, "
+        f"{sum(len(turn.told.calls) - 1 for turn in turns)} times its client went on at another router"
+    )
+    for turn in turns:
+        assert len(client.get_history(turn.session_id).messages) == 2
     system.drains.cancel_drain(node.node_id)
 
 
@@ -135,12 +137,12 @@ def test_new_settings_are_new_gangs_beside_the_old_ones(system: ScalingSystem, r
     load.start(3, num_tokens=40)
     wait_for("turns run", lambda: load.num_turns >= 3)
     changed = system.settings.model_dump(exclude={"redis_url"}, mode="json")
-    changed["cache"]["num_pages"] = 500
+    changed["cache"]["num_pages"] = 1000
     serve.run(fleet_application(validate({**changed, "redis_url": redis_url})), name="fleet", route_prefix=None)
 
     def is_new() -> bool:
         ranks = system.ranks(DECODE)
-        return bool(system.gangs(DECODE)) and all(rank.state.num_pages == 500 for rank in ranks)
+        return bool(system.gangs(DECODE)) and all(rank.state.num_pages == 1000 for rank in ranks)
 
     wait_for("the ranks are new ones", is_new, 180.0)
     wait_for("the old gang is gone", lambda: not replica_pids(gang_name(old)), 60.0)
@@ -155,6 +157,9 @@ def test_a_node_that_dies_costs_no_acknowledged_turn(system: ScalingSystem, clie
     session_id = client.create_session().id
     for number in range(3):
         say(client, session_id, f"remember the number {number}")
+    load = Load(system=system)
+    load.start(3, num_tokens=40)
+    wait_for("turns run", lambda: load.num_turns >= 6)
     before = system.ranks(DECODE)
     node = next(one for one in system.nodes if one.name == node_of(system.nodes, before[0].state.process_id))
     raylet = psutil.Process(node.raylet)
@@ -168,6 +173,10 @@ def test_a_node_that_dies_costs_no_acknowledged_turn(system: ScalingSystem, clie
         return bool(system.gangs(DECODE)) and not gangs & old
 
     wait_for("a gang on the other node", is_replaced, 240.0)
+    load.stop()
+    print(f"{load.num_turns} turns were acknowledged; {len(load.failures)} failed: {load.failures}")
+    for one, number in load.acknowledged.items():
+        assert len(client.get_history(one).messages) in (2 * number, 2 * number + 2)  # the last may have been unheard
     assert len(client.get_history(session_id).messages) == 6
     after = say(client, session_id, "which numbers were they?")
     assert after.num_prompt_tokens > 0

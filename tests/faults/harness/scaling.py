@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import json
 import secrets
 import threading
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
+
+from safetensors.torch import load_file, save_file
 
 from harness.ray_nodes import RayNode, free_port, random_checkpoint, ray_nodes
 from seamount.cluster.app import Deployment, deploy
@@ -24,7 +27,7 @@ from seamount.wire.errors import SeamountError
 NODES = [("head", {"prefill": 2, "router": 1}), ("a", {"decode": 4, "router": 1}), ("b", {"decode": 4, "router": 1})]
 """Decode gangs have two ranks and lie on one node: two of them fit on each."""
 TURN_S = 120.0
-ENDLESS_TOKENS = 400
+MAX_CONTEXT_TOKENS = 49_152
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -56,9 +59,15 @@ class ScalingSystem:
 
 @contextmanager
 def scaling_system(
-    redis_url: str, folder: Path, changes: Mapping[str, Any], *, num_places: int = 4
+    redis_url: str,
+    folder: Path,
+    changes: Mapping[str, Any],
+    *,
+    num_places: int = 4,
+    nodes: Sequence[tuple[str, Mapping[str, float]]] = NODES,
 ) -> Iterator[ScalingSystem]:
-    """changes: of the settings ``autoscaling``; num_places: on each rank; the rest fits two cores."""
+    """changes: of the settings ``autoscaling``; num_places: on each rank; the rest fits two cores. Greedy answers have
+    as many tokens as they may have."""
     scaling = {
         "enabled": True,
         "first_token_s": 2.0,
@@ -74,9 +83,13 @@ def scaling_system(
         {
             "cluster_name": f"test-{secrets.token_hex(4)}",
             "run_dir": str(folder / "run"),
-            "model": {"path": str(random_checkpoint(folder))},
-            "cache": {"num_pages": 512},
-            "engine": {"max_context_tokens": 8192, "max_running": num_places, "step_timeout_s": 15.0},
+            "model": {"path": str(without_end(random_checkpoint(folder)))},
+            "cache": {"num_pages": 1024},
+            "engine": {
+                "max_context_tokens": MAX_CONTEXT_TOKENS,
+                "max_running": num_places,
+                "step_timeout_s": 15.0,
+            },
             "router": {"port": free_port(), "cut_ahead": False},
             "directory": {"dead_after_s": 6.0},  # a busy machine
             "pools": {
@@ -87,11 +100,21 @@ def scaling_system(
             "draining": {"turns_s": 2.0, "timeout_s": 60.0, "replacement_s": 60.0},
         }
     )
-    with ray_nodes(NODES) as nodes:
+    with ray_nodes(nodes) as started:
         deployment = deploy(settings, redis_url=redis_url, timeout_s=120.0)
         drains = DrainRequests(connect(redis_url, timeout_s=2.0), settings.cluster_name)
-        yield ScalingSystem(settings=settings, deployment=deployment, nodes=nodes, drains=drains)
+        yield ScalingSystem(settings=settings, deployment=deployment, nodes=started, drains=drains)
         deployment.stop(60.0)
+
+
+def without_end(checkpoint: Path) -> Path:
+    """With the logit of EOS at 0, the mean of the others: never the largest one, and no part of the nucleus."""
+    (file,) = checkpoint.glob("*.safetensors")
+    tensors = load_file(file)
+    eos_token_id = json.loads((checkpoint / "config.json").read_text())["eos_token_id"]
+    tensors["lm_head.weight"][eos_token_id] = 0.0
+    save_file(tensors, file)
+    return checkpoint
 
 
 def say(client: Client, session_id: str, text: str, *, num_tokens: int = 6) -> events_pb2.Receipt:
@@ -102,21 +125,42 @@ def say(client: Client, session_id: str, text: str, *, num_tokens: int = 6) -> e
     return turn.receipt
 
 
+def gang_of(rank_id: str) -> str:
+    return gang_name(rank_id.rpartition(".")[0])
+
+
+def home_at(client: Client, gang: str) -> str:
+    """A new session whose caches are on a rank of that gang."""
+    for _ in range(100):
+        session = client.create_session()
+        if gang_of(say(client, session.id, "hello").decode_rank) == gang:
+            return session.id
+        client.delete_session(session.id)
+    raise AssertionError(f"none of a hundred sessions was placed on {gang}")
+
+
 class Reachable(Protocol):
     def client(self) -> Client: ...
 
 
 @dataclass(slots=True, kw_only=True)
 class Load:
-    """Sessions that speak one turn after the other, each on a thread of its own, until ``stop``."""
+    """Sessions that speak one turn after the other, each on a thread of its own, until ``stop`` or a failure.
+
+    acknowledged: turns of each session whose end its client was told.
+    """
 
     system: Reachable
-    num_turns: int = 0
+    acknowledged: Counter[str] = field(default_factory=Counter)
     failures: list[str] = field(default_factory=list)
-    sessions: list[str] = field(default_factory=list)
     _stop: threading.Event = field(default_factory=threading.Event)
     _threads: list[threading.Thread] = field(default_factory=list)
     _lock: threading.Lock = field(default_factory=threading.Lock)
+
+    @property
+    def num_turns(self) -> int:
+        with self._lock:
+            return self.acknowledged.total()
 
     def start(self, number: int, *, num_tokens: int = 100) -> None:
         """So many more sessions."""
@@ -134,71 +178,15 @@ class Load:
 
     def _speak(self, num_tokens: int) -> None:
         with self.system.client() as client:
-            session = client.create_session()
-            with self._lock:
-                self.sessions.append(session.id)
+            session_id = client.create_session().id
             number = 0
             while not self._stop.is_set():
                 try:
-                    say(client, session.id, f"and then? {number}", num_tokens=num_tokens)
+                    say(client, session_id, f"and then? {number}", num_tokens=num_tokens)
                 except (SeamountError, AssertionError) as error:
                     with self._lock:
                         self.failures.append(f"{type(error).__name__}: {error}")
                     return
                 number += 1
                 with self._lock:
-                    self.num_turns += 1
-
-
-def endless(client: Client) -> str:
-    """A prompt whose greedy answer does not end by itself for a while: it may well go round in circles then."""
-    for _ in range(100):
-        prompt = f"Count. {secrets.token_hex(4)}"
-        turn = client.run_turn(
-            client.create_session().id,
-            [user(prompt)],
-            sampling=Sampling(max_output_tokens=ENDLESS_TOKENS, temperature=0.0),
-            deadline_s=TURN_S,
-        ).result()
-        if turn.receipt.num_output_tokens == ENDLESS_TOKENS:
-            return prompt
-    raise AssertionError("every answer of this checkpoint ends soon")
-
-
-@dataclass(slots=True, kw_only=True)
-class LongTurn:
-    """A turn that one client follows on one stream, from a thread of its own."""
-
-    client: Client
-    session_id: str
-    prompt: str
-    num_tokens: int
-    events: list[events_pb2.TurnEvent] = field(default_factory=list)
-    failure: str = ""
-    _thread: threading.Thread | None = None
-
-    def start(self) -> None:
-        self._thread = threading.Thread(target=self._follow, daemon=True)
-        self._thread.start()
-
-    def is_running(self) -> bool:
-        return bool(self.events) and self._thread is not None and self._thread.is_alive()
-
-    def result(self) -> events_pb2.Receipt:
-        """When it is over: told in order, each event once."""
-        assert self._thread is not None
-        self._thread.join(TURN_S)
-        assert not self.failure
-        assert [event.sequence for event in self.events] == list(range(1, len(self.events) + 1))
-        assert self.events[-1].HasField("finished")
-        return self.events[-1].finished.receipt
-
-    def _follow(self) -> None:
-        sampling = Sampling(max_output_tokens=self.num_tokens, temperature=0.0)
-        try:
-            for event in self.client.run_turn(
-                self.session_id, [user(self.prompt)], sampling=sampling, deadline_s=2 * TURN_S
-            ):
-                self.events.append(event)
-        except SeamountError as error:
-            self.failure = f"{type(error).__name__}: {error}"
+                    self.acknowledged[session_id] = number
