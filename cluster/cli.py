@@ -13,13 +13,8 @@ import typer
 from rich.console import Console
 
 from seamount.cluster.cli_kubernetes import k8s_app
-from seamount.cluster.settings import (
-    ADDRESS_VARIABLE,
-    CONFIG_VARIABLE,
-    client_address,
-    client_environment,
-    load_settings,
-)
+from seamount.cluster.environment import ADDRESS_VARIABLE, CONFIG_VARIABLE, client_environment
+from seamount.cluster.settings import client_address, load_settings
 from seamount.wire.errors import InvalidArgument, SeamountError, Unavailable
 
 if TYPE_CHECKING:  # commands import what they need: --help is quick

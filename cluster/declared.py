@@ -19,9 +19,10 @@ from pydantic import Field, TypeAdapter, ValidationError
 from ray.serve.deployment import Application
 
 from seamount.cluster.app import ROUTER_RESOURCE
+from seamount.cluster.environment import REDIS_VARIABLE
 from seamount.cluster.readiness import DEFAULT_START_TIMEOUT_S
 from seamount.cluster.replicas import fleet_application, readiness_application, router_application
-from seamount.cluster.settings import REDIS_VARIABLE, Settings, declared_settings
+from seamount.cluster.settings import Settings, declared_settings
 from seamount.wire.errors import InvalidArgument
 
 _SECONDS = TypeAdapter(Annotated[float, Field(gt=0, allow_inf_nan=False)])

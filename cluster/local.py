@@ -25,7 +25,8 @@ from uuid import uuid4
 from seamount.cluster.forking import ForkedProcess, Parent
 from seamount.cluster.process import GRACE_S, RankStart, RouterStart
 from seamount.cluster.redis_server import serve_redis
-from seamount.cluster.settings import NODE_ADDRESS, Settings, is_loopback
+from seamount.cluster.sections import NODE_ADDRESS
+from seamount.cluster.settings import Settings, is_loopback
 from seamount.cluster.specs import gang_ids, pool_settings
 from seamount.wire.errors import InvalidArgument, Unavailable
 from seamount.workers.spec import PoolName

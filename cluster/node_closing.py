@@ -14,9 +14,10 @@ from typing import NoReturn
 import redis
 from tenacity import RetryCallState, Retrying, retry_if_exception_type, stop_after_delay, wait_fixed
 
+from seamount.cluster.environment import REDIS_VARIABLE
 from seamount.cluster.fleet_state import connect
 from seamount.cluster.node_drain import DrainPhase, DrainRequests, DrainStatus
-from seamount.cluster.settings import REDIS_VARIABLE, Settings
+from seamount.cluster.settings import Settings
 from seamount.wire.errors import DeadlineExceeded, FailedPrecondition, Unavailable
 
 TAKEN_UP_S = 20.0

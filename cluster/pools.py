@@ -17,7 +17,8 @@ from ray.serve.config import GangPlacementStrategy, GangRuntimeFailurePolicy, Ga
 from ray.serve.deployment import Application
 
 from seamount.cluster.fleet_plan import WantedPool
-from seamount.cluster.settings import NODE_ADDRESS, PoolSettings, Settings
+from seamount.cluster.sections import NODE_ADDRESS, PoolSettings
+from seamount.cluster.settings import Settings
 from seamount.cluster.specs import pool_settings, rank_spec
 from seamount.wire import logs
 from seamount.wire.errors import Unavailable

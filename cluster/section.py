@@ -5,6 +5,8 @@ from __future__ import annotations
 from pydantic import BaseModel, ConfigDict
 from pydantic_core import PydanticCustomError
 
+from seamount.wire.errors import InvalidArgument
+
 
 class Section(BaseModel):
     """Unknown keys are errors, values cannot change, and no message repeats what was given."""
@@ -17,3 +19,8 @@ class Section(BaseModel):
 def contradiction(key: str, message: str) -> PydanticCustomError:
     """Settings that contradict each other; ``key``: the dotted name of the one to change."""
     return PydanticCustomError("contradiction", "{message}", {"key": key, "message": message})
+
+
+def refused(field: str, message: str, *, reason: str = "INVALID_SETTING") -> InvalidArgument:
+    """The error for a setting; field: its dotted name."""
+    return InvalidArgument(message, field=field, reason=reason)

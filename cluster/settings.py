@@ -1,14 +1,7 @@
 """The choices of a deployment: one ``serving.yaml``, and the only reader of the environment.
 
 The model's ``config.json`` holds facts, ``serving.yaml`` holds choices (all optional: the defaults run the demo on two
-CPU cores), the environment holds secrets and addresses. Read once, at start; unknown keys are errors.
-
-Environment:
-    SEAMOUNT_CONFIG      path of serving.yaml, where none is given on the command line
-    SEAMOUNT_REDIS_URL   an existing Redis >= 7 or Valkey; without it the system starts its own
-    SEAMOUNT_ADDRESS     client side: host:port of a router
-    SEAMOUNT_API_KEY     client side: the key sent with each call
-    SEAMOUNT_POD_NAMESPACE, RAY_CLUSTER_NAME    in a pod: its namespace, and KubeRay's name of its Ray cluster
+CPU cores), the environment (``environment``) holds secrets and addresses. Read once, at start; unknown keys are errors.
 """
 
 from __future__ import annotations
@@ -19,207 +12,37 @@ import json
 import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Any
 
 import yaml
 from pydantic import (
-    AfterValidator,
     BaseModel,
     Field,
     SecretStr,
     ValidationError,
-    ValidationInfo,
     model_validator,
 )
 
 from seamount.cluster.autoscaling import AutoscalingSettings, DrainingSettings
-from seamount.cluster.section import Section, contradiction
-from seamount.wire import limits
+from seamount.cluster.environment import CONFIG_VARIABLE, REDIS_VARIABLE
+from seamount.cluster.section import Section, contradiction, refused
+from seamount.cluster.sections import (
+    CacheSettings,
+    DirectorySettings,
+    EngineSettings,
+    LocalPath,
+    MetricsSettings,
+    ModelSettings,
+    PlacementSettings,
+    PoolsSettings,
+    RedisSettings,
+    RouterSettings,
+    TransferSettings,
+)
 from seamount.wire.errors import InvalidArgument
 from seamount.wire.hashes import PAGE_SIZE
 
 CONFIG_NAME = "serving.yaml"
-NODE_ADDRESS = "node"
-"""``pools.host``: each rank binds to the address of its own node."""
-
-CONFIG_VARIABLE = "SEAMOUNT_CONFIG"
-REDIS_VARIABLE = "SEAMOUNT_REDIS_URL"
-ADDRESS_VARIABLE = "SEAMOUNT_ADDRESS"
-API_KEY_VARIABLE = "SEAMOUNT_API_KEY"
-NAMESPACE_VARIABLE = "SEAMOUNT_POD_NAMESPACE"
-RAY_CLUSTER_VARIABLE = "RAY_CLUSTER_NAME"
-
-
-def _absolute(path: Path, info: ValidationInfo) -> Path:
-    base: Path = (info.context or {}).get("base", Path.cwd())
-    return base / path.expanduser()
-
-
-LocalPath = Annotated[Path, AfterValidator(_absolute)]
-"""Relative paths count from the folder of the file they stand in, or from the current folder; always absolute here."""
-
-Resources = dict[str, Annotated[float, Field(ge=0)]]
-"""Ray resources of one replica: ``CPU``, ``GPU`` or the name of a custom one."""
-
-
-class ModelSettings(Section):
-    path: LocalPath = Field(
-        default=Path("checkpoints/tiny-agent"), description="Folder with config.json, *.safetensors, tokenizer.json"
-    )
-    name: str = Field(
-        default="tiny-agent", min_length=1, max_length=limits.MAX_NAME_BYTES, description="Name that clients ask for"
-    )
-
-
-class CacheSettings(Section):
-    layout: Literal["fp8", "bf16", "exact"] = Field(default="bf16", description="How a token's entries are stored")
-    dtype: Literal["float32", "float64", "bfloat16"] = Field(default="float32", description="Compute type of the model")
-    num_pages: int = Field(default=512, ge=2, description=f"Pages of {PAGE_SIZE} tokens on each rank")
-    host_cache_bytes: int = Field(
-        default=1 << 30, ge=0, description="Host memory of each rank for pages that left the device; 0 = none"
-    )
-    disk_cache_dir: LocalPath | None = Field(
-        default=None, description="Folder on each node for pages that outlive their rank; absent = none"
-    )
-    disk_cache_bytes: int = Field(default=16 << 30, ge=0, description="Of each rank's files there")
-
-
-class EngineSettings(Section):
-    max_batch_tokens: int = Field(default=512, ge=1, description="Tokens of one step over all its sequences")
-    prefill_chunk_tokens: int = Field(default=256, ge=1, description="Prompt tokens of one sequence in one step")
-    max_running: int = Field(default=64, ge=1, description="Sequences of one rank that run together")
-    max_context_tokens: int = Field(
-        default=16_384, ge=2, le=limits.MAX_CONTEXT_TOKENS, description="Prompt and output of one turn"
-    )
-    step_timeout_s: float = Field(
-        default=5.0, gt=0, description="A step, or a wait for a peer of the gang, that takes longer fails"
-    )
-    num_threads: int = Field(default=1, ge=1, description="Threads of torch on each rank")
-    device: Literal["cpu", "cuda"] = Field(default="cpu", description="Where the model and its caches are")
-
-
-class PoolSettings(Section):
-    gangs: int = Field(default=1, ge=0, description="Groups of ranks that share one copy of the experts")
-    expert_parallel: int = Field(default=1, ge=1, description="Ranks of a gang")
-    resources: Resources = Field(
-        default_factory=dict, description="Ray resources of one rank: CPU, GPU or custom names"
-    )
-
-
-class DecodePoolSettings(PoolSettings):
-    gangs: int = Field(default=1, ge=1, description="Groups of ranks; they own the caches of sessions")
-    expert_parallel: int = Field(default=2, ge=1, description="Ranks of a gang")
-
-
-class PoolsSettings(Section):
-    host: str = Field(
-        default="127.0.0.1",
-        min_length=1,
-        description=f"What ranks bind to; '{NODE_ADDRESS}' = their node's address",
-    )
-    prefill: PoolSettings = PoolSettings()
-    decode: DecodePoolSettings = DecodePoolSettings()
-
-
-class SamplingDefaults(Section):
-    temperature: float = Field(default=1.0, ge=0, le=limits.MAX_TEMPERATURE, description="0 = greedy")
-    top_p: float = Field(default=0.95, gt=0, le=1, description="Probability mass that is sampled from")
-    top_k: int = Field(default=0, ge=0, le=limits.MAX_TOP_K, description="0 = off")
-    max_output_tokens: int = Field(default=1024, ge=1, le=limits.MAX_OUTPUT_TOKENS, description="Of one turn")
-
-
-class RouterSettings(Section):
-    host: str = Field(
-        default="127.0.0.1",
-        min_length=1,
-        description="What clients reach; beyond loopback it needs api_key_file",
-    )
-    port: int = Field(default=7411, ge=0, le=65535, description="0 = any free port")
-    api_key_file: LocalPath | None = Field(default=None, description="Tenants' keys; absent = loopback only")
-    worker_token_file: LocalPath | None = Field(
-        default=None, description="Token between routers and ranks; absent = loopback only"
-    )
-    tls_certificate_file: LocalPath | None = Field(default=None, description="PEM chain of the router's listener")
-    tls_key_file: LocalPath | None = Field(default=None, description="PEM key of the router's listener")
-    client_ca_file: LocalPath | None = Field(
-        default=None, description="PEM authorities; given = clients must show a certificate"
-    )
-    turn_deadline_s: float = Field(
-        default=600.0, gt=0, le=limits.MAX_TURN_DEADLINE_S, description="Where a turn names none"
-    )
-    token_log_kept_s: float = Field(
-        default=600.0,
-        gt=0,
-        description="The token log of an ended turn; one without a result cannot be resumed after that",
-    )
-    cut_ahead: bool = Field(
-        default=True, description="After an answer, idle decode ranks compute its session without the reasoning"
-    )
-    sampling: SamplingDefaults = SamplingDefaults()
-
-    @model_validator(mode="after")
-    def _tls_is_whole(self) -> RouterSettings:
-        if (self.tls_certificate_file is None) != (self.tls_key_file is None):
-            raise contradiction(
-                "router.tls_certificate_file",
-                "router.tls_certificate_file and router.tls_key_file go together",
-            )
-        if self.client_ca_file is not None and self.tls_key_file is None:
-            raise contradiction(
-                "router.client_ca_file",
-                "router.client_ca_file needs router.tls_certificate_file and router.tls_key_file",
-            )
-        return self
-
-
-class PlacementSettings(Section):
-    path: Literal["auto", "local", "remote"] = Field(
-        default="auto", description="Where missing tokens are computed; auto compares estimates, the others never do"
-    )
-    local_append_max_tokens: int = Field(
-        default=128, ge=0, description="Up to this many missing tokens are computed on the decode rank itself"
-    )
-    max_attempts: int = Field(default=4, ge=1, description="How often a turn's work is placed before the turn fails")
-
-
-class DirectorySettings(Section):
-    beat_s: float = Field(default=0.5, gt=0, description="A rank's counter in the directory grows this often")
-    dead_after_s: float = Field(
-        default=3.0, gt=0, description="A counter that stood still for so long while Redis answered is dead"
-    )
-
-    @model_validator(mode="after")
-    def _silence_spans_beats(self) -> DirectorySettings:
-        if self.dead_after_s < 3 * self.beat_s:
-            raise contradiction(
-                "directory.dead_after_s",
-                "directory.dead_after_s must be at least 3 x directory.beat_s: a late beat is no death",
-            )
-        return self
-
-
-class TransferSettings(Section):
-    timeout_s: float = Field(default=10.0, gt=0, description="Of one transfer over a pair link")
-    max_links: int = Field(default=32, ge=1, description="Open pair links; the least recently used one closes")
-
-
-class MetricsSettings(Section):
-    host: str = Field(
-        default="127.0.0.1",
-        min_length=1,
-        description=f"Where /metrics of each process listens; '{NODE_ADDRESS}' = its node's address",
-    )
-    port: int = Field(
-        default=0,
-        ge=0,
-        le=65535,
-        description="0 = any free port, told in the log; else the first free one from there on, on each address",
-    )
-
-
-class RedisSettings(Section):
-    data_dir: LocalPath = Field(default=Path(".run/redis"), description="Of the server that the system starts itself")
-    timeout_s: float = Field(default=2.0, gt=0, description="Of one command")
 
 
 class Settings(Section):
@@ -300,20 +123,6 @@ class Settings(Section):
         return "\n".join([*lines, *_lines(self, "", explained)]) + "\n"
 
 
-class KubernetesEnvironment(Section):
-    """Where a pod runs. ray_cluster: KubeRay's name of its Ray cluster."""
-
-    namespace: str
-    ray_cluster: str
-
-
-class ClientEnvironment(Section):
-    """What a client takes from the environment."""
-
-    address: str | None = None
-    api_key: SecretStr | None = None
-
-
 def is_loopback(host: str) -> bool:
     """Whether ``host`` (a name or an address, no port) can be reached from this machine alone."""
     if host == "localhost":
@@ -355,26 +164,6 @@ def validate(chosen: Mapping[str, Any], *, base: Path | None = None) -> Settings
         raise _explain(error) from None
 
 
-def client_environment(environ: Mapping[str, str] | None = None) -> ClientEnvironment:
-    """``SEAMOUNT_ADDRESS`` and ``SEAMOUNT_API_KEY``; empty counts as absent."""
-    environ = os.environ if environ is None else environ
-    key = environ.get(API_KEY_VARIABLE)
-    return ClientEnvironment(address=environ.get(ADDRESS_VARIABLE) or None, api_key=SecretStr(key) if key else None)
-
-
-def kubernetes_environment(environ: Mapping[str, str] | None = None) -> KubernetesEnvironment:
-    """Raises ``InvalidArgument`` outside of a pod that the chart made."""
-    environ = os.environ if environ is None else environ
-    for variable in (NAMESPACE_VARIABLE, RAY_CLUSTER_VARIABLE):
-        if not environ.get(variable):
-            raise _refused(
-                "draining.watch",
-                f"draining.watch needs {variable}, which the chart and KubeRay set in their pods: set it, or watch "
-                "none",
-            )
-    return KubernetesEnvironment(namespace=environ[NAMESPACE_VARIABLE], ray_cluster=environ[RAY_CLUSTER_VARIABLE])
-
-
 def client_address(settings: Settings) -> str:
     """Where clients of this machine reach the router."""
     host = settings.router.host
@@ -397,7 +186,7 @@ def _find(path: Path | None, environ: Mapping[str, str]) -> Path | None:
 
 def _with_redis(chosen: Mapping[str, Any], environ: Mapping[str, str]) -> dict[str, Any]:
     if "redis_url" in chosen:
-        raise _refused("redis_url", f"redis_url may hold a password: set {REDIS_VARIABLE} in the environment instead")
+        raise refused("redis_url", f"redis_url may hold a password: set {REDIS_VARIABLE} in the environment instead")
     url = environ.get(REDIS_VARIABLE)
     return {**chosen, "redis_url": url} if url else dict(chosen)
 
@@ -410,13 +199,13 @@ def _read(path: Path | None) -> dict[str, Any]:
         _refuse_repeated_keys(yaml.compose(text, yaml.SafeLoader))
         chosen = yaml.safe_load(text)
     except (OSError, UnicodeDecodeError) as error:
-        raise _refused("config", f"cannot read {path}: {error}") from None
+        raise refused("config", f"cannot read {path}: {error}") from None
     except yaml.YAMLError as error:
-        raise _refused("config", f"{path} is not YAML: {error}") from None
+        raise refused("config", f"{path} is not YAML: {error}") from None
     if chosen is None:
         return {}
     if not isinstance(chosen, dict):
-        raise _refused("config", f"{path} must hold keys and values, such as 'router: {{port: 7411}}'")
+        raise refused("config", f"{path} must hold keys and values, such as 'router: {{port: 7411}}'")
     return {str(key): value for key, value in chosen.items()}
 
 
@@ -426,7 +215,7 @@ def _refuse_repeated_keys(node: yaml.Node | None) -> None:
     keys = [key.value for key, _ in node.value]
     for key, value in node.value:
         if keys.count(key.value) > 1:  # YAML readers silently take the last one
-            raise _refused(str(key.value), f"line {key.start_mark.line + 1}: {key.value} stands there twice")
+            raise refused(str(key.value), f"line {key.start_mark.line + 1}: {key.value} stands there twice")
         _refuse_repeated_keys(value)
 
 
@@ -437,9 +226,9 @@ def _explain(error: ValidationError) -> InvalidArgument:
         case "extra_forbidden":
             return _unknown(name, first["loc"])
         case "contradiction":
-            return _refused(first["ctx"]["key"], first["ctx"]["message"])
+            return refused(first["ctx"]["key"], first["ctx"]["message"])
         case _:
-            return _refused(name, f"{name}: {first['msg']}")
+            return refused(name, f"{name}: {first['msg']}")
 
 
 def _unknown(name: str, location: tuple[int | str, ...]) -> InvalidArgument:
@@ -452,11 +241,7 @@ def _unknown(name: str, location: tuple[int | str, ...]) -> InvalidArgument:
     known = list(section.model_fields)
     close = difflib.get_close_matches(str(location[-1]), known, n=1, cutoff=0)
     prefix = "".join(f"{part}." for part in location[:-1])
-    return _refused(name, f"unknown key {name}; the closest known one is {prefix}{close[0]}", reason="UNKNOWN_SETTING")
-
-
-def _refused(field: str, message: str, *, reason: str = "INVALID_SETTING") -> InvalidArgument:
-    return InvalidArgument(message, field=field, reason=reason)
+    return refused(name, f"unknown key {name}; the closest known one is {prefix}{close[0]}", reason="UNKNOWN_SETTING")
 
 
 def _lines(section: BaseModel, indent: str, explained: bool) -> Iterator[str]:

@@ -5,7 +5,8 @@ from __future__ import annotations
 import uuid
 from pathlib import Path
 
-from seamount.cluster.settings import PoolSettings, Settings
+from seamount.cluster.sections import PoolSettings
+from seamount.cluster.settings import Settings
 from seamount.router.placement import PathRules
 from seamount.router.spec import RouterSpec, SamplingDefaults
 from seamount.wire.credentials import read_secret

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import logging
 
+from seamount.cluster.environment import kubernetes_environment
 from seamount.cluster.fleet_metrics import FleetMetrics
 from seamount.cluster.kubernetes.api import KubernetesApi
 from seamount.cluster.kubernetes.node_watch import NodeWatch
 from seamount.cluster.node_closing import close_node
 from seamount.cluster.node_drain import DrainRequests
-from seamount.cluster.settings import Settings, kubernetes_environment
+from seamount.cluster.settings import Settings
 from seamount.wire.errors import SeamountError
 
 _LOG = logging.getLogger("seamount.kubernetes")

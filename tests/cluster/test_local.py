@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 
 from seamount.cluster.local import LocalCluster
-from seamount.cluster.settings import NODE_ADDRESS, validate
+from seamount.cluster.sections import NODE_ADDRESS
+from seamount.cluster.settings import validate
 from seamount.wire.errors import InvalidArgument
 
 

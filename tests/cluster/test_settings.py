@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from seamount.cluster.settings import Settings, client_environment, is_loopback, load_settings, validate
+from seamount.cluster.environment import client_environment
+from seamount.cluster.settings import Settings, is_loopback, load_settings, validate
 from seamount.wire import limits
 from seamount.wire.errors import InvalidArgument
 

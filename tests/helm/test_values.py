@@ -47,7 +47,7 @@ REFUSED = {
     "redis.external.enabled=true": "redis.external.host: name the server",
     "tls.existingSecret=router-tls": "tls.serverName: give a DNS name of the certificate",
     "drain.deadlineSeconds=60": "drain.deadlineSeconds: 60 s are too few",
-    "drain.clusterDeletionDelaySeconds=839": "drain.clusterDeletionDelaySeconds: 839 s are too few: a turn takes up to 600",
+    "drain.clusterDeletionDelaySeconds=839": "Seconds: 839 s are too few: a turn takes up to 600 s",
 }
 
 

@@ -10,11 +10,12 @@ from pathlib import Path
 
 import pytest
 
+from seamount.cluster.environment import kubernetes_environment
 from seamount.cluster.fleet_metrics import FleetMetrics
 from seamount.cluster.fleet_state import connect
 from seamount.cluster.kubernetes.watching import start_watch
 from seamount.cluster.node_drain import DrainRequests
-from seamount.cluster.settings import kubernetes_environment, validate
+from seamount.cluster.settings import validate
 from seamount.wire.errors import InvalidArgument
 from seamount.wire.metrics import new_registry
 
