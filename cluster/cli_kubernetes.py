@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -12,11 +11,11 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from seamount.cluster.cli_output import AsJson, report
+
 if TYPE_CHECKING:  # commands import what they need: --help is quick
     from seamount.cluster.kubernetes.api import KubernetesApi
     from seamount.cluster.kubernetes.preflight import Check
-
-EXIT_FAILED = 1
 
 k8s_app = typer.Typer(help="Look at a Kubernetes cluster, and empty its nodes.", no_args_is_help=True)
 
@@ -25,7 +24,6 @@ Kubeconfig = Annotated[
 ]
 Context = Annotated[str | None, typer.Option(help="Of the kubeconfig; else its current one.")]
 Namespace = Annotated[str | None, typer.Option("--namespace", "-n", help="Of the release; else the context's.")]
-AsJson = Annotated[bool, typer.Option("--json", help="For programs.")]
 
 
 @k8s_app.command()
@@ -58,16 +56,11 @@ def preflight(
 
     wanted = read_values(chart, values or ())
     api = _connect(kubeconfig, context)
-    console = Console()
-    with console.status("asking Kubernetes"):
+    with Console().status("asking Kubernetes"):
         checks = list(run_checks(api, wanted, namespace or api.namespace))
-    has_failed = any(check.outcome is Outcome.FAILED for check in checks)
-    if as_json:
-        print(json.dumps({"passed": not has_failed, "checks": [asdict(check) for check in checks]}, indent=2))
-    else:
-        console.print(_table(checks))
-    if has_failed:
-        raise typer.Exit(EXIT_FAILED)
+    passed = all(check.outcome is not Outcome.FAILED for check in checks)
+    found = {"passed": passed, "checks": [asdict(check) for check in checks]}
+    report(as_json, found, lambda console: console.print(_table(checks)), passed=passed)
 
 
 @k8s_app.command()
@@ -85,16 +78,11 @@ def status(
       seamount k8s status -n models
       seamount k8s status --release seamount --json | jq '.nodes[] | select(.leaving != "")'
     """
-    from seamount.cluster.kubernetes.status import print_tables, read_status, to_json
+    from seamount.cluster.kubernetes.status import plain, print_tables, read_status
 
     api = _connect(kubeconfig, context)
     seen = read_status(api, namespace=namespace or api.namespace, release=release)
-    if as_json:
-        print(to_json(seen))
-    else:
-        print_tables(seen, Console())
-    if not seen.complete:
-        raise typer.Exit(EXIT_FAILED)
+    report(as_json, plain(seen), lambda console: print_tables(seen, console), passed=seen.complete)
 
 
 @k8s_app.command()
@@ -130,10 +118,11 @@ def drain(
         num_pods = drain_kubernetes_node(
             api, node, namespace=namespace or api.namespace, timeout_s=timeout, on_progress=on_progress
         )
-    if as_json:
-        print(json.dumps({"node": node, "cordoned": True, "num_pods": num_pods}))
-    else:
-        Console().print(f"{node} is cordoned and empty; {num_pods} pods are gone", highlight=False)
+    report(
+        as_json,
+        {"node": node, "cordoned": True, "num_pods": num_pods},
+        lambda console: console.print(f"{node} is cordoned and empty; {num_pods} pods are gone", highlight=False),
+    )
 
 
 def _connect(kubeconfig: Path | None, context: str | None) -> KubernetesApi:

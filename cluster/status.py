@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from typing import Any
 
@@ -34,17 +33,14 @@ def read_status(client: Client) -> ClusterStatus:
     return ClusterStatus(address=client.core.address, pools=client.list_pools(), ranks=client.list_ranks())
 
 
-def to_json(status: ClusterStatus) -> str:
-    """``{"address", "complete", "pools": […], "ranks": […]}``, fields as in admin.proto, pools by name."""
-    return json.dumps(
-        {
-            "address": status.address,
-            "complete": status.complete,
-            "pools": [_plain(pool) for pool in status.pools],
-            "ranks": [_plain(rank) for rank in status.ranks],
-        },
-        indent=2,
-    )
+def plain(status: ClusterStatus) -> dict[str, Any]:
+    """``{"address", "complete", "pools": […], "ranks": […]}`` for JSON, fields as in admin.proto, pools by name."""
+    return {
+        "address": status.address,
+        "complete": status.complete,
+        "pools": [_plain(pool) for pool in status.pools],
+        "ranks": [_plain(rank) for rank in status.ranks],
+    }
 
 
 def print_tables(status: ClusterStatus, console: Console) -> None:

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from typing import Any
 
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from seamount.cluster.kubernetes.api import KubernetesApi, Selection
@@ -40,12 +40,14 @@ class NodeLine:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ServiceLine:
-    """As KubeRay says it; pending: name of the Ray cluster that an upgrade makes, empty without one."""
+    """As KubeRay says it; pending: name of the Ray cluster that an upgrade makes, empty without one; missing: what that
+    one lacks yet, as its application ``readiness`` says."""
 
     name: str
     state: str
     active: str
     pending: str
+    missing: str = ""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -91,16 +93,17 @@ def read_status(api: KubernetesApi, *, namespace: str, release: str | None) -> K
     )
 
 
-def to_json(status: KubernetesStatus) -> str:
-    return json.dumps(asdict(status) | {"complete": status.complete}, indent=2)
+def plain(status: KubernetesStatus) -> dict[str, Any]:
+    """For JSON: the fields of ``KubernetesStatus``."""
+    return asdict(status) | {"complete": status.complete}
 
 
 def print_tables(status: KubernetesStatus, console: Console) -> None:
     services = Table(title=f"Ray services in {status.namespace}", title_justify="left")
-    for column in ("name", "state", "active Ray cluster", "pending"):
-        services.add_column(column)
+    for column in ("name", "state", "active Ray cluster", "pending", "missing"):
+        services.add_column(column, overflow="fold")
     for service in status.services:
-        services.add_row(service.name, service.state, service.active, service.pending)
+        services.add_row(service.name, service.state, service.active, service.pending, escape(service.missing))
     pods = Table(title="Pods", title_justify="left")
     for column in ("pod", "group", "state", "address", "node"):
         pods.add_column(column)
@@ -150,9 +153,19 @@ def _service(service: dict[str, Any]) -> ServiceLine:
     status = service.get("status") or {}
     ready = [one for one in status.get("conditions") or () if one.get("type") == "Ready"]
     is_ready = bool(ready) and ready[0].get("status") == "True"
+    pending = status.get("pendingServiceStatus") or {}
     return ServiceLine(
         name=service["metadata"]["name"],
         state="ready" if is_ready else str(ready[0].get("reason", "not ready")) if ready else "not ready",
         active=(status.get("activeServiceStatus") or {}).get("rayClusterName", ""),
-        pending=(status.get("pendingServiceStatus") or {}).get("rayClusterName", ""),
+        pending=pending.get("rayClusterName", ""),
+        missing=_missing(pending),
     )
+
+
+def _missing(pending: dict[str, Any]) -> str:
+    """The last line that Serve tells of the application, which is its error."""
+    application = (pending.get("applicationStatuses") or {}).get("readiness") or {}
+    deployments = (application.get("serveDeploymentStatuses") or {}).values()
+    lines = [line.strip() for one in deployments for line in one.get("message", "").splitlines() if line.strip()]
+    return lines[-1] if lines and application.get("status") != "RUNNING" else ""

@@ -5,7 +5,7 @@ import json
 
 from rich.console import Console
 
-from seamount.cluster.status import ClusterStatus, print_tables, to_json
+from seamount.cluster.status import ClusterStatus, plain, print_tables
 from seamount.v1 import admin_pb2, worker_pb2
 
 
@@ -24,7 +24,7 @@ PREFILL = rank("p0", worker_pb2.POOL_PREFILL)
 
 
 def test_json_has_every_field_as_numbers_and_names() -> None:
-    seen = json.loads(to_json(status(DECODE, PREFILL)))
+    seen = json.loads(json.dumps(plain(status(DECODE, PREFILL))))
     assert (seen["address"], seen["complete"]) == ("a:1", True)
     assert seen["pools"][0]["pool"] == "decode"
     assert seen["pools"][0]["num_ranks"] == 7

@@ -122,13 +122,31 @@ def test_status_shows_services_pods_and_nodes_that_are_to_go(
             "status": {
                 "conditions": [{"type": "Ready", "status": "True"}],
                 "activeServiceStatus": {"rayClusterName": "seamount-abc"},
+                "pendingServiceStatus": {
+                    "rayClusterName": "seamount-def",
+                    "applicationStatuses": {
+                        "fleet": {"status": "RUNNING", "serveDeploymentStatuses": {"Fleet": {"message": "fine"}}},
+                        "readiness": {
+                            "status": "DEPLOYING",
+                            "serveDeploymentStatuses": {
+                                "Readiness": {"message": "A replica failed.\n  not all gangs serve: decode 1 of 4\n"}
+                            },
+                        },
+                    },
+                },
             },
         }
     ]
     code, out, _ = run("status", "--json")
     seen = json.loads(out)
     assert (code, seen["complete"], len(seen["pods"])) == (0, True, 4)
-    assert seen["services"] == [{"name": "seamount", "state": "ready", "active": "seamount-abc", "pending": ""}]
+    (service,) = seen["services"]
+    assert (service["name"], service["state"]) == ("seamount", "ready")
+    assert (service["active"], service["pending"]) == ("seamount-abc", "seamount-def")
+    assert service["missing"] == "not all gangs serve: decode 1 of 4"
+    cluster.ray_services[0]["status"].pop("pendingServiceStatus")
+    (settled,) = json.loads(run("status", "--json")[1])["services"]
+    assert (settled["pending"], settled["missing"]) == ("", "")
     assert {one["name"]: (one["num_gpus"], one["num_pods"]) for one in seen["nodes"]} == {"n1": (8, 3), "n2": (0, 1)}
     cluster.put("nodes", node("n1", taints=("ToBeDeletedByClusterAutoscaler",)))
     cluster.terminate("router-a", "models", grace_s=100.0)
