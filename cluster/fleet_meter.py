@@ -83,8 +83,14 @@ class Meter:
     def _load(self, gang: RunningGang, ranks: Sequence[SeenRank]) -> GangLoad:
         states = [rank.state for rank in ranks]
         num_held = sum(map(num_held_pages, states))
-        num_cached = sum(state.num_cached_pages - state.num_leased_pages for state in states)
-        below = sum(max(state.num_host_cached_pages, state.num_disk_cached_pages) for state in states)
+        num_cached = sum(s.num_cached_pages - s.num_leased_pages - s.num_superseded_pages for s in states)
+        below = sum(
+            max(
+                state.num_host_cached_pages - state.num_host_superseded_pages,
+                state.num_disk_cached_pages - state.num_disk_superseded_pages,
+            )
+            for state in states
+        )
         running = [(self._before[rank.record.instance].inter_token_s, rank.state.num_running) for rank in ranks]
         num_running = sum(number for _, number in running)
         return GangLoad(

@@ -12,9 +12,9 @@ class GangLoad:
     """One gang, summed over its ranks. Gangs that are leaving are not among the loads.
 
     is_ready: False while it starts; num_held_pages: of its devices, in use by answers or under a lease;
-    num_cached_pages: of its devices or the tier below, left by sessions without a lease; num_running, num_blocked:
-    answers in the making, and those that wait for one of num_places (0 = not known) or for pages; num_queued_tokens: of
-    prompts, still to compute. Measured and smoothed, 0 = not yet:
+    num_cached_pages: of its devices or the tier below, left by sessions without a lease that may come back;
+    num_running, num_blocked: answers in the making, and those that wait for one of num_places (0 = not known) or for
+    pages; num_queued_tokens: of prompts, still to compute. Measured and smoothed, 0 = not yet:
     prompt_tokens_per_s (all ranks together), inter_token_s (of one answer), link_bytes_per_s (of one rank).
     """
 

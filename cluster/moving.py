@@ -5,7 +5,8 @@ A page that its session wants again is moved to another gang or computed anew, w
     page_s = 64 x min(kv_bytes_per_token / link_bytes_per_s, 1 / prompt_tokens_per_s of one rank)
 
 and beyond the pages that are free elsewhere it is always computed. Each running answer waits for its own pages and for
-being placed again; pages under a lease are wanted for certain, other cached ones with ``RETURN_CHANCE``.
+being placed again; pages under a lease are wanted for certain, other cached ones with ``RETURN_CHANCE``; superseded
+ones (of deleted sessions, of reasoning that was cut) are not counted.
 """
 
 from __future__ import annotations

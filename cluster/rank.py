@@ -12,7 +12,9 @@ import logging
 import os
 import time
 
+from seamount.cluster.deletions import DeletionFollower
 from seamount.cluster.settings import Settings
+from seamount.router.deletions import Deletion, Deletions
 from seamount.router.directory import PeerRecord, Role, new_instance
 from seamount.router.store import Store
 from seamount.router.watcher import Directory, Registration
@@ -49,12 +51,16 @@ class RegisteredRank:
         self._server = RankServer(spec, on_fatal=self._end_process, on_loading=on_loading)
         self._store: Store | None = None
         self._registration: Registration | None = None
+        self._follower: DeletionFollower | None = None
 
     async def start(self) -> str:
         """Meet the gang, load, serve, register; ``host:port``. Raises typed errors, as ``RankServer.start`` does."""
         self._store = await Store.open(self._redis_url, command_timeout_s=self._settings.redis.timeout_s)
         directory = Directory(self._store, self._settings.cluster_name)
-        address = await self._server.start(await self._rendezvous(directory))
+        follower = self._follower = DeletionFollower(Deletions(self._store), self._deleted)
+        earlier = {one.session_id for one in await follower.earlier()}
+        address = await self._server.start(await self._rendezvous(directory), deleted=earlier)
+        follower.start()
         record = self._record(address)
         self._registration = Registration(
             directory, record, state=self._state, interval_s=self._settings.directory.beat_s
@@ -76,6 +82,8 @@ class RegisteredRank:
         registration, self._registration = self._registration, None
         if registration is not None:
             await registration.stop()
+        if self._follower is not None:
+            await self._follower.stop()
         await self._server.stop(grace_s)
         store, self._store = self._store, None
         if store is not None:
@@ -115,6 +123,9 @@ class RegisteredRank:
             fingerprint=state.fingerprint,
             node_id=self._node_id,
         )
+
+    def _deleted(self, deletion: Deletion) -> None:
+        self._server.delete_session(deletion.session_id, deletion.epoch)
 
     def _state(self) -> bytes:
         """A beat carries the rank's state without its sessions: those are many and change all the time."""

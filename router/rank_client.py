@@ -108,12 +108,6 @@ class RankClient:
         with self._typed():
             await self._stub.Release(request, timeout=self._call_timeout_s, metadata=self._metadata)
 
-    async def end_lease(self, session_id: SessionId) -> None:
-        """The session is deleted: its pages are anybody's. Raises as ``reserve`` does."""
-        with self._typed():
-            request = worker_pb2.RetainRequest(session_id=session_id)
-            await self._stub.Retain(request, timeout=self._call_timeout_s, metadata=self._metadata)
-
     async def restore(self, session_id: SessionId) -> None:
         """A turn of the session is about to come. Raises as ``reserve`` does."""
         request = worker_pb2.RestoreRequest(session_id=session_id)

@@ -106,25 +106,13 @@ class Retention:
 
         self._later(note())
 
-    def session_deleted(self, view: SessionView) -> None:
-        """Its lease ends at the rank that gave it, with nobody waiting."""
-        lease = self.lease_of(view)
-        if lease is None or lease.state != events_pb2.LEASE_STATE_HELD:
-            return
-
-        async def end() -> None:
-            with suppress(SeamountError):  # it ends with its time, else, or with the rank
-                await self.ranks.client(RankId(lease.decode_rank)).end_lease(SessionId(view.session.id))
-
-        self._later(end())
-
     def _later(self, work: Coroutine[Any, Any, None]) -> None:
         task = asyncio.create_task(work)
         self._noting.add(task)
         task.add_done_callback(self._noting.discard)
 
     async def close(self) -> None:
-        """Wait for what is being noted and ended; bounded by the store's budget and the ranks' deadlines."""
+        """Wait for what is being noted; bounded by the store's budget."""
         await asyncio.gather(*self._noting)
 
     async def _retain(

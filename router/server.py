@@ -15,6 +15,7 @@ from grpc_reflection.v1alpha import reflection
 from seamount.router.admin_service import AdminService
 from seamount.router.admission import Admission
 from seamount.router.cut_ahead import CutAhead
+from seamount.router.deletions import Deletions
 from seamount.router.directory import PeerRecord, Role, new_instance
 from seamount.router.followed_turns import FollowedTurns
 from seamount.router.inference_service import InferenceService
@@ -160,6 +161,7 @@ class RouterServer:
             followed=FollowedTurns(model=model, sessions=sessions, rendering=rendering),
             retention=Retention(sessions=sessions, ranks=ranks, waits=ToolWaits(store), metrics=metrics),
             cut_ahead=CutAhead(spec=spec, ranks=ranks, rendering=rendering, secret=secret),
+            deletions=Deletions(store),
             metrics=metrics,
         )
         inference = InferenceService(

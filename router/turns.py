@@ -11,6 +11,7 @@ from weakref import WeakValueDictionary
 
 from seamount.router.admission import Admission, TurnRequest
 from seamount.router.cut_ahead import CutAhead
+from seamount.router.deletions import Deletions
 from seamount.router.followed_turns import FollowedTurns
 from seamount.router.logged_turn import LogEvents, LoggedTurn
 from seamount.router.messages import checked_messages
@@ -27,7 +28,7 @@ from seamount.router.turn_maker import TurnMaker
 from seamount.router.turn_stream import TurnStream
 from seamount.v1 import record_pb2, session_pb2
 from seamount.wire import failpoints
-from seamount.wire.errors import Aborted, Cancelled, DataLoss, SeamountError, Unavailable
+from seamount.wire.errors import Aborted, Cancelled, DataLoss, NotFound, SeamountError, Unavailable
 from seamount.wire.ids import SessionId, TenantId, TurnId
 
 BEGIN_WAIT_S = 5.0
@@ -55,6 +56,7 @@ class Turns:
     followed: FollowedTurns
     retention: Retention
     cut_ahead: CutAhead
+    deletions: Deletions
     metrics: RouterMetrics
     _running: dict[TurnId, _Running] = field(default_factory=dict)
     _locks: WeakValueDictionary[tuple[TenantId, SessionId], asyncio.Lock] = field(default_factory=WeakValueDictionary)
@@ -102,18 +104,22 @@ class Turns:
         return True
 
     async def delete(self, tenant: TenantId, session_id: SessionId) -> None:
-        """Delete a session; a turn of it that runs here ends, one elsewhere is refused when it logs or commits."""
+        """Delete a session; a turn of it that runs here ends, one elsewhere is refused when it logs or commits. Ranks
+        are told first: should this router die in between, its client asks again."""
         async with self._alone(tenant, session_id):
-            view = None
-            with suppress(SeamountError):  # damaged ones can be deleted, too
-                view = await self.sessions.get(tenant, session_id)
+            with suppress(NotFound):  # nor is another tenant's told of
+                await self.deletions.note(session_id, await self._last_epoch(tenant, session_id))
             await self.sessions.delete(tenant, session_id)
-            if view is not None:
-                self.retention.session_deleted(view)
             self.admission.forget(tenant, session_id)
             scope = (tenant, session_id)
             doomed = [r for r in self._running.values() if (r.turn.begun.tenant, r.turn.begun.session_id) == scope]
         await self._cancel(doomed)
+
+    async def _last_epoch(self, tenant: TenantId, session_id: SessionId) -> int:
+        try:
+            return (await self.sessions.get(tenant, session_id)).epoch
+        except DataLoss:  # damaged ones can be deleted, too: no epoch is above the present microsecond
+            return time.time_ns() // 1000
 
     async def take_over(self, indexed: IndexedTurn) -> bool:
         """Go on with a turn whose owner is judged dead, or that nobody here works on; False where that was not so.

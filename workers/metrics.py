@@ -110,19 +110,21 @@ def _requests(state: worker_pb2.RankState) -> _Values:
 
 
 def _pages(state: worker_pb2.RankState) -> _Values:
-    """Of each tier, adding up to all its pages. Leased ones are cached ones that may not go; those of a tier below are
-    not counted apart."""
+    """Of each tier, adding up to all its pages. Leased ones are cached ones that may not go, superseded ones those that
+    go first; leased ones of a tier below are not counted apart."""
     device = Tier.DEVICE.value
     pages: _Values = {
         (device, "free"): state.num_free_pages,
-        (device, "cached"): state.num_cached_pages - state.num_leased_pages,
+        (device, "cached"): state.num_cached_pages - state.num_leased_pages - state.num_superseded_pages,
         (device, "leased"): state.num_leased_pages,
+        (device, "superseded"): state.num_superseded_pages,
         (device, "used"): state.num_pages - state.num_free_pages - state.num_cached_pages,
     }
     below = (
-        (Tier.HOST.value, state.num_host_pages, state.num_host_cached_pages),
-        (Tier.DISK.value, state.num_disk_pages, state.num_disk_cached_pages),
+        (Tier.HOST.value, state.num_host_pages, state.num_host_cached_pages, state.num_host_superseded_pages),
+        (Tier.DISK.value, state.num_disk_pages, state.num_disk_cached_pages, state.num_disk_superseded_pages),
     )
-    for tier, num_pages, num_cached in below:
-        pages[tier, "free"], pages[tier, "cached"] = num_pages - num_cached, num_cached
+    for tier, num_pages, num_cached, num_superseded in below:
+        pages[tier, "free"] = num_pages - num_cached
+        pages[tier, "cached"], pages[tier, "superseded"] = num_cached - num_superseded, num_superseded
     return pages

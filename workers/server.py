@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Collection
 from contextlib import suppress
 from dataclasses import dataclass
 
@@ -104,12 +104,13 @@ class RankServer:
         self._draining = False
         self._housekeeping: asyncio.Task[None] | None = None
 
-    async def start(self, rendezvous: Rendezvous) -> str:
-        """Meet the gang, load the model, serve; returns ``host:port``.
+    async def start(self, rendezvous: Rendezvous, *, deleted: Collection[str] = ()) -> str:
+        """Meet the gang, load the model, serve; returns ``host:port``. deleted: sessions that are no more: what an
+        earlier process left of them is not taken over.
 
         Raises typed errors for an unusable checkpoint or a gang that does not form.
         """
-        self._parts = parts = self._compose(await asyncio.to_thread(self._build, rendezvous))
+        self._parts = parts = self._compose(await asyncio.to_thread(self._build, rendezvous, deleted))
         server = grpc.aio.server(
             interceptors=rank_interceptors(self.spec.worker_token),
             options=[
@@ -134,6 +135,12 @@ class RankServer:
         ready = {"rank_id": self.spec.rank_id, "pool": self.spec.pool, "port": port, "metrics": self.metrics_address}
         _LOG.info("rank_ready", extra=ready)
         return f"{self.spec.host}:{port}"
+
+    def delete_session(self, session_id: str, epoch: int) -> None:
+        """``Reservations.delete_session``; work ahead of its time ends, too. On the event loop, after ``start``."""
+        assert self._parts is not None
+        self._parts.service.ahead.came(session_id)
+        self._parts.core.reservations.delete_session(session_id, epoch)
 
     async def stop(self, grace_s: float) -> None:
         """Say that it drains, let streams end for ``grace_s``, leave the gang, close. Idempotent."""
@@ -202,10 +209,13 @@ class RankServer:
             process_id=os.getpid(),
             kv_bytes_per_token=transfer.kv_bytes_per_token,
             num_leased_pages=cache.num_leased,
+            num_superseded_pages=cache.num_superseded,
             num_host_pages=host.num_pages,
             num_host_cached_pages=host.num_cached,
+            num_host_superseded_pages=host.num_superseded,
             num_disk_pages=disk.num_pages,
             num_disk_cached_pages=disk.num_cached,
+            num_disk_superseded_pages=disk.num_superseded,
             host_bytes_per_s=core.mover.rates.host,
             disk_bytes_per_s=core.mover.rates.disk,
             num_blocked=engine.num_blocked,
@@ -219,7 +229,7 @@ class RankServer:
         core = self._parts.core
         return RankView(state=self.state(), faults=core.engine.faults(), tiers=core.reservations.tiers.counts())
 
-    def _build(self, rendezvous: Rendezvous) -> _Core:
+    def _build(self, rendezvous: Rendezvous, deleted: Collection[str]) -> _Core:
         spec = self.spec
         torch.set_num_threads(spec.num_threads)
         gang = Gang.join(
@@ -234,12 +244,12 @@ class RankServer:
             on_listening=rendezvous.on_listening,
         )
         try:
-            return self._build_with(gang)
+            return self._build_with(gang, deleted)
         except BaseException:
             gang.close()
             raise
 
-    def _build_with(self, gang: Gang) -> _Core:
+    def _build_with(self, gang: Gang, deleted: Collection[str]) -> _Core:
         spec = self.spec
         config = ModelConfig.from_json(spec.model_path)
         device = _device(spec)
@@ -264,7 +274,7 @@ class RankServer:
             },
         )
         mover = Mover(reservations.tiers, planes, host=host, disk=disk)
-        mover.start()
+        mover.start(deleted)
         engine = Engine(
             model=model,
             planes=planes,

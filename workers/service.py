@@ -157,9 +157,6 @@ class WorkerService(worker_pb2_grpc.WorkerServiceServicer):
     async def Retain(self, request: worker_pb2.RetainRequest, context: Context) -> worker_pb2.RetainResponse:
         if request.importance not in _IMPORTANCE:
             raise InvalidArgument("importance is not known; use low, normal or high", field="importance")
-        if not request.HasField("duration"):
-            self.reservations.end_lease(request.session_id)
-            return worker_pb2.RetainResponse()
         decision = self.reservations.retain(
             request.session_id,
             duration_s=request.duration.ToNanoseconds() / 1e9,

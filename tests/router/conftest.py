@@ -18,6 +18,7 @@ from hypothesis import strategies as st
 from seamount.router.admission import Admission
 from seamount.router.byte_tokenizer import write_byte_tokenizer
 from seamount.router.cut_ahead import CutAhead
+from seamount.router.deletions import Deletions
 from seamount.router.directory import PeerRecord, new_instance
 from seamount.router.directory import Role as PeerRole
 from seamount.router.followed_turns import FollowedTurns
@@ -446,6 +447,7 @@ def router_turns(
         followed=FollowedTurns(model=model, sessions=sessions, rendering=rendering),
         retention=Retention(sessions=sessions, ranks=system.ranks, waits=ToolWaits(store), metrics=metrics),
         cut_ahead=CutAhead(spec=spec, ranks=system.ranks, rendering=rendering, secret=SECRET),
+        deletions=Deletions(store),
         metrics=metrics,
     )
 

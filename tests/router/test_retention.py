@@ -103,16 +103,6 @@ async def test_the_rank_of_the_last_turn_decides_and_its_answer_is_stored(
     assert await lease_of(turns, retention, session_id) is None, "the commit ends it"
 
 
-async def test_a_deleted_session_gives_its_lease_back(turns: Turns, system: Any, retention: Retention) -> None:
-    rank = await system.add("decode-a")
-    session_id = await waiting(turns)
-    await retention.report_tool_wait(ALICE, wait(session_id))
-    await turns.delete(ALICE, session_id)
-    await system.until(lambda: len(rank.retained) == 2)
-    assert rank.retained[1].session_id == session_id
-    assert not rank.retained[1].HasField("duration")
-
-
 async def test_a_lease_that_ran_out_is_said_to_have(turns: Turns, system: Any, retention: Retention) -> None:
     rank = await system.add("decode-a")
     session_id = await waiting(turns)

@@ -28,6 +28,11 @@ class EpochFences:
         """The session's highest epoch; 0 where none is remembered."""
         return self._seen.get(session_id, (0, "", 0))[0]
 
+    def close(self, session_id: str, epoch: int) -> None:
+        """Let nothing through up to this epoch: the session is no more."""
+        if epoch >= self.seen(session_id):
+            self._note(session_id, (epoch + 1, "", 0))
+
     def advance(self, session_id: str, turn_id: str, epoch: int, attempt: int) -> None:
         """Let the newest through. Raises Aborted (STALE_EPOCH, STALE_ATTEMPT) for an older one."""
         seen_epoch, seen_turn, seen_attempt = self._seen.get(session_id, (epoch, turn_id, attempt))
@@ -43,7 +48,10 @@ class EpochFences:
                 reason="STALE_ATTEMPT",
                 metadata={"attempt": str(attempt), "current_attempt": str(seen_attempt)},
             )
-        self._seen[session_id] = (epoch, turn_id, attempt)
+        self._note(session_id, (epoch, turn_id, attempt))
+
+    def _note(self, session_id: str, seen: tuple[int, str, int]) -> None:
+        self._seen[session_id] = seen
         self._seen.move_to_end(session_id)
         if len(self._seen) > self._max_sessions:
             self._seen.popitem(last=False)

@@ -45,7 +45,8 @@ class Copies:
     """Not thread-safe: its owner holds the lock. num_below: pages of each tier; those without any are not there.
 
     key: what a copy there is worth; is_superseded: whether a page is wanted by nobody; on_copied: a page has one copy
-    more; on_gone: no tier has the page any more; clock: monotonic seconds.
+    more; on_gone: no tier has the page any more; on_change: a tier below has a page now, or has it no more; clock:
+    monotonic seconds.
     """
 
     def __init__(
@@ -56,12 +57,13 @@ class Copies:
         is_superseded: Callable[[PageNode], bool],
         on_copied: Callable[[PageNode], None],
         on_gone: Callable[[PageNode], None],
+        on_change: Callable[[PageNode], None],
         clock: Callable[[], float],
     ) -> None:
         self._key, self._is_superseded, self._clock = key, is_superseded, clock
         self._on_copied, self._on_gone = on_copied, on_gone
         self.tiers = {
-            tier: LowerTier(tier, num_pages, key=key, may_go=_may_go, on_drop=self._dropped)
+            tier: LowerTier(tier, num_pages, key=key, may_go=_may_go, on_drop=self._dropped, on_change=on_change)
             for tier in BELOW
             if (num_pages := num_below.get(tier, 0)) > 0
         }
@@ -70,8 +72,8 @@ class Copies:
 
     @property
     def is_waiting(self) -> bool:
-        """Whether there is a copy to begin."""
-        return any(self._queues.values())
+        """Whether there is a copy to begin, or one to erase."""
+        return any(self._queues.values()) or any(lower.to_erase for lower in self.tiers.values())
 
     @property
     def is_busy(self) -> bool:
@@ -113,7 +115,7 @@ class Copies:
             lower.retire(copy.slot)
             return False
         if not copy.is_current or (node.parent is not None and copy.tier not in node.parent.copies):
-            lower.give_back(copy.slot)
+            lower.discard(copy.slot)
             if not _is_gone(node):
                 self.want(node)
             return False
@@ -131,8 +133,8 @@ class Copies:
         return sorted(found, key=lambda other: -other.depth)
 
     def drop(self, node: PageNode, tier: Tier) -> None:
-        """The page's copy there is of no use; nothing right behind it is there any more."""
-        self.tiers[tier].drop(node)
+        """The page's copy there is of no use, nor will it be; nothing right behind it is there any more."""
+        self.tiers[tier].drop(node, for_good=True)
         self._dropped(node)
 
     def _begin(self, node: PageNode, tier: Tier) -> Copy | None:

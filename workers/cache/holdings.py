@@ -22,14 +22,18 @@ from heapq import heapify, heappop, heappush
 
 from seamount.wire.hashes import page_hashes
 from seamount.workers.cache.copies import Copies
+from seamount.workers.cache.deletion import DeletedPages
 from seamount.workers.cache.leased import LeasedPages
 from seamount.workers.cache.lower import EvictionAge
 from seamount.workers.cache.pages import PagePool
 from seamount.workers.cache.prefix import PageNode, PrefixTree
 from seamount.workers.cache.reservation import Reservation, common_prefix_len
 from seamount.workers.cache.retention import PERSON, TIERS, Candidate, Tier, eviction_key
-from seamount.workers.cache.sessions import SessionBook, Tail
+from seamount.workers.cache.sessions import SessionBook, SessionRecord, Tail
+from seamount.workers.cache.superseded import SupersededPages
 
+ADOPTED_S = 24 * 3600.0
+"""How long what an earlier process left is kept for sessions that do not come: they may be no more."""
 COLD_AFTER_S = 300.0
 """Most tools and people are back by then: what was idle for longer may go for work ahead of time."""
 
@@ -49,21 +53,25 @@ class Holdings:
         self._clock = clock
         self._leaves: dict[int, None] = {}
         """Every idle page with nothing on the device behind it, and pages that were such before."""
+        self._adopted: dict[str, float] = {}
         self._age = EvictionAge()
         self.num_evicted = 0
         self.num_damaged = dict.fromkeys(TIERS, 0)
-        self.pool = PagePool(num_pages)
+        self.pool = PagePool(num_pages, on_use=self._use_changed)
         self.tree = PrefixTree()
+        self.superseded = SupersededPages(self.pool)
+        self._deleted = DeletedPages(self.pool, erase=self._erase)
         num_below = num_below or {}
         num_tokens = (num_pages + sum(num_below.values())) * page_size
-        self.sessions = SessionBook(max_left_tokens=4 * num_tokens)
+        self.sessions = SessionBook(max_left_tokens=4 * num_tokens, on_change=self.superseded.note)
         self.leases = LeasedPages(self.pool, self.sessions)
         self.copies = Copies(
             num_below,
             key=self._tier_key,
-            is_superseded=self._is_superseded,
+            is_superseded=self.superseded.holds,
             on_copied=self.leases.copied,
             on_gone=self._forget,
+            on_change=self.superseded.note,
             clock=clock,
         )
 
@@ -247,17 +255,13 @@ class Holdings:
                 first=node.depth * self.page_size,
                 end=(node.depth + 1) * self.page_size,
                 waits=self.sessions.waits(node),
-                is_superseded=self._is_superseded(node),
+                is_superseded=self.superseded.holds(node),
                 idle_s=0.0 if is_used else self._clock() - node.used_at,
                 tier=tier,
                 copy=copy,
                 is_leased=is_leased,
             )
         )
-
-    def _is_superseded(self, node: PageNode) -> bool:
-        is_used = node.page is not None and not self.pool.is_idle(node.page)
-        return bool(node.session_id) and node.num_sessions == 0 and not is_used
 
     def _evict(self, page: int) -> int | None:
         """The page leaves the device, and what has no copy is forgotten; returns the page before it."""
@@ -274,6 +278,7 @@ class Holdings:
 
     def _leave_device(self, node: PageNode) -> None:
         self.tree.leave_device(node)
+        self.superseded.note(node)
         if node.parent is not None and node.parent.page is not None:
             self._note_leaf(node.parent.page)
         if not node.copies:
@@ -295,7 +300,12 @@ class Holdings:
     def _forget(self, node: PageNode) -> None:
         """No tier has it any more."""
         self.tree.remove(node)
-        self.sessions.count_tree_page(node.session_id, -1)
+        self.sessions.gone(node)
+
+    def _use_changed(self, page: int) -> None:
+        node = self.tree.at(page)
+        if node is not None:
+            self.superseded.note(node)
 
     # ---- giving a session up
 
@@ -305,11 +315,7 @@ class Holdings:
         record = self.sessions.get(session_id)
         if record is None:
             return
-        self.leases.end(session_id)
-        if record.tail is not None:
-            page = record.tail.page
-            self._drop_tail(record.tail)
-            self.pool.free_idle(page)
+        self._leave_nothing(record, session_id)
         chain = record.chain
         self.sessions.pass_through(session_id, [])
         self.sessions.remember(session_id, array("I"), b"")
@@ -319,6 +325,50 @@ class Holdings:
             if not self._is_leaf(node.page) or node.num_sessions or self.pool.num_leases(node.page):
                 return
             self._evict(node.page)
+
+    def delete_session(self, session_id: str) -> None:
+        """The session is no more, and has no live reservation here: forget it. ``sweep`` erases its pages, except for
+        those that other sessions' last turns went through."""
+        doomed = self.sessions.brought(session_id)
+        record = self.sessions.get(session_id)
+        if record is not None:
+            doomed += record.chain
+            self._leave_nothing(record, session_id)
+            self.sessions.forget(session_id)
+        self._deleted.add(doomed)
+
+    def sweep(self) -> None:
+        """Erase pages of deleted sessions that nobody uses by now; pages of adopted sessions that have not come for
+        long are superseded."""
+        self._deleted.sweep()
+        now = self._clock()
+        while self._adopted:
+            session_id, until = next(iter(self._adopted.items()))
+            if now < until:
+                return
+            del self._adopted[session_id]
+            record = self.sessions.get(session_id)
+            if session_id in self.sessions.leases:
+                self._adopted[session_id] = now + ADOPTED_S
+            elif record is not None and not record.turn_id:
+                self.sessions.pass_through(session_id, [])
+
+    def _leave_nothing(self, record: SessionRecord, session_id: str) -> None:
+        """Neither lease nor tail."""
+        self.leases.end(session_id)
+        if record.tail is not None:
+            page = record.tail.page
+            self._drop_tail(record.tail)
+            self.pool.free_idle(page)
+
+    def _erase(self, node: PageNode) -> None:
+        """A page that nobody uses leaves every tier."""
+        for tier in tuple(node.copies):
+            self.copies.drop(node, tier)
+        if node.page is not None:
+            page = node.page
+            self._leave_device(node)
+            self.pool.free_idle(page)
 
     # ---- copies below the device
 
@@ -348,6 +398,7 @@ class Holdings:
         self.sessions.pass_through(session_id, chain)
         record = self.sessions.touch(session_id)
         record.left_at, record.num_requests = now, 1  # at the least
+        self._adopted[session_id] = now + ADOPTED_S
         self.trim()
 
     def leaves(self) -> set[int]:
@@ -377,7 +428,8 @@ class Holdings:
             if node is None:  # another page's tokens have this hash: this sequence's pages stay its own from here on
                 return
             if len(self.tree) > num_before:
-                self.sessions.count_tree_page(node.session_id, 1)
+                self.sessions.entered(node)
+            self.superseded.note(node)  # it was below the device, perhaps
             if node.page is not None and node.page != page:
                 self.pool.pin(node.page)
             self.copies.want(node)

@@ -18,7 +18,8 @@ def check_holdings(holdings: Holdings, reservations: Sequence[Reservation]) -> N
     Every page is free, referenced or idle, and only one of them; references equal holders; every idle page is a node of
     the tree or a tail; every node is in some tier, and its parents are in each tier that it is in; whoever pins or
     leases a node does so with its parents; every idle page without others behind it is known as such; leases are
-    counted, and cover no free page; every slot of a tier is free, promised or holds a copy.
+    counted, and cover no free page; every slot of a tier is free, promised, to be erased or holds a copy; superseded
+    pages are counted.
     """
     pool = holdings.pool
     free, idle = pool.free_pages(), pool.idle_pages()
@@ -45,6 +46,9 @@ def check_holdings(holdings: Holdings, reservations: Sequence[Reservation]) -> N
     for lower in holdings.copies.tiers.values():
         _check_tier(holdings, lower)
     _check_wanted(holdings, reservations)
+    superseded = Counter(tier for node in holdings.tree for tier in holdings.superseded.tiers(node))
+    assert +holdings.superseded.num_pages == superseded, "superseded pages are miscounted"
+    assert not any(holdings.superseded.holds(node) and node.num_leases for node in holdings.tree), "nobody's lease"
 
 
 def _page(node: PageNode) -> int:
@@ -130,7 +134,7 @@ def _check_tier(holdings: Holdings, lower: LowerTier) -> None:
     assert nodes == {node for node in holdings.tree if tier in node.copies}, "a tier does not know what it holds"
     slots = [node.copies[tier].slot for node in nodes]
     promised = [copy.slot for copy in holdings.copies.making() if copy.tier is tier]
-    used = [*slots, *promised, *lower.free_slots()]
+    used = [*slots, *promised, *lower.free_slots(), *lower.to_erase]
     assert len(set(used)) == len(used) == lower.num_pages, "a slot is lost or used twice"
     children = Counter(node.parent for node in nodes)
     for node in nodes:

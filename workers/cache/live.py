@@ -152,6 +152,16 @@ class LiveReservations:
         if live is not None:
             self.abort(live)
 
+    def delete_session(self, session_id: str) -> None:
+        """The session is no more: its reservations end, and keep nothing."""
+        live = self.of_session(session_id)
+        if live is not None:
+            self._aborted.append(live.id)
+            self.end(live, 0)
+        for reservation in self.ending.values():
+            if reservation.session_id == session_id:
+                reservation.keep_len = 0
+
     def end_expired(self, now: float) -> list[str]:
         """Leases and reservations whose time is over; returns the reservations' ids."""
         self.leases.end_expired(now)

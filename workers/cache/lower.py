@@ -37,7 +37,8 @@ class LowerTier:
     """Slots, numbered from 0. A slot is free, promised to a copy in the making, or holds a page's bytes.
 
     Not thread-safe: its owner holds the lock. key: of a page here, by ``retention.eviction_key``; the least goes first.
-    may_go: whether the copy here may be dropped. on_drop: called after a copy was dropped for another.
+    may_go: whether the copy here may be dropped. on_drop: called after a copy was dropped for another; on_change: after
+    a page came or went. A slot that a later process could find again is to be erased before it is free.
     """
 
     def __init__(
@@ -48,11 +49,14 @@ class LowerTier:
         key: Callable[[PageNode, Tier], EvictionKey],
         may_go: Callable[[PageNode, Tier], bool],
         on_drop: Callable[[PageNode], None],
+        on_change: Callable[[PageNode], None],
     ) -> None:
         self.tier, self.num_pages = tier, num_pages
         self.age = EvictionAge()
         self.num_evicted = 0
-        self._key, self._may_go, self._on_drop = key, may_go, on_drop
+        self._key, self._may_go, self._on_drop, self._on_change = key, may_go, on_drop, on_change
+        self._outlives_process = tier is Tier.DISK
+        self._to_erase: list[int] = []
         self._free = list(range(num_pages - 1, -1, -1))
         self._nodes: dict[int, PageNode] = {}
         self._leaves: dict[PageNode, None] = {}
@@ -82,13 +86,30 @@ class LowerTier:
         return self._free.pop() if self._free else None
 
     def give_back(self, slot: int) -> None:
-        """A promised slot is not needed."""
+        """A promised slot is not needed, and holds nothing."""
         self._free.append(slot)
+
+    def discard(self, slot: int) -> None:
+        """A promised slot holds what nobody needs."""
+        (self._to_erase if self._outlives_process else self._free).append(slot)
 
     def retire(self, slot: int) -> None:
         """A promised slot cannot be written: it is not used any more."""
         assert slot not in self._nodes, "a slot in use cannot be retired"
         self.num_pages -= 1
+
+    @property
+    def to_erase(self) -> list[int]:
+        """Slots whose bytes are to be made unfindable, one ``erased`` each."""
+        return list(self._to_erase)
+
+    def erased(self, slot: int, *, is_done: bool) -> None:
+        """is_done: False where the slot cannot be written."""
+        self._to_erase.remove(slot)
+        if is_done:
+            self._free.append(slot)
+        else:
+            self.retire(slot)
 
     def adopt(self, slots: set[int]) -> None:
         """These slots, free until now, are promised: they hold what an earlier process left."""
@@ -102,17 +123,23 @@ class LowerTier:
         if node.parent is not None:
             node.parent.num_children[self.tier] += 1
         self.note_leaf(node)
+        self._on_change(node)
 
-    def drop(self, node: PageNode) -> None:
-        """The page's copy here is no more; nothing right behind it is here."""
+    def drop(self, node: PageNode, *, for_good: bool = False) -> None:
+        """The page's copy here is no more; nothing right behind it is here. for_good: nor may a later process find it;
+        what is dropped to make room is overwritten in any case."""
         assert node.num_children[self.tier] == 0, "an inner page must not go before those behind it"
         copy = node.copies.pop(self.tier)
         del self._nodes[copy.slot]
-        self._free.append(copy.slot)
+        if for_good:
+            self.discard(copy.slot)
+        else:
+            self._free.append(copy.slot)
         self._leaves.pop(node, None)
         if node.parent is not None:
             node.parent.num_children[self.tier] -= 1
             self.note_leaf(node.parent)
+        self._on_change(node)
 
     def note_leaf(self, node: PageNode) -> None:
         """The page may be here and have nothing behind it here."""

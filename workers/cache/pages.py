@@ -11,15 +11,19 @@ A referenced or idle page may be leased besides: while it is, it is not freed.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 
 class PagePool:
     """Refcounts, leases and the free list. Not thread-safe: its owner holds the lock.
 
-    num_pages: physical pages, numbered from 0; at least 1.
+    num_pages: physical pages, numbered from 0; at least 1. on_use: called after a page that holds a cached prefix came
+    into use, or became idle.
     """
 
-    def __init__(self, num_pages: int) -> None:
+    def __init__(self, num_pages: int, *, on_use: Callable[[int], None] = lambda page: None) -> None:
         self.num_pages = num_pages
+        self._on_use = on_use
         self._refcounts = [0] * num_pages
         self._free = list(range(num_pages - 1, -1, -1))
         self._idle: dict[int, float] = {}
@@ -59,10 +63,13 @@ class PagePool:
 
     def pin(self, page: int) -> None:
         """One more reference to a page that is referenced or idle."""
-        if self._refcounts[page] == 0:
+        was_idle = self._refcounts[page] == 0
+        if was_idle:
             del self._idle[page]  # a free page is not in there: pinning one is a defect and raises
             self._num_leased_idle -= page in self._num_leases
         self._refcounts[page] += 1
+        if was_idle:
+            self._on_use(page)
 
     def unpin(self, page: int, *, cached: bool, now: float = 0.0) -> None:
         """One reference less; with the last one the page becomes idle, since ``now``, if ``cached``, else free."""
@@ -73,6 +80,7 @@ class PagePool:
             if cached:
                 self._idle[page] = now
                 self._num_leased_idle += page in self._num_leases
+                self._on_use(page)
             else:
                 assert page not in self._num_leases, f"page {page} is leased and would become free"
                 self._free.append(page)

@@ -33,12 +33,14 @@ AHEAD_SHARE = 0.5
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CacheState:
     """Of the device. num_cached: unreferenced pages that hold a prefix; num_leased: those of them that may not go,
-    because a lease holds them and they have no copy below; num_reservations: with those whose end waits for a use."""
+    because a lease holds them and they have no copy below; num_superseded: those that no session will come back for;
+    num_reservations: with those whose end waits for a use."""
 
     num_pages: int
     num_free: int
     num_cached: int
     num_leased: int
+    num_superseded: int
     num_reservations: int
 
 
@@ -204,11 +206,24 @@ class Reservations:
                 self._live.end(reservation, None)
             return True
 
-    def end_lease(self, session_id: str) -> None:
-        """The session will not come back: what it left goes like any other pages. Harmless where it has no lease."""
-        with self._lock:
-            self._holdings.leases.end(session_id)
-            self._holdings.trim()
+    def delete_session(self, session_id: str, epoch: int) -> None:
+        """The session is no more: its turn here ends, its writers up to ``epoch`` are fenced off, and its pages go from
+        every tier, as soon as nobody uses them; those that other sessions' last turns went through stay.
+
+        Idempotent, and harmless for a session that is not known here. Nothing happens where a later epoch has been
+        seen: the session was made anew under its old id.
+        """
+        with self._live.changing():
+            if self._live.fences.seen(session_id) > epoch + 1:
+                return
+            self._live.fences.close(session_id, epoch)
+            ahead = self._live.by_key(_ahead_key(session_id))
+            if ahead is not None:
+                self._live.end(ahead, 0)
+            self._live.delete_session(session_id)
+            self._holdings.delete_session(session_id)
+            self._holdings.sweep()
+        self.tiers.wake()
 
     def expire(self, now: float | None = None) -> list[str]:
         """End those whose time is over, as ``release`` does, and leases; returns the ids of the reservations after
@@ -218,6 +233,8 @@ class Reservations:
             ended = self._live.end_expired(now)
             for session_id in self._leases.ending(now + AHEAD_S):
                 self.restore_ahead(session_id)
+            self._holdings.sweep()
+        self.tiers.wake()
         return ended
 
     # ---- for the engine
@@ -368,6 +385,7 @@ class Reservations:
                 num_free=self._holdings.pool.num_free,
                 num_cached=self._holdings.pool.num_idle,
                 num_leased=self._holdings.pool.num_leased_idle,
+                num_superseded=self._holdings.superseded.num_pages[Tier.DEVICE],
                 num_reservations=len(self._live.all()),
             )
 

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from array import array
-from collections import Counter, OrderedDict
-from collections.abc import Iterator
+from collections import OrderedDict
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
 from seamount.workers.cache.prefix import PageNode
@@ -91,15 +91,17 @@ class SessionRecord:
 class SessionBook:
     """Records, and tails. Not thread-safe: its owner holds the lock.
 
-    max_left_tokens: bound on the remembered ids of all sessions together; the least recently used go first.
+    max_left_tokens: bound on the remembered ids of all sessions together; the least recently used go first. on_change:
+    called after a page's ``num_sessions`` may have changed.
     """
 
-    def __init__(self, *, max_left_tokens: int) -> None:
+    def __init__(self, *, max_left_tokens: int, on_change: Callable[[PageNode], None] = lambda node: None) -> None:
         self._max_left_tokens = max_left_tokens
+        self._on_change = on_change
         self._num_left_tokens = 0
         self._records: OrderedDict[str, SessionRecord] = OrderedDict()
         self._tails: dict[int, Tail] = {}
-        self._num_tree_pages: Counter[str] = Counter()
+        self._brought: dict[str, dict[PageNode, None]] = {}
         self.leases: dict[str, Lease] = {}
         """By session; each of them has a record."""
 
@@ -153,12 +155,14 @@ class SessionBook:
     def pass_through(self, session_id: str, chain: list[PageNode]) -> None:
         """The session's last turn went through these full pages, and no longer through those of the turn before."""
         record = self._records[session_id]
-        for node in record.chain:
+        before, record.chain = record.chain, chain
+        for node in before:
             node.num_sessions -= 1
         for node in chain:
             node.num_sessions += 1
             node.last_session = session_id
-        record.chain = chain
+        for node in dict.fromkeys((*before, *chain)):
+            self._on_change(node)
 
     def trim(self) -> list[Tail]:
         """Forget the least recently used sessions beyond the bounds; returns their tails: the pages are ownerless now.
@@ -180,17 +184,30 @@ class SessionBook:
             if record.tail is not None:
                 tails.append(record.tail)
                 self.drop_tail(record.tail)
-            self.pass_through(session_id, [])
-            del self._records[session_id]
-        self._num_left_tokens = num_tokens
+            self.forget(session_id)
         return tails
 
-    def count_tree_page(self, session_id: str, change: int) -> None:
-        """A page that the session brought entered (+1) or left (-1) the tree."""
-        if session_id:
-            self._num_tree_pages[session_id] += change
-            if self._num_tree_pages[session_id] == 0:
-                del self._num_tree_pages[session_id]
+    def forget(self, session_id: str) -> None:
+        """Its record goes; its tail and its lease have gone before."""
+        self.pass_through(session_id, [])
+        self._num_left_tokens -= len(self._records.pop(session_id).left)
+
+    def brought(self, session_id: str) -> list[PageNode]:
+        """Pages in the tree that the session brought there."""
+        return list(self._brought.get(session_id, ()))
+
+    def entered(self, node: PageNode) -> None:
+        """The page is in the tree now."""
+        if node.session_id:
+            self._brought.setdefault(node.session_id, {})[node] = None
+
+    def gone(self, node: PageNode) -> None:
+        """The page has left the tree."""
+        if node.session_id:
+            nodes = self._brought[node.session_id]
+            del nodes[node]
+            if not nodes:
+                del self._brought[node.session_id]
 
     def cached_sessions(self) -> list[str]:
         """Sessions with a live reservation, a tail, or pages in the tree that they brought; most recent first. Not one
@@ -198,7 +215,5 @@ class SessionBook:
         return [
             session_id
             for session_id, record in reversed(self._records.items())
-            if record.live_id is not None
-            or record.tail is not None
-            or (record.left and session_id in self._num_tree_pages)
+            if record.live_id is not None or record.tail is not None or (record.left and session_id in self._brought)
         ]

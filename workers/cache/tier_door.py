@@ -37,10 +37,12 @@ class StoredPage:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TierState:
-    """num_pages: that the tier holds at the most; num_cached: that it holds."""
+    """num_pages: that the tier holds at the most; num_cached: that it holds; num_superseded: of those, pages that no
+    session will come back for."""
 
     num_pages: int
     num_cached: int
+    num_superseded: int
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -73,6 +75,18 @@ class TierDoor:
         self.wake()
         return is_kept
 
+    def next_erasures(self, tier: Tier, limit: int) -> list[int]:
+        """Slots of the tier whose pages a later process must not find, at most ``limit``; each is answered by
+        ``erased``, by the thread that asked, before it asks again."""
+        with self._lock:
+            lower = self._holdings.copies.tiers.get(tier)
+            return [] if lower is None else lower.to_erase[:limit]
+
+    def erased(self, tier: Tier, slot: int, *, is_done: bool) -> None:
+        """is_done: False: the slot cannot be written and is given up."""
+        with self._lock:
+            self._holdings.copies.tiers[tier].erased(slot, is_done=is_done)
+
     def next_restore(self, limit: int) -> Restore | None:
         """At most ``limit`` pages of one reservation to bring up; answered by ``restored`` before the next call."""
         with self._lock:
@@ -85,11 +99,11 @@ class TierDoor:
             self._restores.done(restore, num_good, damaged)
         self.wake()
 
-    def adopt(self, tier: Tier, pages: Iterable[StoredPage]) -> list[int]:
+    def adopt(self, tier: Tier, pages: Iterable[StoredPage], *, deleted: Iterable[str] = ()) -> list[int]:
         """Take what an earlier process left in the tier; returns slots whose pages cannot be reached.
 
         Before anything else is in the caches; slots are below the tier's number of pages. A session ends with the page
-        of its own that was written last.
+        of its own that was written last. deleted: sessions that are no more: what only they have is erased.
         """
         orphans: list[int] = []
         latest: dict[str, tuple[int, PageNode]] = {}
@@ -103,16 +117,22 @@ class TierDoor:
                     orphans.append(page.slot)
                 elif page.session_id and page.order >= latest.get(page.session_id, (-1, node))[0]:
                     latest[page.session_id] = page.order, node
+            doomed = set(deleted)
             for session_id, (_, node) in sorted(latest.items(), key=lambda item: item[1][0]):
-                self._holdings.adopt_session(session_id, node)
+                if session_id not in doomed:
+                    self._holdings.adopt_session(session_id, node)
+            for session_id in doomed:
+                self._holdings.delete_session(session_id)
+            self._holdings.sweep()
         return orphans
 
     def state(self, tier: Tier) -> TierState:
         with self._lock:
             lower = self._holdings.copies.tiers.get(tier)
             if lower is None:
-                return TierState(num_pages=0, num_cached=0)
-            return TierState(num_pages=lower.num_pages, num_cached=lower.num_cached)
+                return TierState(num_pages=0, num_cached=0, num_superseded=0)
+            num_superseded = self._holdings.superseded.num_pages[tier]
+            return TierState(num_pages=lower.num_pages, num_cached=lower.num_cached, num_superseded=num_superseded)
 
     def counts(self) -> dict[Tier, TierCounts]:
         """Of the device, and of each tier below that there is."""
@@ -147,5 +167,5 @@ class TierDoor:
             root=page.root,
         )
         lower.settle(node, StoredCopy(slot=page.slot, crc=page.crc))
-        self._holdings.sessions.count_tree_page(page.session_id, 1)
+        self._holdings.sessions.entered(node)
         return node

@@ -14,13 +14,15 @@ a gang that starts again on the node finds what it left. Integers are little-end
             32s root hash | u16 length of session_id | 128s session_id | 4 * page_size token ids (u32)
 
 A page is written in this order: its record is zeroed, the image is written, the record is written. A process that dies
-in between leaves a free slot. Nothing is synced: what a power cut tears does not match its checksum, in the index when
-it is adopted, in an image when it is restored. Whoever can read the files can tell what was said: they are the
-owner's alone.
+in between leaves a free slot. What is erased is zeroed in both files. Nothing is synced: what a power cut tears does
+not match its checksum, in the index when it is adopted, in an image when it is restored. Whoever can read the files can
+tell what was said: they are the owner's alone.
 """
 
 from __future__ import annotations
 
+import ctypes
+import errno
 import fcntl
 import hashlib
 import logging
@@ -45,6 +47,8 @@ _RECORD = struct.Struct("<IQI32s32s32sH128s")
 _RECORDS_AT = 4096
 _BLOCK = 4096
 _READ_RECORDS = 1024
+_PUNCH_HOLE = 0x01 | 0x02
+"""FALLOC_FL_KEEP_SIZE and FALLOC_FL_PUNCH_HOLE of Linux's fallocate(2)."""
 MAX_FOLDERS = 1024
 """Of one identity: more ranks than a node can hold."""
 
@@ -160,6 +164,12 @@ class DiskFile:
         """The slot holds nothing. Raises OSError."""
         _write(self._index, memoryview(bytes(self._record_bytes)), self._record_at(slot))
 
+    def erase(self, slot: int) -> None:
+        """``clear``, and the image's bytes are given back to the file system. Raises OSError."""
+        self.clear(slot)
+        if slot * self._stride < os.fstat(self._pages).st_size:
+            _punch_hole(self._pages, slot * self._stride, self._stride)
+
     def _records(self) -> Iterator[tuple[int, bytes]]:
         size, empty = self._record_bytes, bytes(self._record_bytes)
         for first in range(0, self.num_pages, _READ_RECORDS):
@@ -218,6 +228,17 @@ def _num_blocks(path: Path) -> int:
         return path.stat().st_blocks
     except FileNotFoundError:
         return 0
+
+
+def _punch_hole(descriptor: int, at: int, num_bytes: int) -> None:
+    """Zeros, where the file system cannot make holes."""
+    libc = ctypes.CDLL(None, use_errno=True)
+    if libc.fallocate(descriptor, _PUNCH_HOLE, ctypes.c_int64(at), ctypes.c_int64(num_bytes)) == 0:
+        return
+    error = ctypes.get_errno()
+    if error != errno.EOPNOTSUPP:
+        raise OSError(error, os.strerror(error))
+    _write(descriptor, memoryview(bytes(num_bytes)), at)
 
 
 def _write(descriptor: int, data: memoryview, at: int) -> None:

@@ -11,7 +11,7 @@ import logging
 import os
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
@@ -74,11 +74,12 @@ class Mover:
             arguments = (do, images, [memory.image(place) for place in range(num_buffers)], wake)
             self._threads.append(threading.Thread(target=self._loop, args=arguments, name=name, daemon=True))
 
-    def start(self) -> None:
-        """Take over what the disk holds from an earlier process, then move pages."""
+    def start(self, deleted: Iterable[str] = ()) -> None:
+        """Take over what the disk holds from an earlier process, then move pages. deleted: sessions that are no
+        more."""
         if self._disk is not None:
-            for slot in self._door.adopt(Tier.DISK, self._disk.stored()):
-                self._disk.clear(slot)
+            for slot in self._door.adopt(Tier.DISK, self._disk.stored(), deleted=deleted):
+                self._disk.erase(slot)
         self._door.on_work = self._wake
         for thread in self._threads:
             thread.start()
@@ -180,6 +181,7 @@ class Mover:
 
     def _copy_to_disk(self, images: PageImages, buffers: Sequence[Tensor]) -> bool:
         assert self._disk is not None
+        has_erased = self._erase_from_disk(self._disk)
         copies = self._door.next_copies(Tier.DISK, BATCH_PAGES)
         from_device = [copy for copy in copies if copy.source is None]
         direct = dict(zip(from_device, buffers, strict=False))
@@ -198,7 +200,19 @@ class Mover:
                 self._door.copied(copy, None)
             else:
                 self._door.copied(copy, crc)
-        return bool(copies)
+        return has_erased or bool(copies)
+
+    def _erase_from_disk(self, disk: DiskFile) -> bool:
+        slots = self._door.next_erasures(Tier.DISK, BATCH_PAGES)
+        for slot in slots:
+            try:
+                disk.erase(slot)
+            except OSError as error:
+                _LOG.warning("disk_erase_failed", extra={"slot": slot, "error": str(error)})
+                self._door.erased(Tier.DISK, slot, is_done=False)
+            else:
+                self._door.erased(Tier.DISK, slot, is_done=True)
+        return bool(slots)
 
     def _save(self, images: PageImages, copies: list[Copy], targets: list[Tensor]) -> None:
         pages = [copy.page for copy in copies if copy.page is not None]

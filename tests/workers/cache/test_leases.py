@@ -85,15 +85,6 @@ def test_housekeeping_ends_leases(cache: SmallCache) -> None:
     assert cached_len(cache, A, "a") == 10, "still cached"
 
 
-def test_the_lease_of_a_deleted_session_ends(cache: SmallCache) -> None:
-    cache.leave(A, session="a")
-    retain(cache, "a", 60.0)
-    cache.caches.end_lease("a")
-    cache.caches.end_lease("never had one")
-    cache.caches.check_invariants()
-    assert cache.caches.state().num_leased == 0
-
-
 def test_running_sequences_do_not_grow_into_leased_pages(make_cache: MakeCache) -> None:
     cache = make_cache(4)
     cache.leave([1] * 8, session="a")

@@ -335,6 +335,33 @@ class CacheMachine(RuleBasedStateMachine):
                 pages = [] if any(self.num_below.values()) else list(lease.pages)
                 self.leased[session] = lease.expires_at, self.epochs.get(session), list(lease.nodes), pages
 
+    @rule(session=st.sampled_from(["x", "y", "z"]), is_late=st.booleans())
+    def delete(self, session: str, is_late: bool) -> None:
+        """The session is no more; a message that comes late, for one that was made anew since, changes nothing."""
+        epoch = self.epochs.get(session, (1, 0))[0]
+        if is_late:
+            before = self.caches.state()
+            self.caches.delete_session(session, epoch - 3)
+            if session in self.epochs:
+                assert self.caches.state() == before
+                return
+        num_live = sum(one.session_id == session for one in self.caches._live.by_id.values())
+        num_aborted = len(self.aborted)
+        self.caches.delete_session(session, epoch)
+        assert len(self.aborted) == num_aborted + num_live
+        self.leased.pop(session, None)
+        self.left.pop(session, None)
+        assert self.caches._holdings.sessions.get(session) is None
+        self.epochs[session] = epoch + 1, 0
+        assert self._reserve(session, SALTS[0], [1], "stale", False) is None, "its writers are fenced off"
+
+    @precondition(lambda self: self.caches._holdings.copies.tiers)
+    @rule(count=st.integers(1, 9), is_done=st.sampled_from([True, True, True, False]))
+    def erase(self, count: int, is_done: bool) -> None:
+        for slot in self.caches.tiers.next_erasures(Tier.DISK, count):
+            del self.stored[Tier.DISK, slot]
+            self.caches.tiers.erased(Tier.DISK, slot, is_done=is_done)
+
     # ---- tiers below
 
     def _page(self, node: PageNode) -> list[object]:

@@ -5,6 +5,7 @@ from array import array
 import pytest
 
 from seamount.workers.cache import sessions
+from seamount.workers.cache.prefix import PageNode
 from seamount.workers.cache.retention import PERSON, person_wait, tool_wait
 from seamount.workers.cache.sessions import SessionBook, SessionRecord, Tail
 
@@ -17,6 +18,10 @@ def _leave(book: SessionBook, session_id: str, count: int, page: int | None = No
     book.remember(session_id, _ids(count), b"root")
     if page is not None:
         book.keep_tail(Tail(session_id=session_id, page=page, root=b"root", parent=None, token_ids=_ids(1)))
+
+
+def page_of(session_id: str) -> PageNode:
+    return PageNode(page=None, digest=b"d", parent=None, token_ids=b"", session_id=session_id, root=b"root")
 
 
 def test_the_bound_on_remembered_tokens_drops_the_least_recent_and_names_their_tails() -> None:
@@ -59,11 +64,15 @@ def test_a_session_is_listed_while_pages_it_brought_are_in_the_tree() -> None:
     book = SessionBook(max_left_tokens=100)
     _leave(book, "a", 8)
     assert book.cached_sessions() == []
-    book.count_tree_page("a", 1)
-    book.count_tree_page("", 1)
+    of_a, of_nobody = page_of("a"), page_of("")
+    book.entered(of_a)
+    book.entered(of_nobody)
     assert book.cached_sessions() == ["a"]
-    book.count_tree_page("a", -1)
+    assert book.brought("a") == [of_a]
+    book.gone(of_a)
+    book.gone(of_nobody)
     assert book.cached_sessions() == []
+    assert book.brought("a") == []
 
 
 def test_what_a_session_waits_for_and_how_many_requests_its_person_made() -> None:

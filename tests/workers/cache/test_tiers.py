@@ -31,6 +31,8 @@ class TieredCache(SmallCache):
             for tier in (Tier.HOST, Tier.DISK):
                 for copy in tiers.next_copies(tier, 3):
                     tiers.copied(copy, 0)
+                for slot in tiers.next_erasures(tier, 3):
+                    tiers.erased(tier, slot, is_done=True)
             restore = tiers.next_restore(2)
             if restore is not None:
                 tiers.restored(restore, len(restore.fetches))

@@ -224,6 +224,24 @@ def test_a_write_that_was_cut_short_leaves_a_free_slot(open_disk: Open, rng: ran
     assert [page.slot for page in open_disk().stored()] == [0]
 
 
+def test_nothing_is_left_of_what_was_erased(open_disk: Open, rng: random.Random) -> None:
+    disk = open_disk()
+    nodes = chain(rng, 3, "ses_told")
+    fill(disk, nodes)
+    disk.erase(1)
+    pages, index = (disk.folder / name for name in ("pages.dat", "index.dat"))
+    assert pages.read_bytes()[STRIDE : STRIDE + IMAGE_BYTES] == bytes(IMAGE_BYTES)
+    assert pages.stat().st_size > 2 * STRIDE, "those behind it stay where they are"
+    assert nodes[1].token_ids not in index.read_bytes()
+    disk.erase(disk.num_pages - 1)  # nothing was ever there
+    disk.close()
+    again = open_disk()
+    assert sorted(page.slot for page in again.stored()) == [0, 2]
+    into = torch.empty(IMAGE_BYTES, dtype=torch.uint8)
+    again.read(2, into)
+    assert torch.equal(into, image_of(2))
+
+
 def test_files_stay_within_their_bound(open_disk: Open, rng: random.Random) -> None:
     disk = open_disk(num_bytes=100_000)
     fill(disk, chain(rng, disk.num_pages))
