@@ -1,0 +1,107 @@
+"""Which deletions ranks are told of, and how they read them; a real store."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import AsyncIterator
+from typing import Any
+
+import pytest
+
+from seamount.cluster.deletions import DeletionFollower
+from seamount.router import deletions as deletions_module
+from seamount.router.deletions import EPOCH_MARGIN, Deletion, Deletions
+from seamount.router.store import Store
+from seamount.router.tokenizer import Tokenizer
+from seamount.router.turns import Turns
+from seamount.v1 import session_pb2
+from seamount.wire.errors import Unavailable
+from seamount.wire.ids import SessionId, TenantId
+
+ALICE, BOB = TenantId("alice"), TenantId("bob")
+
+
+@pytest.fixture
+async def turns(store: Store, system: Any, tokenizer: Tokenizer, make_turns: Any) -> AsyncIterator[Turns]:
+    made = make_turns(store, system, tokenizer, "router-a")
+    yield made
+    await made.stop(0.0)
+    await made.sessions.close()
+    made.rendering.close()
+
+
+async def created(turns: Turns, key: str = "") -> SessionId:
+    request = session_pb2.CreateSessionRequest(idempotency_key=key)
+    return SessionId((await turns.sessions.create(ALICE, request, model="m")).id)
+
+
+async def test_a_deletion_is_told_with_an_epoch_between_the_old_session_and_a_new_one(turns: Turns) -> None:
+    session_id = await created(turns, "key")
+    epoch = (await turns.sessions.get(ALICE, session_id)).epoch
+    await asyncio.sleep(EPOCH_MARGIN / 1e6)
+    await turns.delete(ALICE, session_id)
+    ((deletion,), _) = await turns.deletions.after("")
+    assert await created(turns, "key") == session_id
+    assert deletion.session_id == session_id
+    assert epoch < deletion.epoch < (await turns.sessions.get(ALICE, session_id)).epoch
+
+
+async def test_only_who_has_a_session_can_have_it_forgotten(turns: Turns) -> None:
+    session_id = await created(turns)
+    for tenant, name in ((BOB, session_id), (ALICE, SessionId("ses_" + "a" * 32)), (ALICE, SessionId("no id"))):
+        await turns.delete(tenant, name)
+    assert await turns.deletions.after("") == ([], "")
+    for _ in range(2):
+        await turns.delete(ALICE, session_id)
+    found, _ = await turns.deletions.after("")
+    assert [one.session_id for one in found] == [session_id], "the second time there was nothing"
+
+
+async def test_a_damaged_session_is_told_of_too(turns: Turns, store: Store) -> None:
+    session_id = await created(turns)
+    await store.command("HDEL", store.key(f"{{alice/{session_id}}}", "meta"), "chain")
+    await turns.delete(ALICE, session_id)
+    ((deletion,), _) = await turns.deletions.after("")
+    assert abs(deletion.epoch - time.time_ns() // 1000) < 60e6
+
+
+async def test_a_rank_reads_all_in_parts_and_then_what_is_new(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(deletions_module, "READ_AT_ONCE", 3)
+    monkeypatch.setattr("seamount.cluster.deletions.FOLLOW_EVERY_S", 0.01)
+    deletions, told = Deletions(store), list[Deletion]()
+    follower = DeletionFollower(deletions, told.append)
+    assert await follower.earlier() == []
+    for number in range(8):
+        await deletions.note(SessionId(f"s{number}"), number)
+    earlier = await follower.earlier()
+    assert [(one.session_id, one.epoch) for one in earlier] == [(f"s{n}", n + EPOCH_MARGIN) for n in range(8)]
+    failures, read = 3, deletions.after
+
+    async def after(place: str) -> Any:
+        nonlocal failures
+        failures -= 1
+        if failures > 0:
+            raise Unavailable("away", reason="STORE_UNAVAILABLE")
+        return await read(place)
+
+    monkeypatch.setattr(deletions, "after", after)
+    follower.start()
+    for number in range(8, 13):
+        await deletions.note(SessionId(f"s{number}"), number)
+    async with asyncio.timeout(5):
+        while len(told) < 5:  # noqa: ASYNC110
+            await asyncio.sleep(0.01)
+    await follower.stop()
+    await follower.stop()
+    assert [one.session_id for one in told] == [f"s{number}" for number in range(8, 13)]
+
+
+async def test_old_deletions_are_dropped(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(deletions_module, "MAX_KEPT", 100)
+    deletions = Deletions(store)
+    for number in range(400):
+        await deletions.note(SessionId(f"s{number}"), number)
+    found, _ = await deletions.after("")
+    assert 100 <= len(found) < 400
+    assert found[-1].session_id == "s399"
