@@ -264,3 +264,16 @@ def test_a_trials_redis_syncs_every_write(manifests: tuple[Manifest, ...]) -> No
         assert "appendonly yes" in entry["args"][0]
         assert "appendfsync always" in entry["args"][0]
         assert "$PASSWORD" in entry["args"][0]
+
+
+def test_weights_and_disk_caches_are_mounted_where_they_are_used(manifests: tuple[Manifest, ...]) -> None:
+    """The head may be on any node: a folder of GPU nodes, or a volume of one zone, would bind it."""
+    ranks = {"prefill", "decode"}
+    for kind, users in (("weights", {"router", *ranks}), ("disk-cache", ranks)):
+        having = {
+            name for name, pod in pods(manifests).items() if kind in {one["name"] for one in pod["spec"]["volumes"]}
+        }
+        assert not having or having == users & pods(manifests).keys()
+        for name, pod in pods(manifests).items():
+            for entry in pod["spec"]["containers"]:
+                assert (kind in {mount["name"] for mount in entry["volumeMounts"]}) == (name in having)

@@ -123,6 +123,8 @@ def test_the_notes_tell_how_to_call() -> None:
     assert "port-forward service/release 7411:7411" in notes
     assert "get secret release-api-keys -o jsonpath='{.data.trial-key}'" in notes
     assert "seamount chat --address 127.0.0.1:7411" in notes
+    assert "Redis is the trial's own" in notes
+    assert "No image is published: unless nodes hold one named seamount:" in notes
 
 
 def test_the_key_that_is_made_is_one_that_the_router_knows(tmp_path: Path) -> None:

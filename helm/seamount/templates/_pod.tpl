@@ -101,7 +101,7 @@ spec:
       securityContext:
         {{- include "seamount.containerSecurity" $root | nindent 8 }}
       volumeMounts:
-        {{- include "seamount.mounts" $root | nindent 8 }}
+        {{- include "seamount.mounts" (dict "root" $root "group" .group) | nindent 8 }}
   volumes:
     {{- include "seamount.volumes" . | nindent 4 }}
 {{- end -}}

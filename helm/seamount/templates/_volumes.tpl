@@ -1,4 +1,6 @@
+{{/* Weights are for routers (the tokenizer) and ranks, disk caches for ranks: the head may be on any node. Arguments: root, group. */}}
 {{- define "seamount.mounts" -}}
+{{- $values := .root.Values -}}
 - name: config
   mountPath: /etc/seamount
   readOnly: true
@@ -8,17 +10,17 @@
 - name: api-keys
   mountPath: /etc/seamount-secrets/keys
   readOnly: true
-{{- if .Values.tls.existingSecret }}
+{{- if $values.tls.existingSecret }}
 - name: tls
   mountPath: /etc/seamount-secrets/tls
   readOnly: true
 {{- end }}
-{{- if ne .Values.weights.source "image" }}
+{{- if and (ne $values.weights.source "image") (ne .group "head") }}
 - name: weights
-  mountPath: {{ .Values.weights.mountPath }}
+  mountPath: {{ $values.weights.mountPath }}
   readOnly: true
 {{- end }}
-{{- if .Values.diskCache.enabled }}
+{{- if and $values.diskCache.enabled (has .group (list "prefill" "decode")) }}
 - name: disk-cache
   mountPath: /var/cache/seamount
 {{- end }}
@@ -28,7 +30,7 @@
   mountPath: /dev/shm
 {{- end -}}
 
-{{/* Arguments: root, values (of the group). */}}
+{{/* Arguments: root, group, values (of the group). */}}
 {{- define "seamount.volumes" -}}
 - name: config
   configMap:
@@ -49,22 +51,23 @@
     secretName: {{ .root.Values.tls.existingSecret }}
     defaultMode: 0440
 {{- end }}
-{{- if eq .root.Values.weights.source "pvc" }}
+{{- $source := ternary "image" .root.Values.weights.source (eq .group "head") }}
+{{- if eq $source "pvc" }}
 - name: weights
   persistentVolumeClaim:
     claimName: {{ required "weights.pvc.claimName: name the claim that holds the checkpoint" .root.Values.weights.pvc.claimName }}
     readOnly: true
-{{- else if eq .root.Values.weights.source "hostPath" }}
+{{- else if eq $source "hostPath" }}
 - name: weights
   hostPath:
     path: {{ required "weights.hostPath.path: name the folder of each node that holds the checkpoint" .root.Values.weights.hostPath.path }}
     type: Directory
-{{- else if eq .root.Values.weights.source "download" }}
+{{- else if eq $source "download" }}
 - name: weights
   emptyDir:
     sizeLimit: {{ .root.Values.weights.download.sizeLimit }}
 {{- end }}
-{{- if .root.Values.diskCache.enabled }}
+{{- if and .root.Values.diskCache.enabled (has .group (list "prefill" "decode")) }}
 - name: disk-cache
   emptyDir:
     sizeLimit: {{ .root.Values.diskCache.sizeLimit }}
