@@ -25,6 +25,7 @@ from seamount.router.client import Client
 from seamount.wire.errors import SeamountError
 
 pytestmark = [pytest.mark.scaling, pytest.mark.cluster, pytest.mark.figures, pytest.mark.timeout(600)]
+NUM_GANGS = 2
 ROOT = Path(__file__).parents[2]
 _LAY_OUT = "import runpy, setuptools; setuptools.setup = lambda: None; runpy.run_path('setup.py')"
 _UP = "from seamount.cluster.cli import main; main()"
@@ -90,7 +91,7 @@ def running(folder: Path, settings: dict, redis_url: str, *, package: Path | Non
         try:
             process.wait(60.0)
         finally:
-            print((folder / "log").read_text()[-2000:])
+            print((folder / "log").read_text()[-2000:], file=sys.stderr)
             process.kill()
 
 
@@ -111,11 +112,12 @@ def test_sessions_cross_from_one_release_to_the_next_and_no_turn_fails(
         "cache": {"num_pages": 512},
         "engine": {"max_context_tokens": 16_384, "step_timeout_s": 15.0},
         "directory": {"dead_after_s": 6.0},
-        "pools": {"decode": {"gangs": 1, "expert_parallel": 1}, "prefill": {"gangs": 0}},
+        "pools": {"decode": {"gangs": NUM_GANGS, "expert_parallel": 1}, "prefill": {"gangs": 0}},
         "draining": {"turns_s": 2.0, "timeout_s": 40.0},
     }
     with running(tmp_path / "older", settings, redis_url, package=previous) as older:
-        (of_older,) = older.pids()
+        of_older = older.pids()
+        assert len(of_older) == NUM_GANGS
         with Client(older.address) as client:
             session_id = client.create_session().id
             say(client, session_id, "a long story about the sea " * 30)
@@ -123,7 +125,14 @@ def test_sessions_cross_from_one_release_to_the_next_and_no_turn_fails(
             load = Load(system=Routers(f"{older.address},{newer.address}"))
             load.start(3, num_tokens=30)
             begun = time.monotonic()
-            wait_for("the older release's gang is gone", lambda: of_older not in newer.pids(), 120.0)
+            serving = [newer.pids()]
+
+            def is_over() -> bool:
+                serving.append(newer.pids())
+                return not serving[-1] & of_older and len(serving[-1]) == NUM_GANGS
+
+            wait_for("the older release's gangs are gone", is_over, 120.0)
+            assert min(len(pids) for pids in serving) >= NUM_GANGS  # one for one
             with Client(newer.address) as client:
                 receipt = say(client, session_id, "and then?")
                 num_turns = load.num_turns
@@ -135,4 +144,4 @@ def test_sessions_cross_from_one_release_to_the_next_and_no_turn_fails(
                 assert len(client.get_history(session_id).messages) == 4
                 for crossed in load.acknowledged:
                     assert say(client, crossed, "still there?").num_prompt_tokens > 0
-            assert len(newer.pids()) == 1
+            assert len(newer.pids()) == NUM_GANGS

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import secrets
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -70,7 +71,7 @@ class LongTurn:
                 client.told = self.told
                 await client.run_turn(
                     self.session_id,
-                    [user("Count.")],
+                    [user(f"Count. {secrets.token_hex(4)}")],  # no other turn has these pages
                     sampling=Sampling(max_output_tokens=self.num_tokens, temperature=0.0),
                     deadline_s=_DEADLINE_S,
                 ).result()
