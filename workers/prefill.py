@@ -112,6 +112,7 @@ class Prefill:
             salt=request.cache_salt,
             token_ids=request.token_ids,
             time_to_live_s=limits.MAX_RESERVATION_S,
+            for_session=request.session_id,
         )
 
     async def _run(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable
-from contextlib import AbstractAsyncContextManager
+from contextlib import AbstractAsyncContextManager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -14,17 +14,24 @@ from seamount.cluster.local import LocalCluster
 from seamount.router.client import AsyncClient, Sampling, user
 from seamount.router.messages import ThinkingMode
 from seamount.v1 import common_pb2, worker_pb2
+from seamount.wire.errors import NotFound
 
 pytestmark = [pytest.mark.asyncio, pytest.mark.cluster]
 StartCluster = Callable[..., AbstractAsyncContextManager[LocalCluster]]
 SHORT = Sampling(max_output_tokens=8, temperature=0.0)
 
 
-async def until(client: AsyncClient, holds: Callable[[worker_pb2.RankState], bool], what: str) -> worker_pb2.RankState:
-    """The state of the one rank, once it is so."""
+async def until(
+    client: AsyncClient,
+    holds: Callable[[worker_pb2.RankState], bool],
+    what: str,
+    *,
+    pool: worker_pb2.Pool = worker_pb2.POOL_DECODE,
+) -> worker_pb2.RankState:
+    """The state of the pool's one rank, once it is so."""
     state = worker_pb2.RankState()
     for _ in range(200):
-        alive = [rank.state for rank in await client.list_ranks() if rank.alive]
+        alive = [rank.state for rank in await client.list_ranks() if rank.alive and rank.state.pool == pool]
         if alive and holds(alive[0]):
             return alive[0]
         state = alive[0] if alive else state
@@ -80,15 +87,23 @@ async def test_what_is_left_of_deleted_sessions(start_cluster: StartCluster, tmp
 
 
 async def test_a_turn_that_runs_gives_its_pages_back(start_cluster: StartCluster) -> None:
-    overrides = {"pools": {"prefill": {"gangs": 0}, "decode": {"expert_parallel": 1}}, "placement": {"path": "auto"}}
-    async with start_cluster(overrides) as cluster, AsyncClient(cluster.address) as client:
+    """And those of its prefill rank go with it."""
+    async with (
+        start_cluster({"pools": {"decode": {"expert_parallel": 1}}}) as cluster,
+        AsyncClient(cluster.address) as client,
+    ):
         stays = await client.create_session(thinking_mode=ThinkingMode.CHAT)
         await told(client, stays.id, "stay")
         before = await until(client, lambda one: one.num_reservations == 0, "at rest")
         session = await client.create_session(thinking_mode=ThinkingMode.CHAT)
         stream = client.run_turn(session.id, [user("word " * 60)], sampling=Sampling(max_output_tokens=2000, seed=1))
         await anext(stream)
+        prefill = await until(client, lambda one: one.num_cached_pages > 0, "computed", pool=worker_pb2.POOL_PREFILL)
+        assert prefill.num_superseded_pages == 0
         await client.delete_session(session.id)
         after = await until(client, lambda one: one.num_free_pages == before.num_free_pages, "all pages back")
         assert (after.num_reservations, after.num_cached_pages) == (0, before.num_cached_pages)
-        assert (await stream.result()).finish_reason == common_pb2.FINISH_REASON_CANCELLED
+        with suppress(NotFound):  # its next token was refused before it was told
+            assert (await stream.result()).finish_reason == common_pb2.FINISH_REASON_CANCELLED
+        every = "all pages back"
+        await until(client, lambda one: one.num_free_pages == one.num_pages, every, pool=worker_pb2.POOL_PREFILL)

@@ -424,6 +424,7 @@ class Holdings:
                 page=page,
                 session_id=reservation.session_id,
                 root=reservation.root,
+                for_session=reservation.for_session,
             )
             if node is None:  # another page's tokens have this hash: this sequence's pages stay its own from here on
                 return

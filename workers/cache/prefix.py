@@ -30,7 +30,8 @@ class PageNode:
     num_sessions: whose last turn here went through it; last_session: the last of these, empty for none;
     num_leases, leased_in: leases of the page, and the highest tier
     that one of them names; num_wanted: restores that need it and copies being made of it: its copies stay.
-    session_id: who brought it here; empty for stateless requests. root: root hash of its chain.
+    session_id: whose turn here brought it; empty for stateless requests and for work for a turn elsewhere: for_session
+    is then that one's. root: root hash of its chain.
     used_at: when it was last given back, seconds of the owner's clock. num_stays: how often it has left the device.
     """
 
@@ -50,6 +51,12 @@ class PageNode:
     num_wanted: int = 0
     used_at: float = 0.0
     num_stays: int = 0
+    for_session: str = ""
+
+    @property
+    def owner_id(self) -> str:
+        """With whose deletion it goes; empty for none."""
+        return self.session_id or self.for_session
 
     @property
     def best_copy(self) -> Tier | None:
@@ -91,7 +98,15 @@ class PrefixTree:
         return nodes
 
     def add(
-        self, *, parent: PageNode | None, digest: bytes, token_ids: bytes, page: int, session_id: str, root: bytes
+        self,
+        *,
+        parent: PageNode | None,
+        digest: bytes,
+        token_ids: bytes,
+        page: int,
+        session_id: str,
+        root: bytes,
+        for_session: str = "",
     ) -> PageNode | None:
         """The node of these tokens: the one already here, which takes ``page`` if it is not on the device, else a new
         one that does.
@@ -101,6 +116,7 @@ class PrefixTree:
         node = self._by_digest.get(digest)
         if node is None:
             node = self.insert(parent=parent, digest=digest, token_ids=token_ids, session_id=session_id, root=root)
+            node.for_session = for_session
         elif not _is_same(node, parent, memoryview(token_ids)):
             return None
         if node.page is None:

@@ -40,7 +40,8 @@ class Reservation:
     are present, from the first on; common_len: first position at which the prompt differs from what the session left
     here (the length of the shorter if none does, 0 if it left nothing); left_len: how many those were, evicted ones
     included; idle_s: since then, when this was made; is_leased: a lease of the session was in force then; is_spare: it
-    takes nobody else's pages but superseded and cold ones; num_prepared: tokens computed ahead of it;
+    takes nobody else's pages but superseded and cold ones; for_session: that of a turn elsewhere, which it works for;
+    num_prepared: tokens computed ahead of it;
     cached_len_at_first: ``cached_len`` when made;
     expires_at, time_to_live_s: seconds of the owner's monotonic clock.
 
@@ -72,6 +73,7 @@ class Reservation:
     left_len: int = 0
     idle_s: float = 0.0
     is_spare: bool = False
+    for_session: str = ""
     num_prepared: int = 0
     is_leased: bool = False
     state: ReservationState = ReservationState.ACTIVE
@@ -101,6 +103,7 @@ class Reservation:
         time_to_live_s: float,
         salt: bytes = b"",
         is_spare: bool = False,
+        for_session: str = "",
     ) -> Reservation:
         """One that holds nothing yet. Hashes the prompt: not something to do under a lock."""
         session_id, turn_id, epoch, attempt = key
@@ -119,6 +122,7 @@ class Reservation:
             page_size=page_size,
             time_to_live_s=time_to_live_s,
             is_spare=is_spare,
+            for_session=for_session,
         )
 
     @property

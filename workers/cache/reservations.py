@@ -96,6 +96,7 @@ class Reservations:
         token_ids: Sequence[int],
         time_to_live_s: float,
         is_spare: bool = False,
+        for_session: str = "",
     ) -> Reservation:
         """Pin what is cached of ``token_ids`` and allocate pages for the rest and one token more, or hold nothing.
 
@@ -106,6 +107,7 @@ class Reservations:
         session_id: empty for stateless use: no tail is kept, turn_id must then be unique.
         token_ids: at least one, each in [0, 2^32). is_spare: for work ahead of time: the pages of others are taken only
         where they are superseded or cold, and a live reservation of the session is not ended but comes first.
+        for_session: without a session of its own, whose deletion takes the pages away.
 
         Raises InvalidArgument (token_ids, time_to_live; EXCEEDS_CACHE if the whole pool is too small), Aborted
         (STALE_EPOCH, STALE_ATTEMPT), AlreadyExists (RESERVATION_KEY_REUSED: same key, other tokens), ResourceExhausted
@@ -127,6 +129,7 @@ class Reservations:
             time_to_live_s=time_to_live_s,
             salt=salt,
             is_spare=is_spare,
+            for_session=for_session,
         )
         with self._live.changing():
             known = self._live.repeat(key, reservation.prompt_digest, time_to_live_s)

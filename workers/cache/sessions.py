@@ -193,21 +193,21 @@ class SessionBook:
         self._num_left_tokens -= len(self._records.pop(session_id).left)
 
     def brought(self, session_id: str) -> list[PageNode]:
-        """Pages in the tree that the session brought there."""
+        """Pages in the tree that were brought there by the session, or for it."""
         return list(self._brought.get(session_id, ()))
 
     def entered(self, node: PageNode) -> None:
         """The page is in the tree now."""
-        if node.session_id:
-            self._brought.setdefault(node.session_id, {})[node] = None
+        if node.owner_id:
+            self._brought.setdefault(node.owner_id, {})[node] = None
 
     def gone(self, node: PageNode) -> None:
         """The page has left the tree."""
-        if node.session_id:
-            nodes = self._brought[node.session_id]
+        if node.owner_id:
+            nodes = self._brought[node.owner_id]
             del nodes[node]
             if not nodes:
-                del self._brought[node.session_id]
+                del self._brought[node.owner_id]
 
     def cached_sessions(self) -> list[str]:
         """Sessions with a live reservation, a tail, or pages in the tree that they brought; most recent first. Not one

@@ -134,7 +134,7 @@ class DiskFile:
     def write(self, slot: int, node: PageNode, image: Tensor, crc: int) -> None:
         """Raises OSError where the disk is full or broken: the slot is free then."""
         self._order += 1
-        session_id = node.session_id.encode()
+        session_id = node.owner_id.encode()
         record = _RECORD.pack(
             crc,
             self._order,

@@ -11,7 +11,7 @@ from seamount.workers.cache.holdings import ADOPTED_S
 from seamount.workers.cache.retention import Importance, Tier
 from seamount.workers.cache.tier_door import StoredPage
 
-from .conftest import SmallCache
+from .conftest import SALT, SmallCache
 from .test_tiers import TieredCache, make_tiered, stored
 
 A, FORK = [1] * 10, [1] * 8 + [2] * 9
@@ -54,6 +54,31 @@ def test_what_a_fork_shares_stays_and_goes_with_it(cache: SmallCache) -> None:
     assert back.cached_len == 16
     cache.release(back, 17)
     cache.caches.delete_session("fork", 2)
+    assert cache.caches.state().num_free == 16
+
+
+def test_work_for_a_turn_elsewhere_goes_with_its_session(cache: SmallCache) -> None:
+    """At a prefill rank no session has turns, and what it keeps is not superseded."""
+    for turn, ids, session in (("t", A, "a"), ("u", FORK, "fork"), ("v", [7] * 9, "b")):
+        made = cache.caches.reserve(
+            session_id="",
+            turn_id=turn,
+            epoch=1,
+            attempt=0,
+            salt=SALT,
+            token_ids=ids,
+            time_to_live_s=9.0,
+            for_session=session,
+        )
+        cache.caches.advance(made.id, len(ids))
+        cache.release(made)
+    assert (cache.caches.state().num_cached, cache.caches.state().num_superseded) == (6, 0)
+    assert cache.caches.sessions() == []
+    cache.caches.delete_session("a", 1)
+    assert cache.caches.state().num_cached == 6, "the fork's lie behind them"
+    cache.caches.delete_session("b", 1)
+    assert cache.caches.state().num_cached == 4
+    cache.caches.delete_session("fork", 1)
     assert cache.caches.state().num_free == 16
 
 
