@@ -116,8 +116,8 @@ def test_sessions_cross_from_one_release_to_the_next_and_no_turn_fails(
         "draining": {"turns_s": 2.0, "timeout_s": 40.0},
     }
     with running(tmp_path / "older", settings, redis_url, package=previous) as older:
+        wait_for("all gangs of the older release", lambda: len(older.pids()) == NUM_GANGS)
         of_older = older.pids()
-        assert len(of_older) == NUM_GANGS
         with Client(older.address) as client:
             session_id = client.create_session().id
             say(client, session_id, "a long story about the sea " * 30)
@@ -125,7 +125,8 @@ def test_sessions_cross_from_one_release_to_the_next_and_no_turn_fails(
             load = Load(system=Routers(f"{older.address},{newer.address}"))
             load.start(3, num_tokens=30)
             begun = time.monotonic()
-            serving = [newer.pids()]
+            wait_for("the newer release's router sees them", lambda: len(newer.pids()) >= NUM_GANGS)
+            serving: list[set[int]] = []
 
             def is_over() -> bool:
                 serving.append(newer.pids())
