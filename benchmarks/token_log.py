@@ -4,7 +4,8 @@ that does not, on the same ranks and the same Redis, which syncs its file before
 Both routers begin and commit their turns alike. With one stream, turns go to the two in turn. With many, the two take
 short rounds in turn, and each pair of rounds gives one ratio of token rates: what else the machine does meets both.
 First tokens of many streams are compared in rounds where each stream's turns alternate. Beside the clock stands the
-processor time of router, Redis and ranks, which other work on the machine changes least.
+processor time of router and Redis, where the log's work is done, and its share of theirs and the ranks': other work on
+the machine changes that least.
 
     python -m benchmarks.token_log                                    the table of docs/performance.md
     python -m benchmarks.token_log --turns 10 --pairs 1               a quick look
@@ -48,15 +49,17 @@ PROMPT_WORDS = 4
 @dataclass(slots=True, kw_only=True)
 class Way:
     """One router, and what was measured there: seconds to the first token, alone and of many; tokens a second;
-    processor seconds a token of ``pids``, the processes that serve its turns."""
+    processor seconds a token of router and Redis, ``pids``, and of the ranks, ``ranks``."""
 
     name: str
     sessions: session_pb2_grpc.SessionServiceStub
     pids: tuple[int, ...]
+    ranks: tuple[int, ...]
     first_alone: list[float] = field(default_factory=list)
     first_of_many: list[float] = field(default_factory=list)
     rates: list[float] = field(default_factory=list)
     cpu_s: list[float] = field(default_factory=list)
+    ranks_cpu_s: list[float] = field(default_factory=list)
 
 
 async def turn(way: Way, forced: list[int]) -> float:
@@ -97,10 +100,11 @@ async def mixed(ways: list[Way], forced: list[int]) -> None:
 
 async def round_of(way: Way, forced: list[int]) -> None:
     num_tokens = NUM_STREAMS * len(forced)
-    began, cpu_s = time.perf_counter(), processor_s(way.pids)
+    began, cpu_s, ranks_cpu_s = time.perf_counter(), processor_s(way.pids), processor_s(way.ranks)
     await asyncio.gather(*(turn(way, forced) for _ in range(NUM_STREAMS)))
     way.rates.append(num_tokens / (time.perf_counter() - began))
     way.cpu_s.append((processor_s(way.pids) - cpu_s) / num_tokens)
+    way.ranks_cpu_s.append((processor_s(way.ranks) - ranks_cpu_s) / num_tokens)
 
 
 def processor_s(pids: tuple[int, ...]) -> float:
@@ -155,11 +159,11 @@ async def run(num_turns: int, num_pairs: int, folder: Path, redis: RedisServer) 
             grpc.aio.insecure_channel(cluster.address) as here,
             grpc.aio.insecure_channel(address) as there,
         ):
-            shared = (redis.pid, *(p.pid for name, p in cluster.processes.items() if name.startswith("decode")))
-            logging, plain = cluster.processes["router-0"].pid, pid
+            ranks = tuple(p.pid for name, p in cluster.processes.items() if name.startswith("decode"))
+            logging, plain = (redis.pid, cluster.processes["router-0"].pid), (redis.pid, pid)
             ways = [
-                Way(name="logged", sessions=stub(here), pids=(*shared, logging)),
-                Way(name="not logged", sessions=stub(there), pids=(*shared, plain)),
+                Way(name="logged", sessions=stub(here), pids=logging, ranks=ranks),
+                Way(name="not logged", sessions=stub(there), pids=plain, ranks=ranks),
             ]
             for way in ways:  # warm
                 await asyncio.gather(*(turn(way, forced[:FEW_TOKENS]) for _ in range(NUM_STREAMS)))
@@ -178,6 +182,9 @@ def row(way: Way, logged: Way, plain: Way) -> Row:
     """One line; the columns ``log_…`` are what the log costs: milliseconds to the first token, shares of rate and of
     processor time."""
     ratios = [one / other for one, other in zip(logged.rates, plain.rates, strict=True)]
+    ranks_cpu_s = percentile([*logged.ranks_cpu_s, *plain.ranks_cpu_s], 0.5)  # the log's work is not theirs
+    costs = zip(logged.cpu_s, plain.cpu_s, strict=True)
+    shares = [(with_log - without) / (without + ranks_cpu_s) for with_log, without in costs]
     return {
         "router": way.name,
         "turns": len(way.first_alone),
@@ -192,7 +199,8 @@ def row(way: Way, logged: Way, plain: Way) -> Row:
         "log_share_least": 1 - max(ratios),
         "log_share_most": 1 - min(ratios),
         "cpu_us_per_token": percentile(way.cpu_s, 0.5) * 1e6,
-        "log_share_of_cpu_p50": 1 - percentile(plain.cpu_s, 0.5) / percentile(logged.cpu_s, 0.5),
+        "ranks_cpu_us_per_token": percentile(way.ranks_cpu_s, 0.5) * 1e6,
+        "log_share_of_cpu_p50": percentile(shares, 0.5),
     }
 
 
