@@ -195,8 +195,8 @@ class Reconciler:
     def _tell(self, running: Sequence[RunningGang], wanted: Sequence[WantedPool], family: Family) -> None:
         """To the other Ray clusters, and to whoever waits for this one to come up."""
         needed = progress(needed_to_serve(wanted, self._wanted, family), running, ())
-        is_up = all(pool.num_ready >= pool.num_wanted for pool in needed.values()) and not family.is_outlived
-        if is_up and not self._has_served:
+        is_up = all(pool.num_ready >= pool.num_wanted for pool in needed.values())
+        if is_up and family.knows_elders and not family.is_outlived and not self._has_served:
             self._state.note_served()
             logger.info("fleet_has_come_up", extra={"number": self._state.number})
             self._has_served = True

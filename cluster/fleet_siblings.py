@@ -23,11 +23,12 @@ new settings replace its fleet, the one before has up to 15 s to end."""
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Family:
     """is_outlived: a younger one lives and has come up, and what this one has is to go there. elder: the Ray session of
-    the youngest of the older ones that live. ready: gangs of younger ones that live, which take the place of as many
-    here."""
+    the youngest of the older ones that live; knows_elders: False while a fleet that has just begun cannot tell yet
+    whether one lives. ready: gangs of younger ones that live, which take the place of as many here."""
 
     is_outlived: bool = False
     elder: str | None = None
+    knows_elders: bool = True
     ready: Mapping[PoolName, int] = field(default_factory=dict)
 
 
@@ -37,9 +38,11 @@ class Siblings:
     def __init__(self, state: FleetState, clock: Callable[[], float] = time.monotonic) -> None:
         self._state, self._clock = state, clock
         self._moved: dict[str, tuple[int, float]] = {}
+        self._first_seen: dict[str, float] = {}
 
     def look(self) -> Family:
-        now, outlived, elders, ready = self._clock(), False, dict[int, str](), Counter[PoolName]()
+        now, outlived, known = self._clock(), False, True
+        elders, ready = dict[int, str](), Counter[PoolName]()
         for sibling in self._state.siblings():
             beat, since = self._moved.get(sibling.ray_session, (sibling.beat, -SIBLING_DEAD_AFTER_S + now))
             if sibling.beat != beat:
@@ -51,7 +54,10 @@ class Siblings:
                 ready.update({pool: one.num_ready for pool, one in sibling.progress.items()})
             elif lives:
                 elders[sibling.number] = sibling.ray_session
-        return Family(is_outlived=outlived, elder=elders[max(elders)] if elders else None, ready=dict(ready))
+            elif sibling.number < self._state.number:
+                known &= now - self._first_seen.setdefault(sibling.ray_session, now) >= SIBLING_DEAD_AFTER_S
+        elder = elders[max(elders)] if elders else None
+        return Family(is_outlived=outlived, elder=elder, knows_elders=known, ready=dict(ready))
 
 
 def left_here(wanted: Sequence[WantedPool], family: Family) -> list[WantedPool]:

@@ -54,8 +54,7 @@ def test_an_older_ray_cluster_gives_way_to_a_younger_one_that_lives_and_has_come
         old.tell_siblings(is_serving=True, progress=told(4, 4))
         young.tell_siblings(is_serving=False, progress=told(num_ready, 4))
         assert of_old.look() == Family(ready={"decode": num_ready, "prefill": 0})
-        of_young.look()
-    assert of_young.look() == Family(elder="first")
+        assert of_young.look() == (Family(knows_elders=False) if num_ready == 1 else Family(elder="first"))
     clock.now_s += 1.0
     young.tell_siblings(is_serving=True, progress=told(4, 4))
     assert of_old.look().is_outlived
@@ -77,6 +76,19 @@ def test_a_younger_release_that_tells_no_progress_takes_over_all_at_once(redis_u
         client.hset(young._siblings_key, "beat:second", f"{beat}:{serving}")
         clock.now_s += 1.0
         assert siblings.look() == expected
+    for state in (old, young):
+        state.forget()
+
+
+def test_a_fleet_that_begins_anew_finds_out_first_whether_an_older_cluster_lives(redis_url: str) -> None:
+    old, young = states(redis_url, "first", "second")
+    siblings = Siblings(young, clock := Clock())
+    old.tell_siblings(is_serving=True, progress=told(4, 4))
+    assert siblings.look() == Family(knows_elders=False)
+    clock.now_s += SIBLING_DEAD_AFTER_S - 0.1
+    assert siblings.look() == Family(knows_elders=False)
+    clock.now_s += 0.1
+    assert siblings.look() == Family()  # it is dead
     for state in (old, young):
         state.forget()
 

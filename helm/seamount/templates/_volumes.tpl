@@ -1,4 +1,7 @@
-{{/* Weights are for routers (the tokenizer) and ranks, disk caches for ranks: the head may be on any node. Arguments: root, group. */}}
+{{/*
+Weights are for routers (the tokenizer) and ranks, disk caches for ranks: the head may be on any node. Arguments: root,
+group.
+*/}}
 {{- define "seamount.mounts" -}}
 {{- $values := .root.Values -}}
 - name: config
