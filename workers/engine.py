@@ -10,22 +10,21 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager, suppress
-from dataclasses import dataclass, replace
-from enum import Enum
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import suppress
+from dataclasses import replace
 
 from seamount.kernels.layout import CachePlanes
-from seamount.wire import failpoints
-from seamount.wire.errors import Internal, NotFound, SeamountError, Unavailable
+from seamount.wire.errors import NotFound, SeamountError, Unavailable
 from seamount.workers import scheduler as scheduling
 from seamount.workers.cache.reservations import Reservations
-from seamount.workers.events import EngineEvent, Failed, Finished, FinishReason, Progress, Tokens
+from seamount.workers.computation import Computation, Outcome, step_failed
+from seamount.workers.engine_counts import EngineCounts, EngineState, FaultCounts, StepKind
+from seamount.workers.events import Failed, Finished, Progress
 from seamount.workers.gang import Gang, StepHeader
 from seamount.workers.inbox import Inbox
 from seamount.workers.requests import EngineRequest
 from seamount.workers.runner import Model, Runner
-from seamount.workers.sampling import Draw, Sampled, sample
 from seamount.workers.scheduler import Chunk, EngineLimits, Schedule, Scheduler
 
 _LOG = logging.getLogger(__name__)
@@ -35,49 +34,6 @@ _BLOCKED_WAIT_S = 0.005
 _RENEW_EVERY_S = 0.5
 _HEARD_S = 0.005
 """What the word that a suspect enters the batch gets to leave this process."""
-
-Outcome = tuple[scheduling.Sequence, EngineEvent]
-
-
-class StepKind(Enum):
-    """What this rank computed in a step of its gang: nothing, tokens of answers, parts of prompts, or both."""
-
-    IDLE = "idle"
-    DECODE = "decode"
-    PREFILL = "prefill"
-    MIXED = "mixed"
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class FaultCounts:
-    """Since the start: sequences that gave their pages back, requests that ended in an error."""
-
-    num_preemptions: int
-    num_failed: int
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class EngineState:
-    """Counters since the start, and what is there now.
-
-    num_computed_tokens: prompt tokens, recomputation included; num_background_tokens: not among those;
-    num_running, num_waiting, queued_prefill_tokens (still to compute): without background requests; num_blocked:
-    requests that found no place or no pages in the last step; prefill_tokens_per_s: over recent steps that only
-    computed prompts; answer_s: smoothed, from the first step of an answer to its end; both 0 before the first;
-    is_resting: no rank of the gang has work.
-    """
-
-    num_steps: int
-    num_computed_tokens: int
-    num_sampled_tokens: int
-    num_background_tokens: int
-    num_running: int
-    num_waiting: int
-    num_blocked: int
-    queued_prefill_tokens: int
-    prefill_tokens_per_s: float
-    answer_s: float
-    is_resting: bool
 
 
 class Engine:
@@ -108,13 +64,21 @@ class Engine:
     ) -> None:
         capacity = reservations.num_pages * reservations.page_size
         self._limits = replace(limits, max_context_tokens=min(limits.max_context_tokens, capacity))
-        self._eos_token_id = eos_token_id
         self._vocab_limit = vocab_limit
         self._health_timeout_s = health_timeout_s
         self._on_fatal = on_fatal
         self._on_step = on_step
-        self._runner = Runner(model=model, planes=planes)
         self._reservations = reservations
+        self._counts = EngineCounts(prefill_chunk_tokens=limits.prefill_chunk_tokens)
+        self._computation = Computation(
+            Runner(model=model, planes=planes),
+            reservations,
+            self._counts,
+            is_alone=gang.size == 1,
+            eos_token_id=eos_token_id,
+            vocab_limit=vocab_limit,
+            max_context_tokens=self._limits.max_context_tokens,
+        )
         self._gang = gang
         self._scheduler = Scheduler(reservations=reservations, limits=self._limits)
         self._inbox = Inbox(max_known=limits.max_running + limits.max_waiting)
@@ -129,9 +93,6 @@ class Engine:
         self._resting = True
         self._leaving = False
         self._beat_at = self._renewed_at = time.monotonic()
-        self._num_steps = self._num_computed_tokens = self._num_sampled_tokens = 0
-        self._num_background_tokens = self._num_blocked = self._num_failed = 0
-        self._recent_prefill_tokens = self._recent_prefill_s = self._answer_s = 0.0
 
     # ---- from any thread
 
@@ -204,24 +165,25 @@ class Engine:
 
     def state(self) -> EngineState:
         """A snapshot; fields may be a step apart from each other."""
+        counts = self._counts
         submitted = [sequence for sequence in self._inbox.waiting() if not sequence.request.is_background]
         queued = self._scheduler.queued_prefill_tokens + sum(sequence.num_missing for sequence in submitted)
         return EngineState(
-            num_steps=self._num_steps,
-            num_computed_tokens=self._num_computed_tokens,
-            num_sampled_tokens=self._num_sampled_tokens,
-            num_background_tokens=self._num_background_tokens,
+            num_steps=counts.num_steps,
+            num_computed_tokens=counts.num_computed_tokens,
+            num_sampled_tokens=counts.num_sampled_tokens,
+            num_background_tokens=counts.num_background_tokens,
             num_running=self._scheduler.num_running,
             num_waiting=self._scheduler.num_waiting + len(submitted),
-            num_blocked=self._num_blocked,
+            num_blocked=counts.num_blocked,
             queued_prefill_tokens=queued,
-            prefill_tokens_per_s=self._recent_prefill_tokens / (self._recent_prefill_s or 1.0),
-            answer_s=self._answer_s,
+            prefill_tokens_per_s=counts.prefill_tokens_per_s,
+            answer_s=counts.answer_s,
             is_resting=self._resting,
         )
 
     def faults(self) -> FaultCounts:
-        return FaultCounts(num_preemptions=self._scheduler.num_preemptions, num_failed=self._num_failed)
+        return FaultCounts(num_preemptions=self._scheduler.num_preemptions, num_failed=self._counts.num_failed)
 
     # ---- the engine's thread
 
@@ -250,7 +212,7 @@ class Engine:
             if any(header.num_decode_tokens for header in headers):  # no stream waits for a peer's long prompt
                 schedule = schedule.within(self._limits.prefill_chunk_tokens)
             self._tell_batch(schedule.chunks)
-            self._deliver(self._compute(schedule.chunks))
+            self._deliver(self._computation.run(schedule.chunks))
             self._count(schedule, time.monotonic() - began_at)
         else:
             self._resting = True
@@ -318,13 +280,13 @@ class Engine:
             schedule = self._scheduler.schedule()
         except Exception as cause:
             _LOG.exception("schedule_failed")
-            self._fail_all(_internal(cause), refuse=False)
+            self._fail_all(step_failed(cause), refuse=False)
             return Schedule()
         now = time.monotonic()
         self._deliver((sequence, Failed(error=error)) for sequence, error in schedule.lost)
         self._deliver((sequence, sequence.finished("prefilled", now)) for sequence in schedule.complete)
         self._give_way(schedule)
-        self._num_blocked = self._scheduler.num_waiting
+        self._counts.num_blocked = self._scheduler.num_waiting
         return schedule
 
     def _give_way(self, schedule: Schedule) -> None:
@@ -341,112 +303,15 @@ class Engine:
         if any(s.is_on_probation for s in changed):
             time.sleep(_HEARD_S)
 
-    def _compute(self, chunks: Sequence[Chunk]) -> list[Outcome]:
-        """Run the model over the chunks, sample, and record what is in the cache now."""
-        outcomes: list[Outcome] = []
-        with self._pages_in_use(chunks, outcomes) as held:
-            try:
-                batch, failure = self._runner.lay_out(held), None
-            except Exception as cause:  # no collective has begun: join the gang's with zero tokens
-                _LOG.exception("layout_failed")
-                batch, failure = self._runner.lay_out(()), cause
-            try:
-                logits, hook_errors = self._runner.forward(batch, () if failure else held)
-            except Exception as cause:
-                if self._gang.size > 1:  # the others wait in a collective that this rank will never join
-                    raise
-                _LOG.exception("forward_failed")
-                failure = failure or cause
-            if failure is None:
-                try:
-                    draws = [_draw(chunk) for chunk in held if chunk.samples]
-                    tokens = iter(sample(logits, draws, vocab_limit=self._vocab_limit))
-                except Exception as cause:
-                    _LOG.exception("sampling_failed")
-                    failure = cause
-            if failure is not None:
-                outcomes.extend((chunk.sequence, Failed(error=_internal(failure))) for chunk in held)
-                return outcomes
-            for chunk in held:
-                token = next(tokens) if chunk.samples else None
-                outcomes.extend(self._commit(chunk, token, hook_errors.get(chunk.sequence.request.id)))
-        return outcomes
-
-    @contextmanager
-    def _pages_in_use(self, chunks: Sequence[Chunk], outcomes: list[Outcome]) -> Iterator[list[Chunk]]:
-        """The chunks whose reservations still hold: none of their pages goes to another before this is over."""
-        held: list[Chunk] = []
-        now = time.monotonic()
-        try:
-            for chunk in chunks:
-                try:
-                    self._reservations.begin_use(chunk.sequence.request.id)
-                except SeamountError as error:  # ended since it was scheduled
-                    outcomes.append((chunk.sequence, Failed(error=error)))
-                    continue
-                held.append(chunk)
-                if chunk.sequence.started_at is None:
-                    chunk.sequence.started_at = now
-            yield held
-        finally:
-            for chunk in held:
-                self._reservations.end_use(chunk.sequence.request.id)
-
-    def _commit(self, chunk: Chunk, token: Sampled | None, hook_error: Exception | None) -> Iterable[Outcome]:
-        """The chunk's entries are present, and its sequence may be one token longer."""
-        sequence = chunk.sequence
-        request = sequence.request
-        try:
-            if hook_error is not None:
-                raise _internal(hook_error)
-            self._reservations.advance(request.id, chunk.end)
-            num_computed = sequence.note_computed(chunk.first, chunk.end)
-            if request.is_background:
-                self._num_background_tokens += num_computed
-            else:
-                self._num_computed_tokens += num_computed
-            if not chunk.samples:
-                yield sequence, Progress(num_computed=sequence.num_computed, in_batch=True)
-                if sequence.num_missing == 0:
-                    yield sequence, sequence.finished("prefilled", time.monotonic())
-                return
-            if token is None:
-                raise Internal("the model's logits are not finite", reason="LOGITS_NOT_FINITE")
-            self._reservations.append_token(request.id, token.token_id)
-        except SeamountError as error:
-            yield sequence, Failed(error=error)
-            return
-        now = time.monotonic()
-        if sequence.first_token_at is None:
-            sequence.first_token_at = now
-        failpoints.reached("rank.token", sequence.output_index)
-        logprobs = () if token.logprobs is None else (token.logprobs,)
-        yield sequence, Tokens(first_index=sequence.output_index, token_ids=(token.token_id,), logprobs=logprobs)
-        sequence.num_sampled += 1
-        self._num_sampled_tokens += 1
-        reason = self._finish_reason(sequence, token.token_id)
-        if reason is not None:
-            yield sequence, sequence.finished(reason, now)
-
-    def _finish_reason(self, sequence: scheduling.Sequence, token_id: int) -> FinishReason | None:
-        sampling = sequence.request.sampling
-        assert sampling is not None, "only sequences that sample come here"
-        if token_id == self._eos_token_id:
-            return "stop"
-        if token_id in sampling.stop_token_ids:
-            return "stop_sequence"
-        num_tokens = len(sequence.request.reservation.token_ids)
-        if sequence.num_sampled >= sampling.max_output_tokens or num_tokens >= self._limits.max_context_tokens:
-            return "length"
-        return None
-
     def _deliver(self, outcomes: Iterable[Outcome]) -> None:
         """Tell each sink; the last event of a sequence takes it out of the engine first."""
         for sequence, event in outcomes:
             request = sequence.request
             if isinstance(event, Finished | Failed):
-                self._num_failed += isinstance(event, Failed)
-                self._note_answer(sequence, event)
+                if isinstance(event, Finished):
+                    self._counts.finished(sequence, event)
+                else:
+                    self._counts.num_failed += 1
                 self._scheduler.remove(sequence)
                 self._sequences.pop(request.id, None)
                 self._inbox.forget(request.id)
@@ -464,40 +329,10 @@ class Engine:
                 self._sequences[sequence.request.id] = sequence
         self._deliver([(sequence, Failed(error=error)) for sequence in self._sequences.values()])
 
-    def _note_answer(self, sequence: scheduling.Sequence, event: Finished | Failed) -> None:
-        if isinstance(event, Finished) and sequence.samples and sequence.num_sampled:
-            took_s = event.prefill_s + event.decode_s
-            self._answer_s = 0.8 * self._answer_s + 0.2 * took_s if self._answer_s else took_s
-
     def _count(self, schedule: Schedule, took_s: float) -> None:
-        self._num_steps += 1
+        self._counts.step(schedule, took_s)
         if self._on_step is not None:
-            self._on_step(_kind(schedule), took_s)
-        if schedule.prefill and not schedule.decode:
-            num_tokens = schedule.num_prefill_tokens
-            keep = 0.5 ** (num_tokens / (8 * self._limits.prefill_chunk_tokens))  # half forgotten after 8 chunks
-            self._recent_prefill_tokens = keep * self._recent_prefill_tokens + num_tokens
-            self._recent_prefill_s = keep * self._recent_prefill_s + took_s
-
-
-def _kind(schedule: Schedule) -> StepKind:
-    if schedule.decode:
-        return StepKind.MIXED if schedule.prefill else StepKind.DECODE
-    return StepKind.PREFILL if schedule.prefill else StepKind.IDLE
-
-
-def _draw(chunk: Chunk) -> Draw:
-    sequence = chunk.sequence
-    sampling, forced = sequence.request.sampling, sequence.request.forced_token_ids
-    assert sampling is not None, "only sequences that sample come here"
-    forced_id = forced[sequence.num_sampled] if sequence.num_sampled < len(forced) else None
-    return Draw(params=sampling, output_index=sequence.output_index, forced_token_id=forced_id)
-
-
-def _internal(cause: Exception) -> SeamountError:
-    if isinstance(cause, SeamountError):
-        return cause
-    return Internal(f"the step failed with {type(cause).__name__}; see the rank's log", reason="STEP_FAILED")
+            self._on_step(StepKind.of(schedule), took_s)
 
 
 def _stopped() -> Unavailable:

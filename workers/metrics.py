@@ -16,7 +16,7 @@ from seamount.v1 import worker_pb2
 from seamount.wire.metrics import SHORT_BUCKETS, LoopCollector
 from seamount.workers.cache.retention import Tier
 from seamount.workers.cache.tier_door import TierCounts
-from seamount.workers.engine import FaultCounts, StepKind
+from seamount.workers.engine_counts import FaultCounts, StepKind
 
 _Values = dict[tuple[str, ...], float]
 """By the values of the labels beside pool and rank."""

@@ -19,7 +19,7 @@ from seamount.v1 import worker_pb2
 from seamount.wire.metrics import new_registry
 from seamount.workers.cache.retention import Tier
 from seamount.workers.cache.tier_door import TierCounts
-from seamount.workers.engine import FaultCounts
+from seamount.workers.engine_counts import FaultCounts
 from seamount.workers.metrics import RankMetrics, RankView
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -358,14 +358,14 @@ def test_who_is_in_the_batch_is_told_before_it_is_computed(make_rank: MakeRank, 
     rank = make_rank(chunk=16)
     sinks = [BatchSink(name) for name in ("one", "two", "suspect")]
     computed: list[tuple[set[str], set[str]]] = []
-    forward = rank.engine._runner.forward
+    forward = rank.engine._computation._runner.forward
 
     def watched(batch: Any, chunks: Any) -> Any:
         in_step = {chunk.sequence.request.sink.name for chunk in chunks}
         computed.append((in_step, {sink.name for sink in sinks if sink.is_in_batch}))
         return forward(batch, chunks)
 
-    rank.engine._runner.forward = watched
+    rank.engine._computation._runner.forward = watched
     for sink in sinks[:2]:
         rank.ask(prompt(rng, 8), sampling(rng, max_output_tokens=60), sink=sink)
     while len(computed) < 3:

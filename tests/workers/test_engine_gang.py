@@ -136,6 +136,13 @@ def test_a_peers_stream_narrows_the_prompt_chunks(make_gang: Callable[..., list[
     stream.finished()
 
 
+class Unreadable(list[int]):
+    """Grows like any list: the step under way as it is put in place ends well."""
+
+    def __getitem__(self, place: Any) -> Any:
+        raise ValueError("unreadable")
+
+
 def test_failures_of_one_rank_leave_its_peer_alone(
     make_gang: Callable[..., list[Any]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -154,7 +161,7 @@ def test_failures_of_one_rank_leave_its_peer_alone(
     damaged = first.ask([7], SamplingParams(max_output_tokens=5000))
     assert damaged.first_token.wait(10)
     token_ids = damaged.reservation.token_ids
-    damaged.reservation.token_ids = "unusable"  # its rows cannot be laid out
+    damaged.reservation.token_ids = Unreadable(token_ids)  # its rows cannot be laid out
     assert damaged.failed().error.reason == "STEP_FAILED"
     damaged.reservation.token_ids = token_ids
     assert first.ask([1], SamplingParams(max_output_tokens=3)).finished().reason == "length"
