@@ -299,6 +299,19 @@ def test_a_pool_that_cannot_come_up_is_tried_a_bounded_number_of_times(redis_url
     state.forget()
 
 
+def test_failures_count_while_none_comes_up_between_them(redis_url: str) -> None:
+    serve, state = ServeInMemory(comes_up=False), fleet_state(redis_url, "in a row")
+    state.claim()
+    for comes_up in (False, False, True):
+        serve.comes_up = comes_up
+        begun = reconciler(redis_url, [wants(1)], state, serve)  # a new one: the pause is over
+        begun.reconcile()
+        begun.reconcile()
+        assert state.num_failures("decode", "v2") == (0 if comes_up else len(serve.started))
+    assert list(serve.gangs) == ["decode-2"]
+    state.forget()
+
+
 def test_after_a_failure_the_fleet_pauses(redis_url: str) -> None:
     serve = ServeInMemory(comes_up=False)
     state = fleet_state(redis_url, "pause")
