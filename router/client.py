@@ -19,17 +19,10 @@ from collections.abc import Callable, Coroutine, Iterator
 from types import TracebackType
 from typing import Any, Concatenate, ParamSpec, Self, TypeVar
 
-from seamount.router.client_async import (
-    DEFAULT_TIMEOUT_S,
-    AsyncClient,
-    History,
-    Sampling,
-    system,
-    tool_result,
-    user,
-)
+from seamount.router.client_async import DEFAULT_TIMEOUT_S, AsyncClient
 from seamount.router.client_routers import Tls
 from seamount.router.client_turn import Retries, Turn, TurnStream
+from seamount.router.client_values import History, Sampling, system, tool_result, user
 from seamount.router.context_policy import ContextPolicy
 from seamount.router.messages import Message, Role, ThinkingMode, Tool, ToolCall
 from seamount.v1 import events_pb2

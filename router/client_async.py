@@ -2,105 +2,27 @@
 
 from __future__ import annotations
 
-import asyncio
 import time
 import uuid
-from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
+from collections.abc import AsyncGenerator, Callable, Sequence
 from contextlib import aclosing
-from dataclasses import dataclass
 from types import TracebackType
-from typing import Any, Protocol, Self, TypeVar
+from typing import Any, Self
 
-import grpc
-
-from seamount.router.client_routers import Router, Routers, Tls
+from seamount.router.client_calls import Calls
+from seamount.router.client_routers import Tls
 from seamount.router.client_turn import Frame, Retries, Seen, TurnStream
+from seamount.router.client_values import History, Sampling
 from seamount.router.context_policy import ContextPolicy
-from seamount.router.messages import (
-    Message,
-    Role,
-    ThinkingMode,
-    Tool,
-    ToolCall,
-    message_to_proto,
-    messages_from_proto,
-)
-from seamount.v1 import (
-    admin_pb2,
-    common_pb2,
-    events_pb2,
-    inference_pb2,
-    session_pb2,
-    worker_pb2,
-)
-from seamount.wire.credentials import bearer
+from seamount.router.messages import Message, ThinkingMode, message_to_proto, messages_from_proto
+from seamount.v1 import admin_pb2, common_pb2, events_pb2, inference_pb2, session_pb2, worker_pb2
 from seamount.wire.durations import duration
-from seamount.wire.errors import SeamountError, Unavailable, from_rpc_error
 
 DEFAULT_TIMEOUT_S = 10.0
 """Of a call that answers once."""
 DEFAULT_STREAM_TIMEOUT_S = 900.0
 """Of a stream whose turn names no deadline of its own."""
 _STREAM_SLACK_S = 5.0
-
-Response = TypeVar("Response")
-Request = TypeVar("Request")
-Request_contra = TypeVar("Request_contra", contravariant=True)
-Response_co = TypeVar("Response_co", covariant=True)
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Sampling:
-    """What is None or empty takes the session's, then the deployment's default."""
-
-    temperature: float | None = None
-    top_p: float | None = None
-    top_k: int | None = None
-    seed: int | None = None
-    max_output_tokens: int | None = None
-    stop_strings: tuple[str, ...] = ()
-    stop_token_ids: tuple[int, ...] = ()
-    num_logprobs: int | None = None
-
-    def to_proto(self) -> common_pb2.SamplingParameters:
-        return common_pb2.SamplingParameters(
-            temperature=self.temperature,
-            top_p=self.top_p,
-            top_k=self.top_k,
-            seed=self.seed,
-            max_output_tokens=self.max_output_tokens,
-            stop_strings=self.stop_strings,
-            stop_token_ids=self.stop_token_ids,
-            num_logprobs=self.num_logprobs,
-        )
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class History:
-    """A session with everything said in it. receipts: one a turn that generated."""
-
-    session: session_pb2.Session
-    messages: tuple[Message, ...]
-    receipts: tuple[events_pb2.Receipt, ...]
-
-
-def user(text: str) -> Message:
-    return Message(role=Role.USER, content=text)
-
-
-def system(text: str, *, tools: Sequence[Tool] = (), response_format_json: str = "") -> Message:
-    return Message(role=Role.SYSTEM, content=text, tools=tuple(tools), response_format_json=response_format_json)
-
-
-def tool_result(call: ToolCall, content: str) -> Message:
-    """The answer to a call that the model made."""
-    return Message(role=Role.TOOL, content=content, tool_call_id=call.id)
-
-
-class _Method(Protocol[Request_contra, Response_co]):
-    def __call__(
-        self, request: Request_contra, /, *, timeout: float, metadata: Sequence[tuple[str, str]]
-    ) -> Awaitable[Response_co]: ...
 
 
 class AsyncClient:
@@ -120,10 +42,7 @@ class AsyncClient:
         retries: Retries | None = None,
     ) -> None:
         self.address = address
-        self._metadata = bearer(api_key)
-        self._timeout_s = timeout_s
-        self._retries = retries or Retries()
-        self._routers = Routers(address, tls)
+        self._calls = Calls(address, api_key=api_key, tls=tls, timeout_s=timeout_s, retries=retries or Retries())
 
     async def __aenter__(self) -> Self:
         return self
@@ -135,7 +54,7 @@ class AsyncClient:
 
     async def close(self) -> None:
         """End every call and the connections."""
-        await self._routers.close()
+        await self._calls.close()
 
     # --- sessions
 
@@ -157,7 +76,7 @@ class AsyncClient:
             defaults=_proto(defaults),
             context_policy=context_policy.to_proto(),
         )
-        return (await self._call(lambda to: to.sessions.CreateSession, request)).session
+        return (await self._calls.once(lambda to: to.sessions.CreateSession, request)).session
 
     async def update_session(
         self, session_id: str, *, context_policy: ContextPolicy, idempotency_key: str | None = None
@@ -168,17 +87,17 @@ class AsyncClient:
             idempotency_key=_key(idempotency_key),
             context_policy=context_policy.to_proto(),
         )
-        return (await self._call(lambda to: to.sessions.UpdateSession, request)).session
+        return (await self._calls.once(lambda to: to.sessions.UpdateSession, request)).session
 
     async def get_session(self, session_id: str) -> session_pb2.Session:
         """Raises ``NotFound``, also for another tenant's session."""
         request = session_pb2.GetSessionRequest(session_id=session_id)
-        return (await self._call(lambda to: to.sessions.GetSession, request)).session
+        return (await self._calls.once(lambda to: to.sessions.GetSession, request)).session
 
     async def get_history(self, session_id: str) -> History:
         """The session with the messages of every committed turn. Raises as ``get_session`` does."""
         request = session_pb2.GetSessionRequest(session_id=session_id, include_messages=True)
-        answer = await self._call(lambda to: to.sessions.GetSession, request)
+        answer = await self._calls.once(lambda to: to.sessions.GetSession, request)
         return History(
             session=answer.session, messages=messages_from_proto(answer.messages), receipts=tuple(answer.receipts)
         )
@@ -186,12 +105,14 @@ class AsyncClient:
     async def list_sessions(self, *, page_size: int = 0, page_token: str = "") -> tuple[list[session_pb2.Session], str]:
         """One page and the token of the next one (empty at the end). page_size: 0 = the server's choice."""
         request = session_pb2.ListSessionsRequest(page_size=page_size, page_token=page_token)
-        answer = await self._call(lambda to: to.sessions.ListSessions, request)
+        answer = await self._calls.once(lambda to: to.sessions.ListSessions, request)
         return list(answer.sessions), answer.next_page_token
 
     async def delete_session(self, session_id: str) -> None:
         """Repeating it is harmless."""
-        await self._call(lambda to: to.sessions.DeleteSession, session_pb2.DeleteSessionRequest(session_id=session_id))
+        await self._calls.once(
+            lambda to: to.sessions.DeleteSession, session_pb2.DeleteSessionRequest(session_id=session_id)
+        )
 
     async def fork_session(
         self, session_id: str, *, at_turn: int | None = None, idempotency_key: str | None = None
@@ -203,7 +124,7 @@ class AsyncClient:
         request = session_pb2.ForkSessionRequest(
             idempotency_key=_key(idempotency_key), session_id=session_id, at_turn=at_turn
         )
-        return (await self._call(lambda to: to.sessions.ForkSession, request)).session
+        return (await self._calls.once(lambda to: to.sessions.ForkSession, request)).session
 
     def run_turn(
         self,
@@ -237,7 +158,7 @@ class AsyncClient:
             request.deadline.CopyFrom(duration(deadline_s))
             timeout_s = deadline_s + _STREAM_SLACK_S
 
-        return TurnStream(self._session_frames(session_id, timeout_s, request), self._retries)
+        return TurnStream(self._session_frames(session_id, timeout_s, request), self._calls.retries)
 
     def resume_turn(
         self,
@@ -253,7 +174,7 @@ class AsyncClient:
         """
 
         seen = Seen(turn_id=turn_id, sequence=after_sequence)
-        return TurnStream(self._session_frames(session_id, timeout_s), self._retries, seen=seen)
+        return TurnStream(self._session_frames(session_id, timeout_s), self._calls.retries, seen=seen)
 
     def _session_frames(
         self, session_id: str, timeout_s: float, run: session_pb2.RunTurnRequest | None = None
@@ -268,7 +189,9 @@ class AsyncClient:
                     async for told in resumed:
                         yield told.events, ()
                 return
-            calls = self._answers(lambda to: to.sessions.RunTurn(run, metadata=self._metadata, timeout=left_s))
+            calls = self._calls.stream(
+                lambda to: to.sessions.RunTurn(run, metadata=self._calls.metadata, timeout=left_s)
+            )
             async with aclosing(calls) as answers:
                 async for answer in answers:
                     yield answer.events, ()
@@ -281,12 +204,14 @@ class AsyncClient:
         request = session_pb2.ResumeTurnRequest(
             session_id=session_id, turn_id=seen.turn_id, after_sequence=seen.sequence
         )
-        return self._answers(lambda to: to.sessions.ResumeTurn(request, metadata=self._metadata, timeout=timeout_s))
+        return self._calls.stream(
+            lambda to: to.sessions.ResumeTurn(request, metadata=self._calls.metadata, timeout=timeout_s)
+        )
 
     async def cancel_turn(self, session_id: str, turn_id: str = "") -> bool:
         """Whether such a turn was running. turn_id: empty = whichever runs, and then not retried."""
         request = session_pb2.CancelTurnRequest(session_id=session_id, turn_id=turn_id)
-        answer = await self._call(lambda to: to.sessions.CancelTurn, request, repeatable=bool(turn_id))
+        answer = await self._calls.once(lambda to: to.sessions.CancelTurn, request, repeatable=bool(turn_id))
         return answer.cancelled
 
     async def report_tool_wait(
@@ -300,7 +225,7 @@ class AsyncClient:
         request = session_pb2.ReportToolWaitRequest(
             session_id=session_id, expected=duration(expected_s), importance=importance
         )
-        return (await self._call(lambda to: to.sessions.ReportToolWait, request)).lease
+        return (await self._calls.once(lambda to: to.sessions.ReportToolWait, request)).lease
 
     # --- stateless
 
@@ -321,7 +246,9 @@ class AsyncClient:
             request.messages.CopyFrom(_messages(prompt, thinking_mode))
 
         async def frames(_: Seen) -> AsyncGenerator[Frame, None]:
-            calls = self._answers(lambda to: to.inference.Generate(request, metadata=self._metadata, timeout=timeout_s))
+            calls = self._calls.stream(
+                lambda to: to.inference.Generate(request, metadata=self._calls.metadata, timeout=timeout_s)
+            )
             async with aclosing(calls) as answers:
                 async for answer in answers:
                     yield answer.events, answer.token_ids
@@ -341,78 +268,32 @@ class AsyncClient:
             request.text = text
         else:
             request.messages.CopyFrom(_messages(text, thinking_mode))
-        return list((await self._call(lambda to: to.inference.Tokenize, request)).token_ids)
+        return list((await self._calls.once(lambda to: to.inference.Tokenize, request)).token_ids)
 
     async def list_models(self) -> list[inference_pb2.Model]:
-        return list((await self._call(lambda to: to.inference.ListModels, inference_pb2.ListModelsRequest())).models)
+        return list(
+            (await self._calls.once(lambda to: to.inference.ListModels, inference_pb2.ListModelsRequest())).models
+        )
 
     # --- operators
 
     async def list_pools(self) -> list[admin_pb2.PoolState]:
-        return list((await self._call(lambda to: to.admin.ListPools, admin_pb2.ListPoolsRequest())).pools)
+        return list((await self._calls.once(lambda to: to.admin.ListPools, admin_pb2.ListPoolsRequest())).pools)
 
     async def list_ranks(self, pool: worker_pb2.Pool = worker_pb2.POOL_UNSPECIFIED) -> list[admin_pb2.Rank]:
         """pool: unspecified = all."""
-        return list((await self._call(lambda to: to.admin.ListRanks, admin_pb2.ListRanksRequest(pool=pool))).ranks)
+        return list(
+            (await self._calls.once(lambda to: to.admin.ListRanks, admin_pb2.ListRanksRequest(pool=pool))).ranks
+        )
 
     async def list_rank_sessions(self, rank_id: str) -> list[str]:
         request = admin_pb2.ListRankSessionsRequest(rank_id=rank_id)
-        return list((await self._call(lambda to: to.admin.ListRankSessions, request)).session_ids)
+        return list((await self._calls.once(lambda to: to.admin.ListRankSessions, request)).session_ids)
 
     async def drain_rank(self, rank_id: str, *, timeout_s: float) -> admin_pb2.DrainRankResponse:
         """Empty a decode rank, for at most ``timeout_s``; repeating it goes on."""
         request = admin_pb2.DrainRankRequest(rank_id=rank_id)
-        return await self._call(lambda to: to.admin.DrainRank, request, timeout_s=timeout_s)
-
-    # --- calls
-
-    async def _call(
-        self,
-        method: Callable[[Router], _Method[Request, Response]],
-        request: Request,
-        *,
-        repeatable: bool = True,
-        timeout_s: float | None = None,
-    ) -> Response:
-        timeout_s = self._timeout_s if timeout_s is None else timeout_s
-        attempt = 1
-        while True:
-            router = self._routers.current
-            try:
-                await router.connect()
-                return await method(router)(request, timeout=timeout_s, metadata=self._metadata)
-            except grpc.RpcError as error:
-                failure: SeamountError = from_rpc_error(error)
-            except Unavailable as error:
-                failure = error
-            if isinstance(failure, Unavailable):
-                self._routers.move_on(router)
-            delay_s = self._retries.delay_s(failure, attempt) if repeatable else None
-            if delay_s is None:
-                raise failure
-            attempt += 1
-            await asyncio.sleep(delay_s)
-
-    async def _answers(
-        self, begin: Callable[[Router], grpc.aio.UnaryStreamCall[Any, Response]]
-    ) -> AsyncGenerator[Response, None]:
-        router = self._routers.current
-        try:
-            await router.connect()
-            call = begin(router)
-            try:
-                async for answer in call:
-                    yield answer
-            finally:
-                call.cancel()
-        except grpc.RpcError as error:
-            failure = from_rpc_error(error)
-            if isinstance(failure, Unavailable):
-                self._routers.move_on(router)
-            raise failure from None
-        except Unavailable:
-            self._routers.move_on(router)
-            raise
+        return await self._calls.once(lambda to: to.admin.DrainRank, request, timeout_s=timeout_s)
 
 
 def _key(given: str | None) -> str:

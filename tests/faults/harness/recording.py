@@ -57,13 +57,14 @@ class RecordingClient(AsyncClient):
     def __init__(self, address: str, *, forced: Sequence[int] = (), **options: Any) -> None:
         super().__init__(address, **options)
         if forced:
-            self._metadata = (*self._metadata, (FORCED_TOKENS_KEY, ",".join(map(str, forced))))
+            self._calls.metadata = (*self._calls.metadata, (FORCED_TOKENS_KEY, ",".join(map(str, forced))))
         self.told = Told()
+        self._told_by, self._calls.stream = self._calls.stream, self._recorded  # type: ignore[method-assign]
 
-    async def _answers(self, begin: Callable[..., Any]) -> AsyncGenerator[Any, None]:
+    async def _recorded(self, begin: Callable[..., Any]) -> AsyncGenerator[Any, None]:
         call: list[tuple[float, Event]] = []
         self.told.calls.append(call)
-        async with aclosing(super()._answers(begin)) as answers:
+        async with aclosing(self._told_by(begin)) as answers:
             async for answer in answers:
                 now = time.monotonic()
                 call += [(now, event) for event in answer.events]
