@@ -53,6 +53,9 @@ PASS_S = 0.5
 """Pause between two looks at what runs."""
 STALLED_AFTER_S = 60.0
 """A pass that takes longer is stuck in a call to Serve: the replica counts as unhealthy and is replaced."""
+REST_S = 30.0
+"""For so long a Ray cluster that has come up beside an older one does not scale: KubeRay turns to it when it finds all
+its applications running, and a gang that waits for room, which the older one holds, would keep it from that."""
 BLIND_S = 10.0
 """For so long a fleet that has just begun may not have seen the ranks of a gang yet, and could not empty it."""
 
@@ -103,6 +106,7 @@ class Reconciler:
         self._requests = NodeRequests(parts.drains, parts.draining.replacement_s)
         self._routers = RouterCare(parts.leaving_routers, gangs)
         self._has_served = False
+        self._rests_until = 0.0
         self._stop = threading.Event()
         self._last_pass = self._began = time.monotonic()
         self._thread = threading.Thread(target=self._run, name="fleet", daemon=True)
@@ -161,6 +165,7 @@ class Reconciler:
             elsewhere=ranks_elsewhere(view, node_ids),
             family=family,
             follows=not self._has_served,
+            rests=time.monotonic() < self._rests_until,
             given_up=given_up,
         )
         wanted = replace(of_all, pools=left_here(of_all.pools, family))
@@ -200,6 +205,8 @@ class Reconciler:
             self._state.note_served()
             logger.info("fleet_has_come_up", extra={"number": self._state.number})
             self._has_served = True
+            if family.elder is not None:
+                self._rests_until = time.monotonic() + REST_S
         told = progress(wanted, running, self._leaving.names)
         self._state.tell_siblings(is_serving=self._has_served, progress=told)
 

@@ -67,13 +67,15 @@ class Scaler:
         elsewhere: Sequence[SeenRank] = (),
         family: Family = _ALONE,
         follows: bool = False,
+        rests: bool = False,
         given_up: Collection[PoolName] = (),
     ) -> Wanted:
         """What there should be now.
 
         view: of this Ray cluster; elsewhere: ranks of the others of the name. leaving: gangs and routers that go
         already, or are to be replaced. follows: this Ray cluster has still to come up with as many as ``family.elder``
-        wants, if there is one. given_up: pools whose gangs of today's version failed to come up too often.
+        wants, if there is one. rests: nothing is to change now. given_up: pools whose gangs of today's version failed
+        to come up too often.
         """
         loads = self._meter.gangs(running, view.ranks)
         there = self._meter_elsewhere.gangs(gangs_elsewhere(elsewhere), elsewhere)
@@ -84,7 +86,7 @@ class Scaler:
             wanted = self._remembered(family.elder)
         else:
             wanted = self._last or self._remembered()
-            if view.routers:
+            if view.routers and not rests:
                 changing = self._changing(running)
                 here = [gang for gang in loads if gang.name not in leaving and _counts(gang, changing)]
                 seen = Counter(gang.pool for gang in there)

@@ -129,6 +129,10 @@ def test_a_younger_ray_cluster_begins_with_as_many_as_the_older_one_wants(redis_
         clock.now_s += 1.0
         followed = of_young.wanted([gang(0)], calm, (), family=elder, follows=True)
         assert ([pool.num_gangs for pool in followed.pools], followed.routers) == ([3, 0], 1)
+    crowd = View(ranks=(rank("decode-0-c.0", **FULL),), routers=routers("n1").routers)
+    for _ in range(10):
+        clock.now_s += 1.0
+        assert [pool.num_gangs for pool in of_young.wanted([gang(0)], crowd, (), rests=True).pools] == [3, 0]
     assert numbers(of_young, [gang(0)], calm, family=elder) == [3, 0]  # from here on it decides: shrinking takes time
     assert numbers(Scaler(ON, POOLS, young, clock), [gang(0)], View()) == [3, 0]  # and so does the fleet after it
     for state in (old, young):
