@@ -69,13 +69,32 @@ class Draining:
         """One response a session, and one each second. Ends when no session with caches is left here that a peer would
         take; the caller's deadline ends it before. Repeating it goes on. Raises ``InvalidArgument``."""
         limits.check_length(request.peers, field="peers", high=MAX_PEERS)
+        self.has_begun = True
+        responses: asyncio.Queue[worker_pb2.DrainResponse | None] = asyncio.Queue()
+        task = asyncio.create_task(self._empty(request, responses.put_nowait), name="drain")
+        task.add_done_callback(lambda _: responses.put_nowait(None))
+        try:
+            while not (task.done() and responses.empty()):
+                response: worker_pb2.DrainResponse | None = worker_pb2.DrainResponse()
+                with suppress(TimeoutError):
+                    async with asyncio.timeout(KEEP_ALIVE_S):
+                        response = await responses.get()
+                if response is not None:
+                    yield response
+            task.result()
+        finally:
+            task.cancel()
+            await asyncio.wait({task})
+
+    async def _empty(
+        self, request: worker_pb2.DrainRequest, on_moved: Callable[[worker_pb2.DrainResponse], None]
+    ) -> None:
+        """One drain at a time; it takes as long as it takes."""
         turns_s = request.turns_time.ToNanoseconds() / 1e9 if request.HasField("turns_time") else math.inf
         turns_until = time.monotonic() + max(turns_s, MIN_TURNS_S)
-        self.has_begun = True
         async with self._lock, AsyncExitStack() as stack:
             peers = [await self._connect(stack, peer) for peer in request.peers if peer.rank_id != self.spec.rank_id]
             refused: dict[str, set[str]] = {}  # by session: peers that did not take it
-            told_at = time.monotonic()
             fetched_until: dict[str, float] = {}  # by session: its router is about to fetch it
             while True:
                 if time.monotonic() >= turns_until:
@@ -86,16 +105,11 @@ class Draining:
                 movable = [one for one in waiting if _fitting(one, peers, refused)]
                 moved = await self._hand_over(movable[0], peers, refused) if movable else None
                 if moved is not None:
-                    yield moved
+                    on_moved(moved)
                 elif not movable:
                     if not expected and not self.reservations.handover.has_turns():
                         return
                     await asyncio.sleep(_LOOK_AGAIN_S)
-                if moved is not None:
-                    told_at = time.monotonic()
-                elif time.monotonic() - told_at >= KEEP_ALIVE_S:
-                    told_at = time.monotonic()
-                    yield worker_pb2.DrainResponse()
 
     def _end_turns(self, fetched_until: dict[str, float]) -> None:
         for reservation_id in tuple(self.active):

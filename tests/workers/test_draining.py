@@ -32,6 +32,8 @@ class Peer(worker_pb2_grpc.WorkerServiceServicer):
         self.is_complete = True
         self.calls: list[Any] = []
         self.address = ""
+        self.goes_on = asyncio.Event()
+        self.goes_on.set()
 
     async def Reserve(self, request: Any, context: Any) -> worker_pb2.ReserveResponse:
         self.calls.append(request)
@@ -42,6 +44,7 @@ class Peer(worker_pb2_grpc.WorkerServiceServicer):
     async def Migrate(self, request: Any, context: Any) -> AsyncIterator[worker_pb2.MigrateResponse]:
         self.calls.append(request)
         yield worker_pb2.MigrateResponse(progress=worker_pb2.MigrateProgress())
+        await self.goes_on.wait()
         if self.is_complete:
             self.source.handover.give_up(request.reservation_id, request.epoch)
         finished = worker_pb2.MigrateFinished(num_migrated_tokens=16, cached_len=16, is_complete=self.is_complete)
@@ -216,3 +219,20 @@ async def test_what_no_router_fetches_is_handed_over_after_a_while(
     asked = request(peers, 10, 20)
     asked.turns_time.FromMilliseconds(1)
     assert await moved(draining, asked) == [("a", "peer1")]
+
+
+async def test_a_drain_shows_that_the_rank_is_alive_while_a_long_session_moves(
+    draining: Draining, caches: Reservations, peers: list[Peer], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """So does one that waits for another drain of the rank: routers take silence for death."""
+    monkeypatch.setattr("seamount.workers.draining.KEEP_ALIVE_S", 0.01)
+    leave(caches, "a")
+    peers[0].goes_on.clear()
+    streams = [draining.run(request(peers, 9, 8)) for _ in range(2)]
+    async with asyncio.timeout(10):
+        for stream in streams:
+            for _ in range(3):
+                assert await anext(stream) == worker_pb2.DrainResponse()
+        peers[0].goes_on.set()
+        told = [[response async for response in stream if response.session_id] for stream in streams]
+    assert [[response.session_id for response in one] for one in told] == [["a"], []]
