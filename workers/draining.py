@@ -22,7 +22,7 @@ from seamount.v1 import worker_pb2, worker_pb2_grpc
 from seamount.wire import limits
 from seamount.wire.credentials import CallMetadata
 from seamount.wire.durations import duration
-from seamount.wire.errors import DataLoss, SeamountError, Unavailable, from_rpc_error
+from seamount.wire.errors import Aborted, DataLoss, SeamountError, Unavailable, from_rpc_error
 from seamount.wire.hashes import PAGE_SIZE
 from seamount.workers.cache.handover import LeftSession
 from seamount.workers.cache.reservations import Reservations
@@ -141,6 +141,9 @@ class Draining:
 
     async def _move(self, left: LeftSession, peer: _Peer) -> int:
         """Returns how many tokens' entries are at the peer now. Raises ``AioRpcError`` and typed errors."""
+        token_ids = self.reservations.handover.tokens_of(left.session_id)
+        if not token_ids:
+            raise Aborted("a turn of the session came, or its pages went", reason="SESSION_LEFT")
         reserved = await peer.stub.Reserve(
             worker_pb2.ReserveRequest(
                 session_id=left.session_id,
@@ -148,7 +151,7 @@ class Draining:
                 epoch=left.epoch,
                 attempt=1,
                 cache_salt=left.salt,
-                token_ids=left.token_ids,
+                token_ids=token_ids,
                 time_to_live=duration(limits.MAX_RESERVATION_S),
             ),
             timeout=_CALL_TIMEOUT_S,

@@ -16,12 +16,12 @@ from seamount.workers.cache.tier_door import TierDoor
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LeftSession:
-    """A session whose caches wait here. epoch: the last one seen; leased_s: what is left of its lease, 0 for none."""
+    """A session whose caches wait here, as far as its first page is there. epoch: the last one seen; leased_s: what is
+    left of its lease, 0 for none."""
 
     session_id: str
     salt: bytes = field(repr=False)
     epoch: int
-    token_ids: tuple[int, ...] = field(repr=False)
     left_at: float
     leased_s: float
 
@@ -89,11 +89,10 @@ class Handover:
     def left_behind(self) -> list[LeftSession]:
         """What sessions without a turn here have left and is still here, leased ones first, then the most recent."""
         with self._live.lock:
-            now, size = self._clock(), self._holdings.page_size
-            found = []
+            now, found = self._clock(), list[LeftSession]()
             for session_id, record in self._holdings.sessions.items():
-                num_full = len(self._holdings.leases.left(record)[0])
-                if record.live_id is not None or not num_full or not record.salt:  # of an adopted one it is not known
+                is_here = bool(record.chain) and (record.chain[0].page is not None or bool(record.chain[0].copies))
+                if record.live_id is not None or not is_here or not record.salt:  # of an adopted one it is not known
                     continue
                 lease = self._holdings.sessions.leases.get(session_id)
                 found.append(
@@ -101,13 +100,22 @@ class Handover:
                         session_id=session_id,
                         salt=record.salt,
                         epoch=self._live.fences.seen(session_id),
-                        # One token more, where there is one: the last token of a prompt is never taken as cached.
-                        token_ids=tuple(record.left[: num_full * size + 1]),
                         left_at=record.left_at or 0.0,
                         leased_s=max(0.0, lease.expires_at - now) if lease is not None else 0.0,
                     )
                 )
             return sorted(found, key=lambda left: (left.leased_s == 0, -left.left_at))
+
+    def tokens_of(self, session_id: str) -> tuple[int, ...]:
+        """Of the full pages that a session left here, as far as they are still there, and one token more, where there
+        is one: the last token of a prompt is never taken as cached. Empty where a turn has come, or
+        nothing is left."""
+        with self._live.lock:
+            record = self._holdings.sessions.get(session_id)
+            if record is None or record.live_id is not None:
+                return ()
+            num_full = len(self._holdings.leases.left(record)[0])
+            return tuple(record.left[: num_full * self._holdings.page_size + 1]) if num_full else ()
 
     def is_settling(self, reservation_id: str) -> bool:
         """Whether it was released, and something still touches its pages."""

@@ -120,7 +120,8 @@ def test_what_a_leaving_rank_hands_over(make_cache: MakeCache) -> None:
     left = cache.caches.handover.left_behind()
     assert [(one.session_id, one.epoch) for one in left] == [("leased", 2), ("new", 3), ("old", 1)]
     assert left[0].leased_s == pytest.approx(20.0)
-    assert left[1].token_ids == tuple(range(200, 217)), "the full pages, and one token more"
+    assert cache.caches.handover.tokens_of("new") == tuple(range(200, 217)), "the full pages, and one token more"
+    assert [cache.caches.handover.tokens_of(name) for name in ("running", "short", "unknown")] == [(), (), ()]
     assert left[1].salt == SALT
     cache.release(turn)
     assert not cache.caches.handover.has_turns()
