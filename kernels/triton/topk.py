@@ -2,7 +2,9 @@
 
 Two launches: ``_take_samples`` copies every 2^shift-th score of a row; then one or more programs a row select, as many
 as keep the SMs busy. Who computes the scores can store the samples with them and call ``select_rows`` alone. One launch
-for rows of at most 8,192 scores, which a program holds in registers.
+where a row has one program, which reads the samples from the row itself just before the rest of it: memory is read in
+64 bytes, so that a launch for the samples alone would read half of all scores. One, too, for rows of at most 8,192
+scores, which a program holds in registers.
 """
 
 from __future__ import annotations
@@ -154,7 +156,7 @@ def _divide(num_rows: int, width: int, num_sms: int) -> _Division:
 def select_rows(logits: Tensor, lengths: Tensor, k: int, samples: Samples | None = None) -> Tensor:
     """[T, k] int64 from logits [T, L] float32 with adjacent columns, and contiguous lengths [T]; k <= MAX_CUDA_K.
 
-    samples: of every row, where ``wants_samples``; None: taken here.
+    samples: of every row, where ``wants_samples``; None: taken here or on the way.
     """
     num_rows, width = logits.shape
     device = logits.device
@@ -167,15 +169,21 @@ def select_rows(logits: Tensor, lengths: Tensor, k: int, samples: Samples | None
     segment = min(_CAPACITY, slice_size)
     num_parallel = min(num_rows, 2 * _num_sms(device))
     num_programs = num_parallel * slices
-    if samples is None and not short:
+    if samples is None and not short and slices > 1:
         samples = _samples_of(logits, lengths)
+    if samples is None:  # of short rows none are read
+        samples, sample_stride, spacing = Samples(logits, lengths), logits.stride(0), sample_shift(width)
+    else:
+        sample_stride, spacing = samples.scores.shape[1], 0
     select[(num_programs,)](
         logits,
         logits.stride(0),
         width,
         lengths,
-        # Of short rows no samples are read.
-        *(samples or Samples(logits, lengths)),
+        samples.scores,
+        sample_stride,
+        spacing,
+        samples.arrivals,
         sample_shift(width),
         wanted_groups(k, sample_shift(width)),
         torch.empty((num_programs,), dtype=torch.int32, device=device),

@@ -52,12 +52,15 @@ def _dealt(num_shares, num_warps):
 
 
 @gluon.jit
-def load_samples(samples, width, shift, SAMPLES: gl.constexpr, SHARES: gl.constexpr):
-    """[SAMPLES / SHARES, SHARES], whatever the row's length: those behind it are undefined; and their numbers."""
+def load_samples(samples, width, shift, spacing, SAMPLES: gl.constexpr, SHARES: gl.constexpr):
+    """[SAMPLES / SHARES, SHARES], whatever the row's length: those behind it are undefined; and their numbers.
+
+    They are 2^spacing scores apart where they are read.
+    """
     LAYOUT: gl.constexpr = _dealt(SHARES, gl.num_warps())
     turn = gl.arange(0, SAMPLES // SHARES, layout=gl.SliceLayout(1, LAYOUT))[:, None]
     number = turn * SHARES + gl.arange(0, SHARES, layout=gl.SliceLayout(0, LAYOUT))[None, :]
-    return gl.load(samples + number, mask=number << shift < width, other=0.0), number
+    return gl.load(samples + (number << spacing), mask=number << shift < width, other=0.0), number
 
 
 @gluon.jit

@@ -175,7 +175,7 @@ def _select_row(
     TILE: gl.constexpr, VECTOR: gl.constexpr, SHORT: gl.constexpr,
 ):  # fmt: skip
     logits, stride, width, lengths, k, out = rows
-    samples, arrivals, shift, groups = sampling
+    samples, sample_stride, spacing, arrivals, shift, groups = sampling
     row_id = gl.to_tensor(row_number).to(gl.int64)
     row = logits + row_id * stride
     out += row_id * k
@@ -184,7 +184,7 @@ def _select_row(
         _select_short_row(row, length, k, out, CAPACITY, VECTOR)
     else:
         # What most rows need is asked for together with the length.
-        sample = load_samples(samples + row_id * SAMPLES, width, shift, SAMPLES, SHARES)
+        sample = load_samples(samples + row_id * sample_stride, width, shift, spacing, SAMPLES, SHARES)
         x, at = load_scores(row, slice_number * slice_size, width, TILE // 128, VECTOR)
         if length > CAPACITY:
             _select_long_row(
@@ -195,19 +195,20 @@ def _select_row(
             _select_short_row(row, length, k, out, CAPACITY, VECTOR)
 
 
-@gluon.jit(do_not_specialize=["num_rows", "k", "shift", "groups"])
+@gluon.jit(do_not_specialize=["num_rows", "k", "spacing", "shift", "groups"])
 def select(
-    logits, stride, width, lengths, samples, arrivals, shift, groups, counts, candidates, slice_size, num_rows, k, out,
+    logits, stride, width, lengths, samples, sample_stride, spacing, arrivals, shift, groups, counts, candidates,
+    slice_size, num_rows, k, out,
     SAMPLES: gl.constexpr, SHARES: gl.constexpr, SLICES: gl.constexpr, SEGMENT: gl.constexpr, CAPACITY: gl.constexpr,
     TILE: gl.constexpr, VECTOR: gl.constexpr, SHORT: gl.constexpr, MANY: gl.constexpr, EARLY: gl.constexpr,
 ):  # fmt: skip
     """out [num_rows, k] int64 of logits [num_rows, width]: see the head. ``SLICES`` successive programs take a row.
 
-    samples: [num_rows, SAMPLES], every 2^shift-th score of each row; groups: in how many of SHARES a sample is to
-    reach the bound. arrivals: [num_rows] zeros, changed. counts: [programs] and candidates: [programs, SEGMENT + TILE],
-    scratch. SEGMENT: the smaller of slice_size, a multiple of TILE, and CAPACITY, which is k at least. VECTOR: rows
-    begin on 16 bytes and are whole quads. SHORT: no row is longer than CAPACITY. MANY: programs take several rows,
-    SLICES 1. EARLY: launched before the launch ahead of it has ended.
+    samples: every 2^shift-th score of each row, at most SAMPLES, 2^spacing apart, rows sample_stride apart; groups: in
+    how many of SHARES a sample is to reach the bound. arrivals: [num_rows] zeros, changed where SLICES > 1. counts:
+    [programs] and candidates: [programs, SEGMENT + TILE], scratch. SEGMENT: the smaller of slice_size, a multiple of
+    TILE, and CAPACITY, which is k at least. VECTOR: rows begin on 16 bytes and are whole quads. SHORT: no row is longer
+    than CAPACITY. MANY: programs take several rows, SLICES 1. EARLY: launched before the launch ahead of it has ended.
     """
     slice_number = gl.program_id(0) % SLICES
     first_row = gl.program_id(0) // SLICES
@@ -216,7 +217,7 @@ def select(
         candidates + first_row.to(gl.int64) * (SLICES * (SEGMENT + TILE)),
     )
     rows = (logits, stride, width, lengths, k, out)
-    sampling = (samples, arrivals, shift, groups)
+    sampling = (samples, sample_stride, spacing, arrivals, shift, groups)
     if EARLY:
         gdc_wait()
         gdc_launch_dependents()
