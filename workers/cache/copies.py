@@ -45,8 +45,8 @@ class Copies:
     """Not thread-safe: its owner holds the lock. num_below: pages of each tier; those without any are not there.
 
     key: what a copy there is worth; is_superseded: whether a page is wanted by nobody; on_copied: a page has one copy
-    more; on_gone: no tier has the page any more; on_change: a tier below has a page now, or has it no more; clock:
-    monotonic seconds.
+    more; on_refused: it is not to get one now; on_gone: no tier has the page any more; on_change: a tier below has a
+    page now, or has it no more; clock: monotonic seconds.
     """
 
     def __init__(
@@ -56,12 +56,13 @@ class Copies:
         key: Callable[[PageNode, Tier], EvictionKey],
         is_superseded: Callable[[PageNode], bool],
         on_copied: Callable[[PageNode], None],
+        on_refused: Callable[[PageNode], None],
         on_gone: Callable[[PageNode], None],
         on_change: Callable[[PageNode], None],
         clock: Callable[[], float],
     ) -> None:
         self._key, self._is_superseded, self._clock = key, is_superseded, clock
-        self._on_copied, self._on_gone = on_copied, on_gone
+        self._on_copied, self._on_refused, self._on_gone = on_copied, on_refused, on_gone
         self.tiers = {
             tier: LowerTier(tier, num_pages, key=key, may_go=_may_go, on_drop=self._dropped, on_change=on_change)
             for tier in BELOW
@@ -97,6 +98,7 @@ class Copies:
             first, *rest = self._missing(node, tier)
             copy = self._begin(first, tier)
             if copy is None:
+                self._on_refused(node)
                 self._want_behind(node, tier)
                 continue
             copies.append(copy)

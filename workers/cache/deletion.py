@@ -29,5 +29,6 @@ class DeletedPages:
                 del self._waiting[node]
 
     def _may_go(self, node: PageNode) -> bool:
-        is_used = node.page is not None and not self._pool.is_idle(node.page)
+        page = node.page
+        is_used = page is not None and (not self._pool.is_idle(page) or self._pool.num_leases(page) > 0)
         return not is_used and node.num_wanted == 0 and not any(node.num_children.values())

@@ -8,6 +8,8 @@
   into which it is restored (``restores.py``).
 - Whoever pins or leases a page of the tree does so with all pages before it: behind an idle page without a lease there
   are only such pages, and all of them can be evicted, leaves first, in the order of ``retention.eviction_key``.
+- A page that is given back without a copy below stays until it has one, for a second at the most
+  (``first_copies.py``): sequences that run come first, prompts wait.
 - Two sequences that compute the same page at once: the first one's enters the tree, the second pins that one too and
   reads its own copy until it ends, since a step or a transfer may be using it.
 """
@@ -23,6 +25,7 @@ from heapq import heapify, heappop, heappush
 from seamount.wire.hashes import page_hashes
 from seamount.workers.cache.copies import Copies
 from seamount.workers.cache.deletion import DeletedPages
+from seamount.workers.cache.first_copies import FirstCopies
 from seamount.workers.cache.leased import LeasedPages
 from seamount.workers.cache.lower import EvictionAge
 from seamount.workers.cache.pages import PagePool
@@ -65,11 +68,13 @@ class Holdings:
         num_tokens = (num_pages + sum(num_below.values())) * page_size
         self.sessions = SessionBook(max_left_tokens=4 * num_tokens, on_change=self.superseded.note)
         self.leases = LeasedPages(self.pool, self.sessions)
+        self.first_copies = FirstCopies(self.pool)
         self.copies = Copies(
             num_below,
             key=self._tier_key,
             is_superseded=self.superseded.holds,
-            on_copied=self.leases.copied,
+            on_copied=self._copied,
+            on_refused=lambda node: self.first_copies.end([node]),
             on_gone=self._forget,
             on_change=self.superseded.note,
             clock=clock,
@@ -92,6 +97,7 @@ class Holdings:
             if not reservation.is_spare:
                 record.comes(reservation.turn_id)
             record.salt = reservation.salt
+            self.leases.come_for(reservation.session_id, [*reservation.nodes, *reservation.to_restore])
 
     def remember(self, reservation: Reservation, end: int) -> None:
         """The session leaves the entries of its first ``end`` tokens here."""
@@ -132,6 +138,7 @@ class Holdings:
             rest = token_ids[found_len : min(found_len + len(tail.token_ids), len(token_ids) - 1)]
             num_from_tail = common_prefix_len(tail.token_ids, rest)
         pages = _pages(nodes)
+        self.first_copies.end_late(self._clock())
         num_missing = len(token_ids) // self.page_size + 1 - len(nodes) - (num_from_tail > 0)
         hits = [page for page in pages if self.pool.is_idle(page)]
         if tail is not None and num_from_tail > 0:
@@ -174,8 +181,10 @@ class Holdings:
     def grow(self, reservation: Reservation, num_pages: int) -> bool:
         """Let it hold ``num_pages``; or change nothing and say False."""
         num_missing = num_pages - len(reservation.pages)
-        if num_missing > self.pool.num_available:
+        if num_missing > self.pool.num_available + self.first_copies.num_idle:
             return False
+        while num_missing > self.pool.num_available:
+            self.first_copies.end_oldest()
         if num_missing > 0:
             reservation.pages.extend(self._allocate(num_missing))
         return True
@@ -354,8 +363,9 @@ class Holdings:
                 self.sessions.pass_through(session_id, [])
 
     def _leave_nothing(self, record: SessionRecord, session_id: str) -> None:
-        """Neither lease nor tail."""
+        """Neither lease nor tail, and no page waits for its copy."""
         self.leases.end(session_id)
+        self.first_copies.end(record.chain)
         if record.tail is not None:
             page = record.tail.page
             self._drop_tail(record.tail)
@@ -371,6 +381,10 @@ class Holdings:
             self.pool.free_idle(page)
 
     # ---- copies below the device
+
+    def _copied(self, node: PageNode) -> None:
+        self.leases.copied(node)
+        self.first_copies.copied(node)
 
     def lose_copy(self, node: PageNode, tier: Tier) -> None:
         """The page's bytes in the tier are damaged: that copy goes, and with it what lies behind it there."""
@@ -451,6 +465,7 @@ class Holdings:
         chain = reservation.nodes[:num_full]
         if end == len(reservation.nodes) * self.page_size:
             chain += reservation.not_restored  # still the session's, further down
+        reused = chain[: reservation.num_reused_pages]
         if record is not None and is_latest:
             self.remember(reservation, max(end, len(chain) * self.page_size))
             if chain or end > 0:
@@ -458,7 +473,7 @@ class Holdings:
                     page = record.tail.page
                     self._drop_tail(record.tail)
                     self.pool.free_idle(page)
-                self.sessions.pass_through(reservation.session_id, chain[: reservation.num_reused_pages])
+                self.sessions.pass_through(reservation.session_id, reused)
         for index in range(len(reservation.pages) - 1, -1, -1):
             is_tail = has_tail and index == num_full < end / self.page_size and index <= len(reservation.nodes)
             self._give_back_page(reservation, index, end if is_tail else None, is_kept=index < num_full)
@@ -468,13 +483,16 @@ class Holdings:
         if record is not None and lease is not None and is_latest:
             self.leases.uncover(lease)
             self.leases.cover(record, lease)
+        if self.copies.tiers:
+            self.first_copies.hold(reused, self._clock())
 
     def _give_back_page(self, reservation: Reservation, index: int, tail_end: int | None, *, is_kept: bool) -> None:
         page = reservation.pages[index]
         node = reservation.nodes[index] if index < len(reservation.nodes) else None
         if node is not None and node.page == page:
             brought = index >= reservation.num_found
-            is_used = any(node.num_children.values()) or self.pool.refcount(page) > 1 or node.num_leases > 0
+            is_leased = node.num_leases > 0 or self.pool.num_leases(page) > 0
+            is_used = any(node.num_children.values()) or self.pool.refcount(page) > 1 or is_leased
             if is_kept or not brought or is_used:
                 self._unpin_cached(page)
                 return

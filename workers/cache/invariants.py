@@ -100,7 +100,7 @@ def _check_tree(holdings: Holdings, free: set[int], idle: Sequence[int]) -> None
 
 def _check_leases(holdings: Holdings, idle: set[int], parents: dict[int, PageNode | None]) -> None:
     pool, sessions = holdings.pool, holdings.sessions
-    held: Counter[int] = Counter()
+    held = Counter(holdings.first_copies.pages)
     counted: Counter[PageNode] = Counter()
     num_tails: Counter[Tier] = Counter()
     for session_id, lease in sessions.leases.items():

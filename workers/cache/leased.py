@@ -65,6 +65,13 @@ class LeasedPages:
             for page in lease.pages:
                 self._pool.lease(page)
 
+    def come_for(self, session_id: str, nodes: Collection[PageNode]) -> None:
+        """The session's turn holds these pages. Where all that its lease keeps are among them, they need no keeping,
+        and no room for copies, before they are given back."""
+        lease = self._sessions.leases.get(session_id)
+        if lease is not None and set(lease.nodes) <= set(nodes):
+            self.uncover(lease)
+
     def uncover(self, lease: Lease) -> None:
         self._let_go(lease)
         for node in lease.nodes:

@@ -33,8 +33,8 @@ AHEAD_SHARE = 0.5
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CacheState:
     """Of the device. num_cached: unreferenced pages that hold a prefix; num_leased: those of them that may not go,
-    because a lease holds them and they have no copy below; num_superseded: those that no session will come back for;
-    num_reservations: with those whose end waits for a use."""
+    because they have no copy below, and a lease holds them or they wait for their first one; num_superseded: those that
+    no session will come back for; num_reservations: with those whose end waits for a use."""
 
     num_pages: int
     num_free: int
@@ -383,6 +383,7 @@ class Reservations:
     def state(self) -> CacheState:
         """Counts at this moment."""
         with self._lock:
+            self._holdings.first_copies.end_late(self._clock())
             return CacheState(
                 num_pages=self.num_pages,
                 num_free=self._holdings.pool.num_free,
@@ -431,6 +432,8 @@ class Reservations:
 
     def _no_pages(self, num_needed: int) -> ResourceExhausted:
         now = self._clock()
+        if self._holdings.first_copies.is_waiting:
+            return no_pages(self._holdings.pool, num_needed, 0.0)
         ends = [reservation.expires_at for reservation in self._live.by_id.values()]
         ends += [lease.expires_at for lease in self._holdings.sessions.leases.values()]
         return no_pages(self._holdings.pool, num_needed, min(ends, default=now) - now)

@@ -8,8 +8,10 @@ from dataclasses import dataclass, field
 
 import pytest
 
+from seamount.workers.cache.prefix import PageNode
 from seamount.workers.cache.reservation import Reservation
 from seamount.workers.cache.reservations import Reservations
+from seamount.workers.cache.retention import Tier
 
 SALT = b"a" * 32
 
@@ -71,6 +73,36 @@ class SmallCache:
         assert state.num_free + state.num_cached == state.num_pages
 
 
+@dataclass
+class TieredCache(SmallCache):
+    """Pages of 4 tokens; ``settle`` moves all that is to be moved."""
+
+    def settle(self) -> None:
+        tiers = self.caches.tiers
+        while tiers.is_busy:
+            for tier in (Tier.HOST, Tier.DISK):
+                for copy in tiers.next_copies(tier, 3):
+                    tiers.copied(copy, 0)
+                for slot in tiers.next_erasures(tier, 3):
+                    tiers.erased(tier, slot, is_done=True)
+            restore = tiers.next_restore(2)
+            if restore is not None:
+                tiers.restored(restore, len(restore.fetches))
+            self.caches.check_invariants()
+
+    def press(self) -> None:
+        """Everything that may goes from the device."""
+        self.caches.state()  # what has waited for its copy for long enough waits no more
+        held = self.reserve([9] * (4 * self.caches._holdings.pool.num_available - 1), session="", turn=str(id(self)))
+        self.release(held, keep_len=0)
+
+    def nodes(self, tier: Tier) -> list[PageNode]:
+        return sorted(self.caches._holdings.copies.tiers[tier], key=lambda node: (node.token_ids, node.depth))
+
+
+MakeTiered = Callable[..., TieredCache]
+
+
 @pytest.fixture
 def make_cache() -> Iterator[Callable[[int], SmallCache]]:
     made: list[SmallCache] = []
@@ -91,6 +123,18 @@ def make_cache() -> Iterator[Callable[[int], SmallCache]]:
 @pytest.fixture
 def cache(make_cache: Callable[[int], SmallCache]) -> SmallCache:
     return make_cache(16)
+
+
+@pytest.fixture
+def make_tiered() -> MakeTiered:
+    def make(num_pages: int, *, host: int = 0, disk: int = 0) -> TieredCache:
+        clock, below = Clock(), {Tier.HOST: host, Tier.DISK: disk}
+        caches = Reservations(
+            num_pages=num_pages, page_size=4, fingerprint="f", layout="l", clock=clock, num_below=below
+        )
+        return TieredCache(caches, clock)
+
+    return make
 
 
 @pytest.fixture

@@ -11,15 +11,13 @@ from seamount.workers.cache.holdings import ADOPTED_S
 from seamount.workers.cache.retention import Importance, Tier
 from seamount.workers.cache.tier_door import StoredPage
 
-from .conftest import SALT, SmallCache
-from .test_tiers import TieredCache, make_tiered, stored
+from .conftest import SALT, MakeTiered, SmallCache, TieredCache
+from .test_tiers import stored
 
 A, FORK = [1] * 10, [1] * 8 + [2] * 9
 """Two full pages and a tail; the same two pages and two more."""
 
 MakeCache = Callable[[int], SmallCache]
-MakeTiered = Callable[..., TieredCache]
-__all__ = ["make_tiered"]
 
 
 def test_pages_of_a_deleted_session_are_free_at_once(cache: SmallCache) -> None:

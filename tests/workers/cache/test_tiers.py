@@ -3,63 +3,21 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping
 
 import pytest
 
 from seamount.wire.errors import FailedPrecondition, ResourceExhausted
 from seamount.wire.hashes import page_hashes, root_hash
-from seamount.workers.cache.prefix import PageNode
-from seamount.workers.cache.reservations import AHEAD_S, Reservations
+from seamount.workers.cache.first_copies import MAX_COPYING_S
+from seamount.workers.cache.reservations import AHEAD_S
 from seamount.workers.cache.retention import Importance, LeaseOutcome, Tier
 from seamount.workers.cache.tier_door import StoredPage
 
-from .conftest import SALT, Clock, SmallCache
+from .conftest import SALT, MakeTiered, TieredCache
 
 A, B, C = [1] * 10, [2] * 10, [3] * 10
 """Two full pages and a tail of two tokens each."""
-
-
-@dataclass
-class TieredCache(SmallCache):
-    """Pages of 4 tokens; ``settle`` moves all that is to be moved."""
-
-    def settle(self) -> None:
-        tiers = self.caches.tiers
-        while tiers.is_busy:
-            for tier in (Tier.HOST, Tier.DISK):
-                for copy in tiers.next_copies(tier, 3):
-                    tiers.copied(copy, 0)
-                for slot in tiers.next_erasures(tier, 3):
-                    tiers.erased(tier, slot, is_done=True)
-            restore = tiers.next_restore(2)
-            if restore is not None:
-                tiers.restored(restore, len(restore.fetches))
-            self.caches.check_invariants()
-
-    def press(self) -> None:
-        """Everything that may goes from the device."""
-        held = self.reserve([9] * (4 * self.caches._holdings.pool.num_available - 1), session="", turn=str(id(self)))
-        self.release(held, keep_len=0)
-
-    def nodes(self, tier: Tier) -> list[PageNode]:
-        return sorted(self.caches._holdings.copies.tiers[tier], key=lambda node: (node.token_ids, node.depth))
-
-
-MakeTiered = Callable[..., TieredCache]
-
-
-@pytest.fixture
-def make_tiered() -> MakeTiered:
-    def make(num_pages: int, *, host: int = 0, disk: int = 0) -> TieredCache:
-        clock, below = Clock(), {Tier.HOST: host, Tier.DISK: disk}
-        caches = Reservations(
-            num_pages=num_pages, page_size=4, fingerprint="f", layout="l", clock=clock, num_below=below
-        )
-        return TieredCache(caches, clock)
-
-    return make
 
 
 def states(cache: TieredCache) -> Mapping[Tier, int]:
@@ -105,6 +63,7 @@ def test_without_a_copy_a_page_is_lost_and_a_copy_of_it_does_not_count(make_tier
     cache = make_tiered(8, host=8)
     cache.leave(A)
     copies = cache.caches.tiers.next_copies(Tier.HOST, 9)
+    cache.clock.now += MAX_COPYING_S
     cache.press()
     assert [cache.caches.tiers.copied(copy, 0) for copy in copies] == [False, False]
     assert states(cache)[Tier.HOST] == 0
