@@ -115,10 +115,12 @@ class RankClient:
             await self._stub.Restore(request, timeout=self._call_timeout_s, metadata=self._metadata)
 
     async def retain(
-        self, session_id: SessionId, *, duration_s: float, importance: common_pb2.LeaseImportance
+        self, session_id: SessionId, *, epoch: Epoch, duration_s: float, importance: common_pb2.LeaseImportance
     ) -> worker_pb2.RetainResponse:
-        """Ask for a lease on what the session left there. Raises as ``reserve`` does."""
-        request = worker_pb2.RetainRequest(session_id=session_id, duration=duration(duration_s), importance=importance)
+        """Ask for a lease on what the session's turn of that epoch left there. Raises as ``reserve`` does."""
+        request = worker_pb2.RetainRequest(
+            session_id=session_id, epoch=epoch, duration=duration(duration_s), importance=importance
+        )
         with self._typed():
             return await self._stub.Retain(request, timeout=self._call_timeout_s, metadata=self._metadata)
 

@@ -24,7 +24,7 @@ from seamount.router.tool_waits import ToolWaits
 from seamount.v1 import common_pb2, events_pb2, record_pb2, session_pb2, worker_pb2
 from seamount.wire import limits
 from seamount.wire.errors import FailedPrecondition, InvalidArgument, SeamountError
-from seamount.wire.ids import RankId, SessionId, TenantId
+from seamount.wire.ids import Epoch, RankId, SessionId, TenantId
 
 _LOG = logging.getLogger(__name__)
 AUTOMATIC_BUDGET_S = 0.5
@@ -66,7 +66,7 @@ class Retention:
         """Ask the rank that served the session's last turn, and store its answer. Raises as above."""
         rank_id, session_id = RankId(view.last_rank), SessionId(view.session.id)
         try:
-            stored = await self._retain(rank_id, session_id, duration_s, importance)
+            stored = await self._retain(rank_id, session_id, view.epoch, duration_s, importance)
         except RankLost:  # what it may have answered before stays noted: the next receipt says that it is lost
             return events_pb2.Lease(
                 outcome=common_pb2.LEASE_OUTCOME_DENIED,
@@ -77,7 +77,7 @@ class Retention:
         return stored.lease
 
     async def while_tools_run(
-        self, tenant: TenantId, session_id: SessionId, rank_id: RankId, tools: Sequence[str]
+        self, tenant: TenantId, session_id: SessionId, epoch: Epoch, rank_id: RankId, tools: Sequence[str]
     ) -> record_pb2.StoredLease | None:
         """Ask for a lease for as long as the results of these calls usually take; None where nobody answers in time.
 
@@ -87,7 +87,7 @@ class Retention:
         with suppress(SeamountError, TimeoutError):
             async with asyncio.timeout(AUTOMATIC_BUDGET_S):
                 expected_s = await self.waits.expected_s(tenant, tools)
-                return await self._retain(rank_id, session_id, expected_s, common_pb2.LEASE_IMPORTANCE_LOW)
+                return await self._retain(rank_id, session_id, epoch, expected_s, common_pb2.LEASE_IMPORTANCE_LOW)
         return None
 
     def note_wait(self, tenant: TenantId, before: record_pb2.TurnRecord, came_at: float) -> None:
@@ -116,10 +116,16 @@ class Retention:
         await asyncio.gather(*self._noting)
 
     async def _retain(
-        self, rank_id: RankId, session_id: SessionId, duration_s: float, importance: common_pb2.LeaseImportance
+        self,
+        rank_id: RankId,
+        session_id: SessionId,
+        epoch: Epoch,
+        duration_s: float,
+        importance: common_pb2.LeaseImportance,
     ) -> record_pb2.StoredLease:
         instance, asked_at = self.ranks.instance(rank_id), time.time()
-        answer = await self.ranks.client(rank_id).retain(session_id, duration_s=duration_s, importance=importance)
+        client = self.ranks.client(rank_id)
+        answer = await client.retain(session_id, epoch=epoch, duration_s=duration_s, importance=importance)
         self.metrics.leased(answer.outcome)
         return record_pb2.StoredLease(lease=_lease(answer, rank_id, asked_at), rank_instance=instance or "")
 

@@ -172,7 +172,7 @@ async def commit(turn: Turn, record: record_pb2.TurnRecord, parts: TurnParts) ->
     calls = [call.name for call in record.pending_tool_calls]
     lease = None
     if rank is not None and calls:
-        lease = await parts.retention.while_tools_run(begun.tenant, begun.session_id, rank, calls)
+        lease = await parts.retention.while_tools_run(begun.tenant, begun.session_id, begun.epoch, rank, calls)
     failpoints.reached("router.commit", len(record.output.token_ids))
     context = await parts.rendering.context((*begun.records, record), turn.mode)
     if turn.generation is not None:

@@ -164,7 +164,9 @@ class Draining:
             released = worker_pb2.ReleaseRequest(reservation_id=reserved.reservation_id, keep_len=kept or None)
             await peer.stub.Release(released, timeout=_CALL_TIMEOUT_S, metadata=self.metadata)
         if left.leased_s > 0:
-            retained = worker_pb2.RetainRequest(session_id=left.session_id, duration=duration(left.leased_s))
+            retained = worker_pb2.RetainRequest(
+                session_id=left.session_id, epoch=left.epoch, duration=duration(left.leased_s)
+            )
             with suppress(grpc.aio.AioRpcError):
                 await peer.stub.Retain(retained, timeout=_CALL_TIMEOUT_S, metadata=self.metadata)
         return kept

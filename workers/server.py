@@ -203,7 +203,7 @@ class RankServer:
             prefill_tokens_per_s=engine.prefill_tokens_per_s,
             pull_bytes_per_s=transfer.pull_bytes_per_s,
             push_bytes_per_s=transfer.push_bytes_per_s,
-            session_ids=core.reservations.sessions()[: limits.MAX_LISTED_SESSIONS],
+            session_ids=core.reservations.sessions(limits.MAX_LISTED_SESSIONS),
             layout=core.model.layout.signature,
             fingerprint=core.fingerprint,
             process_id=os.getpid(),

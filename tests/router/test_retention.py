@@ -86,6 +86,7 @@ async def test_the_rank_of_the_last_turn_decides_and_its_answer_is_stored(
     lease = await retention.report_tool_wait(ALICE, wait(session_id, 50.0, common_pb2.LEASE_IMPORTANCE_HIGH))
     (asked,) = rank.retained
     assert (asked.session_id, asked.duration.seconds) == (session_id, 50)
+    assert asked.epoch == (await turns.sessions.get(ALICE, session_id)).epoch
     assert asked.importance == common_pb2.LEASE_IMPORTANCE_HIGH
     assert (lease.outcome, lease.tier) == (common_pb2.LEASE_OUTCOME_CLIPPED, common_pb2.CACHE_TIER_DEVICE)
     assert (lease.num_rebuild_tokens, lease.rebuild_time.ToMilliseconds(), lease.decode_rank) == (5, 70, "decode-a")

@@ -143,7 +143,7 @@ async def test_the_longest_of_everything_is_taken(served: Served) -> None:
 
 
 async def test_retain_leases_what_a_session_left(served: Served) -> None:
-    asked = worker_pb2.RetainRequest(session_id="s", duration=duration_pb2.Duration(seconds=20))
+    asked = worker_pb2.RetainRequest(session_id="s", epoch=1, duration=duration_pb2.Duration(seconds=20))
     assert (await served.stub.Retain(asked, timeout=5)).outcome == common_pb2.LEASE_OUTCOME_DENIED
     reserved = await served.stub.Reserve(reserve(), timeout=5)
     assert not reserved.is_leased
@@ -154,6 +154,8 @@ async def test_retain_leases_what_a_session_left(served: Served) -> None:
     assert (lease.duration.seconds, lease.num_rebuild_tokens) == (20, 19)
     again = await served.stub.Reserve(reserve(epoch=2), timeout=5)
     assert again.is_leased
+    late = await served.stub.Retain(asked, timeout=5)
+    assert late.outcome == common_pb2.LEASE_OUTCOME_DENIED, "the session has gone on"
     await served.stub.Release(worker_pb2.ReleaseRequest(reservation_id=again.reservation_id), timeout=5)
 
 

@@ -11,6 +11,7 @@ import time
 from array import array
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import islice
 
 from seamount.wire.errors import FailedPrecondition, InvalidArgument, OutOfRange, ResourceExhausted
 from seamount.wire.hashes import PAGE_SIZE, root_hash
@@ -21,7 +22,7 @@ from seamount.workers.cache.holdings import Holdings
 from seamount.workers.cache.invariants import check_holdings
 from seamount.workers.cache.live import LiveReservations
 from seamount.workers.cache.reservation import Reservation, ReservationKey, ReservationState, prompt_digest
-from seamount.workers.cache.retention import Importance, LeaseDecision, Tier
+from seamount.workers.cache.retention import DENIED, Importance, LeaseDecision, Tier
 from seamount.workers.cache.tier_door import TierDoor
 
 AHEAD_S = 2.0
@@ -173,18 +174,27 @@ class Reservations:
                     self._leases.came_back(reservation)
 
     def retain(
-        self, session_id: str, *, duration_s: float, importance: Importance, prefill_tokens_per_s: float
+        self,
+        session_id: str,
+        *,
+        duration_s: float,
+        importance: Importance,
+        prefill_tokens_per_s: float,
+        epoch: int | None = None,
     ) -> LeaseDecision:
         """Lease the pages of what a session left here, or is about to leave, as ``retention.decide`` says.
 
         Until the lease ends nobody else gets these pages, at the price of refusing others (NO_PAGES). It ends with its
         time, with the session's next commit, or with another one in its place; a denied request leaves it alone.
-        duration_s: over 0, at most MAX_TOOL_WAIT_S. Raises InvalidArgument.
+        duration_s: over 0, at most MAX_TOOL_WAIT_S; epoch: of the turn that it is asked for: denied where a later one
+        has come, which nobody would end the lease after. Raises InvalidArgument.
         """
         check_range(duration_s, field="duration", low=0, low_open=True, high=MAX_TOOL_WAIT_S)
         with self._lock:
             now = self._clock()
             self._leases.end_expired(now)
+            if epoch is not None and self._live.fences.seen(session_id) > epoch:
+                return DENIED
             return self._leases.retain(
                 session_id,
                 self._live.of_session(session_id),
@@ -393,10 +403,11 @@ class Reservations:
                 num_reservations=len(self._live.all()),
             )
 
-    def sessions(self) -> list[str]:
-        """Sessions with a live reservation or cached pages of their own here; most recent first."""
+    def sessions(self, limit: int | None = None) -> list[str]:
+        """Sessions with a live reservation or cached pages of their own here, the most recent ones first; at most
+        ``limit`` of them."""
         with self._lock:
-            return self._holdings.sessions.cached_sessions()
+            return list(islice(self._holdings.sessions.cached_sessions(), limit))
 
     def check_invariants(self) -> None:
         """Raise AssertionError unless each page is free, referenced as often as held, or cached and reachable."""

@@ -118,6 +118,10 @@ class LeaseDecision:
     rebuild_s: float
 
 
+DENIED = LeaseDecision(outcome=LeaseOutcome.DENIED, tier=None, duration_s=0.0, rebuild_tokens=0, rebuild_s=0.0)
+"""To whoever asks for a session that has gone on: there is nothing to keep for what it waited for."""
+
+
 def decide(request: LeaseRequest, pressure: Pressure) -> LeaseDecision:
     """Whether a session's pages are kept for it, where, and for how long.
 

@@ -209,11 +209,9 @@ class SessionBook:
             if not nodes:
                 del self._brought[node.owner_id]
 
-    def cached_sessions(self) -> list[str]:
+    def cached_sessions(self) -> Iterator[str]:
         """Sessions with a live reservation, a tail, or pages in the tree that they brought; most recent first. Not one
         that was given up, though copies of its pages may lie in a lower tier until others need the room."""
-        return [
-            session_id
-            for session_id, record in reversed(self._records.items())
-            if record.live_id is not None or record.tail is not None or (record.left and session_id in self._brought)
-        ]
+        for session_id, record in reversed(self._records.items()):
+            if record.live_id is not None or record.tail is not None or (record.left and session_id in self._brought):
+                yield session_id

@@ -85,6 +85,24 @@ def test_housekeeping_ends_leases(cache: SmallCache) -> None:
     assert cached_len(cache, A, "a") == 10, "still cached"
 
 
+def test_a_lease_that_was_asked_for_before_the_session_went_on_is_denied(cache: SmallCache) -> None:
+    """The turn that it waited for has come: none would end it."""
+    cache.leave(A, session="a", epoch=4)
+    live = cache.reserve([*A, 5], session="a", turn="u", epoch=5)
+
+    def retained(epoch: int) -> LeaseOutcome:
+        return cache.caches.retain(
+            "a", epoch=epoch, duration_s=60.0, importance=Importance.HIGH, prefill_tokens_per_s=0.0
+        ).outcome
+
+    assert retained(4) is LeaseOutcome.DENIED
+    cache.release(live, 11)
+    assert retained(4) is LeaseOutcome.DENIED
+    assert cache.caches.state().num_leased == 0
+    assert retained(5) is LeaseOutcome.ACCEPTED
+    assert retained(6) is LeaseOutcome.ACCEPTED, "a turn that began and left nothing here"
+
+
 def test_running_sequences_do_not_grow_into_leased_pages(make_cache: MakeCache) -> None:
     cache = make_cache(4)
     cache.leave([1] * 8, session="a")

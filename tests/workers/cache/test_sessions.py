@@ -63,15 +63,15 @@ def test_the_bound_on_records(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_session_is_listed_while_pages_it_brought_are_in_the_tree() -> None:
     book = SessionBook(max_left_tokens=100)
     _leave(book, "a", 8)
-    assert book.cached_sessions() == []
+    assert list(book.cached_sessions()) == []
     of_a, of_nobody = page_of("a"), page_of("")
     book.entered(of_a)
     book.entered(of_nobody)
-    assert book.cached_sessions() == ["a"]
+    assert list(book.cached_sessions()) == ["a"]
     assert book.brought("a") == [of_a]
     book.gone(of_a)
     book.gone(of_nobody)
-    assert book.cached_sessions() == []
+    assert list(book.cached_sessions()) == []
     assert book.brought("a") == []
 
 
