@@ -71,7 +71,7 @@ def test_a_long_turn_on_the_cheapest_gang_goes_on_when_the_fleet_shrinks(system:
         assert all(one.result().num_retries == 0 for one in dearer)
         return turn, leaving
 
-    lasting(num_tokens_in(AIM_S, system, client), scene)
+    lasting(num_tokens_in(AIM_S, system.deployment.router_address, client), scene)
 
 
 def test_a_long_turn_leaves_a_node_that_is_to_be_emptied(system: ScalingSystem, client: Client) -> None:
@@ -101,7 +101,7 @@ def test_a_long_turn_leaves_a_node_that_is_to_be_emptied(system: ScalingSystem, 
         assert len(client.get_history(turn.session_id).messages) == 2
         return turn, leaving
 
-    lasting(num_tokens_in(AIM_S, system, client), scene)
+    lasting(num_tokens_in(AIM_S, system.deployment.router_address, client), scene)
 
     import ray  # reads how to authenticate when it is first imported
 

@@ -99,7 +99,8 @@ def test_from_one_session_to_twelve_and_back(system: ScalingSystem) -> None:
 def test_turns_go_on_at_other_routers_when_their_router_leaves_a_node(system: ScalingSystem, client: Client) -> None:
     homes = {node_of(system.nodes, pid) for pid in replica_pids("router")}
     node = next(one for one in system.nodes if one.name in homes - {"head"})
-    address, num_tokens = system.deployment.router_address, num_tokens_in(20.0, system, client)
+    address = system.deployment.router_address
+    num_tokens = num_tokens_in(20.0, address, client)
     turns = [  # the port is that of every router: some are at the one that leaves
         LongTurn(address=address, session_id=client.create_session().id, num_tokens=num_tokens) for _ in range(4)
     ]

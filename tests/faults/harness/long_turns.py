@@ -9,7 +9,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from harness.recording import RecordingClient, Told
-from harness.scaling import MAX_CONTEXT_TOKENS, ScalingSystem
+from harness.scaling import MAX_CONTEXT_TOKENS
 from seamount.router.client import Client, Sampling, user
 from seamount.v1 import events_pb2
 from seamount.wire.errors import SeamountError
@@ -48,7 +48,7 @@ class LongTurn:
         assert self._thread is not None
         self._thread.join(_DEADLINE_S)
         assert not self._thread.is_alive()
-        assert not self.failure
+        assert not self.failure, self.failure
         events = self.told.events
         assert events[-1].HasField("finished")
         assert events[-1].finished.receipt.num_output_tokens == self.num_tokens
@@ -106,13 +106,9 @@ def check_told(turn: LongTurn, leaving: Leaving) -> events_pb2.Receipt:
     return receipt
 
 
-def num_tokens_in(seconds: float, system: ScalingSystem, client: Client) -> int:
-    """How many tokens one turn tells in that time, as fast as this machine is now."""
-    turn = LongTurn(
-        address=system.deployment.router_address,
-        session_id=client.create_session().id,
-        num_tokens=_MEASURED_TOKENS,
-    )
+def num_tokens_in(seconds: float, address: str, client: Client) -> int:
+    """How many tokens one turn tells in that time, as fast as this machine is now. address: of the router."""
+    turn = LongTurn(address=address, session_id=client.create_session().id, num_tokens=_MEASURED_TOKENS)
     turn.start()
     turn.result()
     return min(int(_MEASURED_TOKENS * seconds / turn.lasted_s), MOST_TOKENS)
