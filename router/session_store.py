@@ -153,13 +153,14 @@ class SessionStore:
         One answer each: None, or ``Aborted`` (STALE_EPOCH: the turn is another's, or over), ``NotFound``, ``DataLoss``.
         """
         calls = [
-            (
-                (self._keys(one.tenant, one.session_id)[0], self._log(one.tenant, one.session_id, one.turn_id)),
+            called(
+                "append_tokens",
+                _log_keys(self.store.namespace, one.tenant, one.session_id, one.turn_id),
                 (one.turn_id, one.epoch, one.before, one.id, one.tokens),
             )
             for one in appends
         ]
-        replies = await self.store.functions([called("append_tokens", *one) for one in calls])
+        replies = await self.store.functions(calls)
         return [None if reply[0] == b"LOGGED" else _refusal(reply) for reply in replies]
 
     async def read_log(
@@ -269,7 +270,7 @@ class SessionStore:
         return keys if turn_id is None else (*keys, self._log(tenant, session_id, turn_id))
 
     def _log(self, tenant: TenantId, session_id: SessionId, turn_id: TurnId) -> str:
-        return self.store.key(_tag(tenant, session_id), "log", quote(turn_id, safe=""))
+        return _log_keys(self.store.namespace, tenant, session_id, turn_id)[1]
 
     def _index(self, tenant: TenantId) -> str:
         return self.store.key("sessions", quote(tenant, safe=""))
@@ -280,9 +281,15 @@ def not_found() -> NotFound:
     return NotFound("there is no such session; check its id, and that this API key made it", reason="SESSION_NOT_FOUND")
 
 
-@lru_cache(maxsize=4096)
 def _tag(tenant: TenantId, session_id: SessionId) -> str:
     return f"{{{quote(tenant, safe='')}/{quote(session_id, safe='')}}}"
+
+
+@lru_cache(maxsize=4096)
+def _log_keys(namespace: str, tenant: TenantId, session_id: SessionId, turn_id: TurnId) -> tuple[str, str]:
+    """Of a session's meta and of a turn's log; asked for with each entry."""
+    tag = _tag(tenant, session_id)
+    return f"{namespace}:{tag}:meta", f"{namespace}:{tag}:log:{quote(turn_id, safe='')}"
 
 
 def _scope(tenant: TenantId, session_id: SessionId) -> tuple[str, str]:
