@@ -32,6 +32,8 @@ from seamount.wire.errors import InvalidArgument, Unavailable
 from seamount.workers.spec import PoolName
 
 START_TIMEOUT_S = 120.0
+CUDA_START_TIMEOUT_S = 600.0
+"""Kernels are compiled, too."""
 
 
 @dataclass(slots=True, kw_only=True)
@@ -94,7 +96,8 @@ class LocalCluster:
             self.redis_url = self._stack.enter_context(
                 serve_redis(url.get_secret_value() if url else None, self.settings.redis.data_dir)
             )
-            async with asyncio.timeout(START_TIMEOUT_S):
+            on_gpu = self.settings.engine.device == "cuda"
+            async with asyncio.timeout(CUDA_START_TIMEOUT_S if on_gpu else START_TIMEOUT_S):
                 await self._start_all()
         except BaseException:
             await self.stop()

@@ -12,7 +12,7 @@ import contextlib
 import logging
 import socket
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from datetime import timedelta
 
@@ -149,6 +149,19 @@ class Gang:
     def group(self) -> ProcessGroupGloo | None:
         """For the collectives of the step; None in a gang of one and after ``close``."""
         return self._group
+
+    @contextlib.contextmanager
+    def patience(self, timeout_s: float) -> Iterator[None]:
+        """Collectives have until ``timeout_s`` for a while, and then ``self.timeout_s`` again. All ranks, or none."""
+        if self._group is None:
+            yield
+            return
+        self._group._set_default_timeout(timedelta(seconds=timeout_s))
+        try:
+            yield
+        finally:
+            if self._group is not None:
+                self._group._set_default_timeout(timedelta(seconds=self.timeout_s))
 
     def agree(self, header: StepHeader) -> list[StepHeader]:
         """All ranks' headers in rank order; one all-gather of four numbers a rank.

@@ -42,6 +42,7 @@ from seamount.workers.tiers.mover import Mover
 from seamount.workers.tiers.opening import open_tiers
 from seamount.workers.transfer.service import Transfer
 from seamount.workers.vocabulary import vocabulary_size
+from seamount.workers.warmup import warm_up
 
 _LOG = logging.getLogger(__name__)
 _POOLS = {"prefill": worker_pb2.POOL_PREFILL, "decode": worker_pb2.POOL_DECODE}
@@ -273,6 +274,14 @@ class RankServer:
                 Tier.DISK: 0 if disk is None else disk.num_pages,
             },
         )
+        engine_limits = EngineLimits(
+            max_batch_tokens=spec.max_batch_tokens,
+            max_running=spec.max_running,
+            prefill_chunk_tokens=spec.prefill_chunk_tokens,
+            max_context_tokens=spec.max_context_tokens,
+        )
+        if device.type == "cuda":
+            warm_up(model, planes, gang, engine_limits, topk=config.index_topk, num_pages=spec.num_pages)
         mover = Mover(reservations.tiers, planes, host=host, disk=disk)
         mover.start(deleted)
         engine = Engine(
@@ -282,12 +291,7 @@ class RankServer:
             gang=gang,
             eos_token_id=config.eos_token_id,
             vocab_limit=min(vocabulary_size(spec.model_path), config.vocab_size),
-            limits=EngineLimits(
-                max_batch_tokens=spec.max_batch_tokens,
-                max_running=spec.max_running,
-                prefill_chunk_tokens=spec.prefill_chunk_tokens,
-                max_context_tokens=spec.max_context_tokens,
-            ),
+            limits=engine_limits,
             health_timeout_s=spec.step_timeout_s,
             on_fatal=self._on_fatal,
             on_step=self._metrics.step,
