@@ -14,7 +14,7 @@ from seamount.wire.ids import Epoch, SessionId
 
 MAX_KEPT = 100_000
 """Deletions, the last ones: some 10 MB. A rank that comes back after more of them has what else was deleted for as long
-as adopted sessions are kept (``holdings.ADOPTED_S``)."""
+as adopted sessions are kept (``departures.ADOPTED_S``)."""
 READ_AT_ONCE = 4_096
 EPOCH_MARGIN = 1_000
 """A turn may be taken over while its session is deleted. A session that is made anew under the same id starts far

@@ -84,7 +84,7 @@ class Handover:
         while a turn of the session runs here, or where a later epoch has been seen."""
         with self._live.lock:
             if self._live.of_session(session_id) is None and self._live.fences.seen(session_id) <= epoch:
-                self._holdings.give_up(session_id)
+                self._holdings.departures.give_up(session_id)
 
     def left_behind(self) -> list[LeftSession]:
         """What sessions without a turn here have left and is still here, leased ones first, then the most recent."""

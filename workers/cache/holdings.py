@@ -16,29 +16,22 @@
 
 from __future__ import annotations
 
-import math
 from array import array
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
-from heapq import heapify, heappop, heappush
 
 from seamount.wire.hashes import page_hashes
 from seamount.workers.cache.copies import Copies
-from seamount.workers.cache.deletion import DeletedPages
+from seamount.workers.cache.departures import Departures
+from seamount.workers.cache.eviction import Eviction
 from seamount.workers.cache.first_copies import FirstCopies
 from seamount.workers.cache.leased import LeasedPages
-from seamount.workers.cache.lower import EvictionAge
 from seamount.workers.cache.pages import PagePool
 from seamount.workers.cache.prefix import PageNode, PrefixTree
 from seamount.workers.cache.reservation import Reservation, common_prefix_len
 from seamount.workers.cache.retention import PERSON, TIERS, Candidate, Tier, eviction_key
-from seamount.workers.cache.sessions import SessionBook, SessionRecord, Tail
+from seamount.workers.cache.sessions import SessionBook, Tail
 from seamount.workers.cache.superseded import SupersededPages
-
-ADOPTED_S = 24 * 3600.0
-"""How long what an earlier process left is kept for sessions that do not come: they may be no more."""
-COLD_AFTER_S = 300.0
-"""Most tools and people are back by then: what was idle for longer may go for work ahead of time."""
 
 
 class Holdings:
@@ -54,16 +47,11 @@ class Holdings:
     ) -> None:
         self.page_size = page_size
         self._clock = clock
-        self._leaves: dict[int, None] = {}
-        """Every idle page with nothing on the device behind it, and pages that were such before."""
-        self._adopted: dict[str, float] = {}
-        self._age = EvictionAge()
-        self.num_evicted = 0
         self.num_damaged = dict.fromkeys(TIERS, 0)
         self.pool = PagePool(num_pages, on_use=self._use_changed)
         self.tree = PrefixTree()
         self.superseded = SupersededPages(self.pool)
-        self._deleted = DeletedPages(self.pool, erase=self._erase)
+        self.eviction = Eviction(self.pool, self.tree, key=self._page_key, evict=self._evict, clock=clock)
         num_below = num_below or {}
         num_tokens = (num_pages + sum(num_below.values())) * page_size
         self.sessions = SessionBook(max_left_tokens=4 * num_tokens, on_change=self.superseded.note)
@@ -77,6 +65,17 @@ class Holdings:
             on_refused=lambda node: self.first_copies.end([node]),
             on_gone=self._forget,
             on_change=self.superseded.note,
+            clock=clock,
+        )
+        self.departures = Departures(
+            pool=self.pool,
+            sessions=self.sessions,
+            leases=self.leases,
+            first_copies=self.first_copies,
+            eviction=self.eviction,
+            evict=self._evict,
+            drop_tail=self._drop_tail,
+            erase=self._erase,
             clock=clock,
         )
 
@@ -117,7 +116,7 @@ class Holdings:
         for tail in self.sessions.trim():
             self.pool.free_idle(tail.page)
             if tail.parent is not None and tail.parent.page is not None:
-                self._note_leaf(tail.parent.page)
+                self.eviction.note_leaf(tail.parent.page)
 
     # ---- taking pages
 
@@ -145,7 +144,7 @@ class Holdings:
             hits.append(tail.page)
         if num_missing > self.pool.num_available - sum(1 for page in hits if not self.pool.num_leases(page)):
             return False
-        if reservation.is_spare and not self._free_cold_pages(num_missing, keep=hits):
+        if reservation.is_spare and not self.eviction.make_room_of_cold_pages(num_missing, keep=hits):
             return False
         for page in pages:
             self.pool.pin(page)
@@ -181,12 +180,14 @@ class Holdings:
     def grow(self, reservation: Reservation, num_pages: int) -> bool:
         """Let it hold ``num_pages``; or change nothing and say False."""
         num_missing = num_pages - len(reservation.pages)
-        if num_missing > self.pool.num_available + self.first_copies.num_idle:
-            return False
-        while num_missing > self.pool.num_available:
-            self.first_copies.end_oldest()
-        if num_missing > 0:
-            reservation.pages.extend(self._allocate(num_missing))
+        if num_missing <= 0:
+            return True
+        if num_missing > self.pool.num_available:
+            if num_missing > self.pool.num_available + self.first_copies.num_idle:
+                return False
+            while num_missing > self.pool.num_available:
+                self.first_copies.end_oldest()
+        reservation.pages.extend(self._allocate(num_missing))
         return True
 
     def _usable_tail(self, reservation: Reservation, nodes: list[PageNode]) -> Tail | None:
@@ -198,49 +199,10 @@ class Holdings:
     def _allocate(self, num_pages: int) -> list[int]:
         """The caller has made sure that so many are available."""
         if self.pool.num_free < num_pages:
-            self._evict_until(num_pages)
+            self.eviction.make_room(num_pages)
         return [self.pool.take() for _ in range(num_pages)]
 
     # ---- evicting
-
-    def _evict_until(self, num_free: int) -> None:
-        self._evict_while(lambda order, page: self.pool.num_free < num_free)
-
-    def _free_cold_pages(self, num_free: int, keep: list[int]) -> bool:
-        """Whether so many are free, after eviction of superseded and cold pages alone, none of ``keep``."""
-        now = self._clock()
-
-        def goes(order: int, page: int) -> bool:
-            is_cold = order == 0 or (order == 1 and now - self.pool.idle_since(page) > COLD_AFTER_S)
-            return self.pool.num_free < num_free and is_cold and page not in kept
-
-        kept = frozenset(keep)
-        self._evict_while(goes)
-        return self.pool.num_free >= num_free
-
-    def _evict_while(self, goes: Callable[[int, int], bool]) -> None:
-        """Evict pages in the order of ``eviction_key`` up to the first that does not go."""
-        now = self._clock()
-        self._leaves = {page: None for page in self._leaves if self._is_leaf(page)}
-        order = [(*self._page_key(page), page) for page in self._leaves if not self.pool.num_leases(page)]
-        heapify(order)
-        while order and goes(order[0][0], order[0][2]):
-            is_current, _, page = heappop(order)
-            if is_current:  # superseded pages go at any age
-                self._age.note(now - self.pool.idle_since(page), now)
-            parent = self._evict(page)
-            self.num_evicted += 1
-            if parent is not None and self._is_leaf(parent) and not self.pool.num_leases(parent):
-                heappush(order, (*self._page_key(parent), parent))
-
-    def eviction_age_s(self, now: float) -> float:
-        """How long pages that are evicted have been idle, smoothed; at least the time since the last one was; inf while
-        pages are free or none was evicted yet."""
-        return math.inf if self.pool.num_free else self._age.at(now)
-
-    def _is_leaf(self, page: int) -> bool:
-        node = self.tree.at(page)
-        return self.pool.is_idle(page) and (node is None or node.num_children[Tier.DEVICE] == 0)
 
     def _page_key(self, page: int) -> tuple[int, float]:
         node = self.tree.at(page)
@@ -289,22 +251,16 @@ class Holdings:
         self.tree.leave_device(node)
         self.superseded.note(node)
         if node.parent is not None and node.parent.page is not None:
-            self._note_leaf(node.parent.page)
+            self.eviction.note_leaf(node.parent.page)
         if not node.copies:
             self._forget(node)
-
-    def _note_leaf(self, page: int) -> None:
-        """The page may have become an idle leaf."""
-        if self._is_leaf(page):
-            self._leaves.pop(page, None)  # to the end: of equals, the one that came first goes first
-            self._leaves[page] = None
 
     def _drop_tail(self, tail: Tail) -> None:
         """The page of the session's tail is no longer that, nor leased as such."""
         self.sessions.drop_tail(tail)
         self.leases.drop_tail(tail)
         if tail.parent is not None and tail.parent.page is not None:
-            self._note_leaf(tail.parent.page)
+            self.eviction.note_leaf(tail.parent.page)
 
     def _forget(self, node: PageNode) -> None:
         """No tier has it any more."""
@@ -315,61 +271,6 @@ class Holdings:
         node = self.tree.at(page)
         if node is not None:
             self.superseded.note(node)
-
-    # ---- giving a session up
-
-    def give_up(self, session_id: str) -> None:
-        """Forget what the session left here, its lease with it; pages that no other session's last turn went through
-        are free, as far as nobody uses or leases them."""
-        record = self.sessions.get(session_id)
-        if record is None:
-            return
-        self._leave_nothing(record, session_id)
-        chain = record.chain
-        self.sessions.pass_through(session_id, [])
-        self.sessions.remember(session_id, array("I"), b"")
-        for node in reversed(chain):
-            if node.page is None:  # further down, as a superseded one
-                continue
-            if not self._is_leaf(node.page) or node.num_sessions or self.pool.num_leases(node.page):
-                return
-            self._evict(node.page)
-
-    def delete_session(self, session_id: str) -> None:
-        """The session is no more, and has no live reservation here: forget it. ``sweep`` erases its pages, except for
-        those that other sessions' last turns went through."""
-        doomed = self.sessions.brought(session_id)
-        record = self.sessions.get(session_id)
-        if record is not None:
-            doomed += record.chain
-            self._leave_nothing(record, session_id)
-            self.sessions.forget(session_id)
-        self._deleted.add(doomed)
-
-    def sweep(self) -> None:
-        """Erase pages of deleted sessions that nobody uses by now; pages of adopted sessions that have not come for
-        long are superseded."""
-        self._deleted.sweep()
-        now = self._clock()
-        while self._adopted:
-            session_id, until = next(iter(self._adopted.items()))
-            if now < until:
-                return
-            del self._adopted[session_id]
-            record = self.sessions.get(session_id)
-            if session_id in self.sessions.leases:
-                self._adopted[session_id] = now + ADOPTED_S
-            elif record is not None and not record.turn_id:
-                self.sessions.pass_through(session_id, [])
-
-    def _leave_nothing(self, record: SessionRecord, session_id: str) -> None:
-        """Neither lease nor tail, and no page waits for its copy."""
-        self.leases.end(session_id)
-        self.first_copies.end(record.chain)
-        if record.tail is not None:
-            page = record.tail.page
-            self._drop_tail(record.tail)
-            self.pool.free_idle(page)
 
     def _erase(self, node: PageNode) -> None:
         """A page that nobody uses leaves every tier."""
@@ -412,12 +313,8 @@ class Holdings:
         self.sessions.pass_through(session_id, chain)
         record = self.sessions.touch(session_id)
         record.left_at, record.num_requests = now, 1  # at the least
-        self._adopted[session_id] = now + ADOPTED_S
+        self.departures.adopted(session_id)
         self.trim()
-
-    def leaves(self) -> set[int]:
-        """Idle pages with nothing on the device behind them."""
-        return {page for page in self._leaves if self._is_leaf(page)}
 
     # ---- filling pages
 
@@ -522,7 +419,7 @@ class Holdings:
     def _unpin_cached(self, page: int) -> None:
         now = self._clock()
         self.pool.unpin(page, cached=True, now=now)
-        self._note_leaf(page)
+        self.eviction.note_leaf(page)
         node = self.tree.at(page)
         if node is not None:
             node.used_at = now

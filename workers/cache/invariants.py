@@ -48,6 +48,7 @@ def check_holdings(holdings: Holdings, reservations: Sequence[Reservation]) -> N
     _check_wanted(holdings, reservations)
     superseded = Counter(tier for node in holdings.tree for tier in holdings.superseded.tiers(node))
     assert +holdings.superseded.num_pages == superseded, "superseded pages are miscounted"
+    assert superseded[Tier.DEVICE] + pool.num_leased_idle <= pool.num_idle, "a page may go and may not"
     assert not any(holdings.superseded.holds(node) and node.num_leases for node in holdings.tree), "nobody's lease"
 
 
@@ -94,7 +95,7 @@ def _check_tree(holdings: Holdings, free: set[int], idle: Sequence[int]) -> None
         assert record is not None, "a tail has no session"
         assert record.tail is tail, "a session has two tails"
     leaves = resting - {parent.page for _, parent in links if parent is not None}
-    assert holdings.leaves() == leaves, "a page that could be evicted is not known, or one that could not is"
+    assert holdings.eviction.leaves() == leaves, "a page that could be evicted is not known, or one that could not is"
     _check_leases(holdings, resting, dict(links))
 
 

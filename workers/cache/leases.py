@@ -72,7 +72,7 @@ class Leases:
                 num_leased_pages=by_others[Tier.DEVICE],
                 num_leases=len(sessions.leases) - (present is not None),
                 is_short=is_short or pool.num_available == 0,
-                eviction_age_s=holdings.eviction_age_s(now),
+                eviction_age_s=holdings.eviction.age_s(now),
                 prefill_tokens_per_s=prefill_tokens_per_s,
                 below=tuple(
                     TierRoom(

@@ -18,7 +18,7 @@ class PagePool:
     """Refcounts, leases and the free list. Not thread-safe: its owner holds the lock.
 
     num_pages: physical pages, numbered from 0; at least 1. on_use: called after a page that holds a cached prefix came
-    into use, or became idle.
+    into use or became idle, or was leased or is no more.
     """
 
     def __init__(self, num_pages: int, *, on_use: Callable[[int], None] = lambda page: None) -> None:
@@ -94,9 +94,12 @@ class PagePool:
     def lease(self, page: int) -> None:
         """One more lease on a page that is referenced or idle."""
         assert self._refcounts[page] > 0 or page in self._idle, f"page {page} is free and cannot be leased"
-        if page not in self._num_leases and self._refcounts[page] == 0:
+        is_first = page not in self._num_leases
+        if is_first and self._refcounts[page] == 0:
             self._num_leased_idle += 1
         self._num_leases[page] = self._num_leases.get(page, 0) + 1
+        if is_first:
+            self._on_use(page)
 
     def unlease(self, page: int) -> None:
         """One lease less."""
@@ -104,6 +107,7 @@ class PagePool:
         if self._num_leases[page] == 0:
             del self._num_leases[page]
             self._num_leased_idle -= self._refcounts[page] == 0
+            self._on_use(page)
 
     def num_leases(self, page: int) -> int:
         """Leases of the one page."""

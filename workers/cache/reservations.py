@@ -234,8 +234,8 @@ class Reservations:
             if ahead is not None:
                 self._live.end(ahead, 0)
             self._live.delete_session(session_id)
-            self._holdings.delete_session(session_id)
-            self._holdings.sweep()
+            self._holdings.departures.delete(session_id)
+            self._holdings.departures.sweep()
         self.tiers.wake()
 
     def expire(self, now: float | None = None) -> list[str]:
@@ -246,7 +246,7 @@ class Reservations:
             ended = self._live.end_expired(now)
             for session_id in self._leases.ending(now + AHEAD_S):
                 self.restore_ahead(session_id)
-            self._holdings.sweep()
+            self._holdings.departures.sweep()
         self.tiers.wake()
         return ended
 

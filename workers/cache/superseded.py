@@ -32,7 +32,8 @@ class SupersededPages:
             self._counted[node] = after
 
     def tiers(self, node: PageNode) -> tuple[Tier, ...]:
-        """That have it as a superseded page."""
+        """That have it as a superseded page; the device only where it may go from there."""
         if not self.holds(node):
             return ()
-        return (Tier.DEVICE, *node.copies) if node.page is not None else tuple(node.copies)
+        may_go = node.page is not None and not self._pool.num_leases(node.page)
+        return (Tier.DEVICE, *node.copies) if may_go else tuple(node.copies)

@@ -122,8 +122,8 @@ class TierDoor:
                 if session_id not in doomed:
                     self._holdings.adopt_session(session_id, node)
             for session_id in doomed:
-                self._holdings.delete_session(session_id)
-            self._holdings.sweep()
+                self._holdings.departures.delete(session_id)
+            self._holdings.departures.sweep()
         return orphans
 
     def state(self, tier: Tier) -> TierState:
@@ -138,7 +138,7 @@ class TierDoor:
         """Of the device, and of each tier below that there is."""
         with self._lock:
             evicted = {tier: lower.num_evicted for tier, lower in self._holdings.copies.tiers.items()}
-            evicted[Tier.DEVICE] = self._holdings.num_evicted
+            evicted[Tier.DEVICE] = self._holdings.eviction.num_evicted
             damaged = self._holdings.num_damaged
             return {tier: TierCounts(num_evicted=evicted[tier], num_damaged=damaged[tier]) for tier in evicted}
 

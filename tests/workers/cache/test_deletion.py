@@ -7,7 +7,7 @@ from collections.abc import Callable
 import pytest
 
 from seamount.wire.errors import Aborted
-from seamount.workers.cache.holdings import ADOPTED_S
+from seamount.workers.cache.departures import ADOPTED_S
 from seamount.workers.cache.retention import Importance, Tier
 from seamount.workers.cache.tier_door import StoredPage
 

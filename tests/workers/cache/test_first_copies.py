@@ -80,7 +80,7 @@ def test_a_session_that_is_gone_does_not_wait(make_tiered: MakeTiered, way: str)
     if way == "deleted":
         cache.caches.delete_session("a", 2)
     else:
-        cache.caches._holdings.give_up("a")
+        cache.caches._holdings.departures.give_up("a")
     cache.caches.check_invariants()
     cache.release(cache.reserve(ALL, session="b"), keep_len=0)
 

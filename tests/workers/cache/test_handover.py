@@ -9,7 +9,7 @@ import pytest
 
 from seamount.wire.errors import Aborted, AlreadyExists, FailedPrecondition, ResourceExhausted
 from seamount.wire.hashes import root_hash
-from seamount.workers.cache.holdings import COLD_AFTER_S
+from seamount.workers.cache.eviction import COLD_AFTER_S
 from seamount.workers.cache.retention import Importance
 
 SALT = b"a" * 32
