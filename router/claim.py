@@ -26,7 +26,8 @@ _CLOCK_SLACK_S = 0.05
 
 @dataclass(slots=True, kw_only=True)
 class Claim:
-    """One rank and one reservation at a time. token_ids: what was sampled so far; its owner appends to it.
+    """One rank and one reservation at a time. token_ids: what was sampled so far; ``Generation`` appends to it.
+    deadline: by ``time.monotonic()``; the ranks are told.
 
     preferred, num_left: the decode rank that is believed to have the caches, and of how many tokens; num_below: of
     those, in tiers below its device, as it said when it was asked. excluded: ranks that were lost.
@@ -39,11 +40,11 @@ class Claim:
     epoch: Epoch
     cache_salt: bytes
     prompt: Sequence[int]
-    token_ids: list[int]
     account: Account
     deadline: float
-    preferred: RankId | None
-    num_left: int
+    preferred: RankId | None = None
+    num_left: int = 0
+    token_ids: list[int] = field(default_factory=list)
     num_below: int = 0
     attempt: int = 0
     rank: RankClient | None = None

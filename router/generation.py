@@ -16,13 +16,12 @@ from dataclasses import dataclass, field
 from seamount.router.account import Account
 from seamount.router.claim import Claim
 from seamount.router.directory import Role
-from seamount.router.placement import PathRules, RankLoad, choose_path
+from seamount.router.placement import RankLoad, choose_path
 from seamount.router.quarantine import NODE_WINDOW_S, Suspicion, quarantined
 from seamount.router.rank_client import RESERVED_FOR_S, RankLost, ReservationGone
-from seamount.router.ranks import Ranks
 from seamount.v1 import common_pb2, worker_pb2
 from seamount.wire.errors import Internal, SeamountError, Unavailable
-from seamount.wire.ids import Epoch, RankId, SessionId, TurnId
+from seamount.wire.ids import RankId
 
 PREFILL_STALL_S = 60.0
 """How long a prefill rank may queue or stand still, alive, before the work goes elsewhere."""
@@ -31,54 +30,40 @@ RENEW_EVERY_S = RESERVED_FOR_S / 3
 
 @dataclass(slots=True, kw_only=True)
 class Generation:
-    """One answer in the making. ``token_ids`` grows as batches are yielded.
+    """One answer in the making: what is asked of ranks, and what has come of it. claim: where, for whom and by when.
 
-    deadline: by ``time.monotonic()``; the ranks are told. max_attempts: decode ranks, and prefill ranks for each.
-    preferred, num_left: the decode rank that is believed to have the caches, and of how many tokens.
+    max_attempts: decode ranks, and prefill ranks for each. eos_token_id: ends a message.
     """
 
-    ranks: Ranks
-    rules: PathRules
-    session_id: SessionId
-    turn_id: TurnId
-    epoch: Epoch
-    cache_salt: bytes
-    prompt: Sequence[int]
+    claim: Claim
     sampling: worker_pb2.ResolvedSampling
-    preferred: RankId | None
-    account: Account
     max_attempts: int
-    deadline: float
     eos_token_id: int
-    num_left: int = 0
     forced_token_ids: Sequence[int] = ()
-    token_ids: list[int] = field(default_factory=list)
     _num_lost: int = 0
     _is_accounted: bool = False
-    _claim: Claim = field(init=False)
     _suspicion: Suspicion = field(init=False)
 
     def __post_init__(self) -> None:
-        self._suspicion = Suspicion(deaths=self.ranks.deaths)
-        self._claim = Claim(
-            ranks=self.ranks,
-            rules=self.rules,
-            session_id=self.session_id,
-            turn_id=self.turn_id,
-            epoch=self.epoch,
-            cache_salt=self.cache_salt,
-            prompt=self.prompt,
-            token_ids=self.token_ids,
-            account=self.account,
-            deadline=self.deadline,
-            preferred=self.preferred,
-            num_left=self.num_left,
-        )
+        self._suspicion = Suspicion(deaths=self.claim.ranks.deaths)
+
+    @property
+    def prompt(self) -> Sequence[int]:
+        return self.claim.prompt
+
+    @property
+    def token_ids(self) -> list[int]:
+        """Sampled so far; grows as batches are yielded."""
+        return self.claim.token_ids
+
+    @property
+    def account(self) -> Account:
+        return self.claim.account
 
     @property
     def decode_rank(self) -> RankId | None:
         """Where the caches of this answer are."""
-        return self._claim.rank.rank_id if self._claim.rank else None
+        return self.claim.rank.rank_id if self.claim.rank else None
 
     async def batches(self) -> AsyncGenerator[worker_pb2.TokenBatch | worker_pb2.GenerateFinished, None]:
         """Token batches in order, then ``GenerateFinished``.
@@ -89,7 +74,7 @@ class Generation:
         """
         while True:
             try:
-                cached_len = await self._prefill_remotely(await self._claim.stake())
+                cached_len = await self._prefill_remotely(await self.claim.stake())
                 async with aclosing(self._sample(cached_len)) as frames:
                     async for frame in frames:
                         yield frame
@@ -100,30 +85,31 @@ class Generation:
                 await self._give_up_rank(lost)
             except ReservationGone as gone:
                 self._count_loss(gone)
-                self._claim.num_left = self._claim.num_tokens
+                self.claim.num_left = self.claim.num_tokens
                 await self.release(None)
 
     async def release(self, keep_len: int | None, *, reuse_len: int | None = None) -> None:
         """``Claim.release``."""
-        await self._claim.release(keep_len, reuse_len=reuse_len)
+        await self.claim.release(keep_len, reuse_len=reuse_len)
 
     async def _prefill_remotely(self, cached_len: int) -> int:
         """Let prefill ranks compute what pays off there; the rest is the decode rank's to append. Returns the new
         cached length."""
-        assert self._claim.rank is not None
+        assert self.claim.rank is not None
         failed: set[RankId] = set()
         while len(failed) < self.max_attempts:
-            decode = self.ranks.source(self._claim.rank.rank_id)  # one that has begun to leave since ends what it has
+            # A rank that has begun to leave since then ends what it has.
+            decode = self.claim.ranks.source(self.claim.rank.rank_id)
             if decode is None:
                 raise RankLost("the decode rank left", reason="RANK_LOST", retry_after_s=1.0)
             chosen = choose_path(
                 decode,
-                self.ranks.loads(Role.PREFILL),
+                self.claim.ranks.loads(Role.PREFILL),
                 num_cached=cached_len,
-                num_missing=self._claim.num_tokens - cached_len,
-                rules=self.rules,
+                num_missing=self.claim.num_tokens - cached_len,
+                rules=self.claim.rules,
                 excluded=failed,
-                tenant_weight=self.ranks.tenant_weight(self.cache_salt),
+                tenant_weight=self.claim.ranks.tenant_weight(self.claim.cache_salt),
             )
             if chosen is None:
                 break
@@ -134,13 +120,13 @@ class Generation:
                     await self._suspect(error)
                 failed.add(chosen.rank_id)
                 self.account.num_retries += 1
-                cached_len = (await self._claim.renew()).cached_len
+                cached_len = (await self.claim.renew()).cached_len
         return cached_len
 
     async def _prefill_at(self, chosen: RankLoad, cached_len: int) -> int:
         """Returns how many tokens arrived at the decode rank."""
-        assert self._claim.rank is not None
-        work = self._claim.work()
+        assert self.claim.rank is not None
+        work = self.claim.work()
         request = worker_pb2.PrefillRequest(
             session_id=work.session_id,
             turn_id=work.turn_id,
@@ -148,15 +134,15 @@ class Generation:
             attempt=work.attempt,
             cache_salt=work.cache_salt,
             token_ids=work.token_ids,
-            reservation_id=self._claim.reservation_id or "",
+            reservation_id=self.claim.reservation_id or "",
             cached_len=cached_len,
-            decode_rank_id=self._claim.rank.rank_id,
-            decode_address=self._claim.rank.address,
+            decode_rank_id=self.claim.rank.rank_id,
+            decode_address=self.claim.rank.address,
             alone=self._suspicion.is_suspect,
         )
         renewed = moved = time.monotonic()
         progress = worker_pb2.PrefillProgress()
-        frames = self.ranks.client(chosen.rank_id).prefill(request, timeout_s=self._claim.remaining_s())
+        frames = self.claim.ranks.client(chosen.rank_id).prefill(request, timeout_s=self.claim.remaining_s())
         async with aclosing(frames):
             async for frame in frames:
                 now = time.monotonic()
@@ -169,7 +155,7 @@ class Generation:
                 elif now - moved > PREFILL_STALL_S:  # alive, but it gets nowhere
                     break
                 if now - renewed > RENEW_EVERY_S:
-                    await self._claim.renew()
+                    await self.claim.renew()
                     renewed = now
         raise RankLost("the prefill rank ended early or got nowhere", reason="RANK_LOST", retry_after_s=1.0)
 
@@ -179,7 +165,7 @@ class Generation:
         if len(self.token_ids) >= self.sampling.max_output_tokens:  # the rank died between its last token and frame
             yield worker_pb2.GenerateFinished(reason=common_pb2.FINISH_REASON_LENGTH)
             return
-        num_missing = self._claim.num_tokens - cached_len
+        num_missing = self.claim.num_tokens - cached_len
         began = time.monotonic()
         first_token = None
         try:
@@ -200,15 +186,15 @@ class Generation:
 
     async def _frames(self) -> AsyncGenerator[worker_pb2.TokenBatch | worker_pb2.GenerateFinished, None]:
         """What the decode rank sends. Its last batch is held back until its account is there."""
-        assert self._claim.rank is not None
-        call = self._claim.rank.generate(self._generate_request(), timeout_s=self._claim.remaining_s())
+        assert self.claim.rank is not None
+        call = self.claim.rank.generate(self._generate_request(), timeout_s=self.claim.remaining_s())
         last = {self.eos_token_id, *self.sampling.stop_token_ids}
         held: worker_pb2.TokenBatch | None = None
         async with aclosing(call):
             async for frame in call:
                 event = frame.WhichOneof("event")
                 in_batch = event == "tokens" or frame.progress.in_batch
-                self._suspicion.in_batch_of = self._claim.rank.rank_id if in_batch else None
+                self._suspicion.in_batch_of = self.claim.rank.rank_id if in_batch else None
                 if event == "finished":
                     if frame.finished.reason == common_pb2.FINISH_REASON_CANCELLED:
                         raise ReservationGone("the rank ended the request", reason="REQUEST_ENDED", retry_after_s=0.1)
@@ -233,8 +219,8 @@ class Generation:
         sampling.first_output_index = first
         sampling.max_output_tokens = self.sampling.max_output_tokens - first
         return worker_pb2.WorkerServiceGenerateRequest(
-            reservation_id=self._claim.reservation_id or "",
-            epoch=self.epoch,
+            reservation_id=self.claim.reservation_id or "",
+            epoch=self.claim.epoch,
             sampling=sampling,
             forced_token_ids=self.forced_token_ids[first:],
             alone=self._suspicion.is_suspect,
@@ -246,7 +232,7 @@ class Generation:
             self._suspicion.in_batch_of = None
             return
         rank_id = RankId(lost.metadata["rank"])
-        self.ranks.note_death(rank_id)
+        self.claim.ranks.note_death(rank_id)
         self._suspicion.rank_died(rank_id)
         if self._suspicion.may_be_proven:
             await asyncio.sleep(NODE_WINDOW_S)  # others of its node may be seen to die, too
@@ -254,7 +240,7 @@ class Generation:
                 raise quarantined()
 
     def _count_loss(self, lost: RankLost | ReservationGone) -> None:
-        self._claim.remaining_s()  # a call that ended with the turn's time says nothing about the rank
+        self.claim.remaining_s()  # a call that ended with the turn's time says nothing about the rank
         self.account.num_retries += 1
         self._num_lost += 1
         if self._num_lost < self.max_attempts:
@@ -268,11 +254,11 @@ class Generation:
         ) from lost
 
     async def _give_up_rank(self, lost: RankLost) -> None:
-        if self._claim.rank is not None:
-            self._claim.excluded.add(self._claim.rank.rank_id)
+        if self.claim.rank is not None:
+            self.claim.excluded.add(self.claim.rank.rank_id)
             if lost.cause is None:
-                self.ranks.mark_lost(self._claim.rank.rank_id)
+                self.claim.ranks.mark_lost(self.claim.rank.rank_id)
             else:
                 await self.release(None)
-        self._claim.forget()
-        self._claim.rank = None
+        self.claim.forget()
+        self.claim.rank = None

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 import grpc
 
 from seamount.router.account import Account
+from seamount.router.claim import Claim
 from seamount.router.events import turn_events
 from seamount.router.generation import Generation
 from seamount.router.messages import (
@@ -65,20 +66,21 @@ class InferenceService(inference_pb2_grpc.InferenceServiceServicer):
         sampling = resolve(request.sampling, common_pb2.SamplingParameters(), self.spec.defaults)
         turn_id = TurnId(f"gen_{uuid.uuid4().hex}")
         generation = Generation(
-            ranks=self.ranks,
-            rules=self.spec.rules,
-            session_id=_STATELESS,
-            turn_id=turn_id,
-            epoch=Epoch(1),
-            cache_salt=tenant_salt(self.secret, caller().tenant),
-            prompt=prompt,
+            claim=Claim(
+                ranks=self.ranks,
+                rules=self.spec.rules,
+                session_id=_STATELESS,
+                turn_id=turn_id,
+                epoch=Epoch(1),
+                cache_salt=tenant_salt(self.secret, caller().tenant),
+                prompt=prompt,
+                account=Account(started=time.monotonic()),
+                deadline=deadline,
+            ),
             sampling=fit_context(
                 sampling, num_prompt_tokens=len(prompt), max_context_tokens=self.spec.max_context_tokens
             ),
-            preferred=None,
-            account=Account(started=time.monotonic()),
             max_attempts=self.spec.max_attempts,
-            deadline=deadline,
             eos_token_id=self.model.tokenizer.eos_token_id,
             forced_token_ids=forced,
         )

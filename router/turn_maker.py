@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from seamount.router.account import Account
+from seamount.router.claim import Claim
 from seamount.router.context_policy import (
     TRIGGER_SHARE,
     Discards,
@@ -90,22 +91,24 @@ class TurnMaker:
         generation = None
         if plan.generates:
             generation = Generation(
-                ranks=self.ranks,
-                rules=self.spec.rules,
-                session_id=begun.session_id,
-                turn_id=begun.turn_id,
-                epoch=begun.epoch,
-                cache_salt=tenant_salt(self.secret, begun.tenant),
-                prompt=prompt.token_ids,
+                claim=Claim(
+                    ranks=self.ranks,
+                    rules=self.spec.rules,
+                    session_id=begun.session_id,
+                    turn_id=begun.turn_id,
+                    epoch=begun.epoch,
+                    cache_salt=tenant_salt(self.secret, begun.tenant),
+                    prompt=prompt.token_ids,
+                    token_ids=list(logged.token_ids),
+                    account=Account(started=time.monotonic(), before=self._before(begun, messages, prompt, home)),
+                    deadline=deadline,
+                    preferred=home,
+                    num_left=num_prompt + len(logged.token_ids) if logged.decode_rank else session.num_context_tokens,
+                ),
                 sampling=room,
-                preferred=home,
-                num_left=num_prompt + len(logged.token_ids) if logged.decode_rank else session.num_context_tokens,
-                account=Account(started=time.monotonic(), before=self._before(begun, messages, prompt, home)),
                 max_attempts=self.spec.max_attempts,
-                deadline=deadline,
                 eos_token_id=self.model.tokenizer.eos_token_id,
                 forced_token_ids=start.forced_token_ids,
-                token_ids=list(logged.token_ids),
             )
         events = TurnEvents(begun.turn_id, None)
         if plan.generates:

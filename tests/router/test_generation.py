@@ -13,6 +13,7 @@ import pytest
 from seamount.router import generation as generation_module
 from seamount.router import quarantine
 from seamount.router.account import Account
+from seamount.router.claim import Claim
 from seamount.router.directory import Role
 from seamount.router.generation import Generation
 from seamount.router.placement import PathRules
@@ -29,18 +30,19 @@ Make = Callable[..., Generation]
 def make(system: Any) -> Make:
     def make(*, policy: str = "local", deadline_s: float = 10.0, max_output_tokens: int = 5) -> Generation:
         return Generation(
-            ranks=system.ranks,
-            rules=PathRules(policy=policy),  # type: ignore[arg-type]
-            session_id=SessionId("s"),
-            turn_id=TurnId("t"),
-            epoch=Epoch(1),
-            cache_salt=bytes(32),
-            prompt=PROMPT,
+            claim=Claim(
+                ranks=system.ranks,
+                rules=PathRules(policy=policy),  # type: ignore[arg-type]
+                session_id=SessionId("s"),
+                turn_id=TurnId("t"),
+                epoch=Epoch(1),
+                cache_salt=bytes(32),
+                prompt=PROMPT,
+                account=Account(started=time.monotonic()),
+                deadline=time.monotonic() + deadline_s,
+            ),
             sampling=worker_pb2.ResolvedSampling(max_output_tokens=max_output_tokens, top_p=1.0, num_logprobs=-1),
-            preferred=None,
-            account=Account(started=time.monotonic()),
             max_attempts=3,
-            deadline=time.monotonic() + deadline_s,
             eos_token_id=EOS,
         )
 

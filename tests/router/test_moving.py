@@ -12,6 +12,7 @@ import pytest
 
 from seamount.router import fetching
 from seamount.router.account import Account
+from seamount.router.claim import Claim
 from seamount.router.directory import Role
 from seamount.router.generation import Generation
 from seamount.router.moves import Moves, drained
@@ -32,19 +33,21 @@ def generation(
     rules: PathRules = PathRules(policy="local"),  # noqa: B008 - frozen
 ) -> Generation:
     return Generation(
-        ranks=system.ranks,
-        rules=rules,
-        session_id=SessionId("s"),
-        turn_id=TurnId("t"),
-        epoch=Epoch(3),
-        cache_salt=bytes(32),
-        prompt=prompt,
+        claim=Claim(
+            ranks=system.ranks,
+            rules=rules,
+            session_id=SessionId("s"),
+            turn_id=TurnId("t"),
+            epoch=Epoch(3),
+            cache_salt=bytes(32),
+            prompt=prompt,
+            account=Account(started=time.monotonic()),
+            deadline=time.monotonic() + 10.0,
+            preferred=RankId("home"),
+            num_left=num_left,
+        ),
         sampling=worker_pb2.ResolvedSampling(max_output_tokens=3, top_p=1.0, num_logprobs=-1),
-        preferred=RankId("home"),
-        num_left=num_left,
-        account=Account(started=time.monotonic()),
         max_attempts=3,
-        deadline=time.monotonic() + 10.0,
         eos_token_id=1,
     )
 
