@@ -45,7 +45,7 @@ class Deletions:
     async def after(self, place: str) -> tuple[list[Deletion], str]:
         """At most ``READ_AT_ONCE`` behind the place ('' = from the first one kept), and the place where they end."""
         start = f"({place}" if place else "-"
-        entries = await self._store.command("XRANGE", self._key, start, "+", "COUNT", READ_AT_ONCE, budget_s=0.0)
+        entries = await self._store.command("XRANGE", self._key, start, "+", "COUNT", READ_AT_ONCE)
         deleted = [
             Deletion(session_id=SessionId(fields[b"session"].decode()), epoch=Epoch(int(fields[b"epoch"])))
             for _, fields in entries
