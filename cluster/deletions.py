@@ -46,9 +46,15 @@ class DeletionFollower:
             try:
                 while deleted := await self._next():
                     for one in deleted:
-                        self._on_deleted(one)
+                        self._tell(one)
             except SeamountError as error:  # what comes meanwhile is read when the store is back
                 _LOG.info("deletions_not_read", extra={"reason": error.reason})
+
+    def _tell(self, deletion: Deletion) -> None:
+        try:
+            self._on_deleted(deletion)
+        except Exception:  # a defect: the others are told all the same
+            _LOG.exception("deletion_failed", extra={"session_id": deletion.session_id})
 
     async def _next(self) -> list[Deletion]:
         deleted, self._place = await self._deletions.after(self._place)
