@@ -9,10 +9,10 @@ memory by asynchronous copies, several blocks ahead. Where the tiles leave multi
 tiles go to memory and the last program to arrive sums them in the order of the splits, so the result does not depend on
 who was last.
 Bytes: N K + M K + 2 M N, scales 1 / 32 of that; splits add 8 M N each (they stay in the L2).
-Up to 256 rows Hopper GPUs have two more ways: fp8_gemm_chains.py where the tiles of a weight are one long wave, and
-fp8_gemm_persistent.py for most of the rest from 65 rows on, for one wave of short tiles, and for the fewest rows of
-large weights, whose last wave it splits. For more rows, and for several waves of long tiles from 65 on,
-``torch._scaled_mm`` does the work (cuBLASLt's 1x128 by 128x128 product).
+Hopper GPUs have more ways: fp8_gemm_stream.py for one row or two, of any weight; then, up to 256 rows,
+fp8_gemm_chains.py where the tiles of a weight are one long wave, and fp8_gemm_persistent.py for most of the rest from
+65 rows on, for one wave of short tiles, and for few rows of large weights, whose last wave it splits. For more rows,
+and for several waves of long tiles from 65 on, it is ``torch._scaled_mm`` (cuBLASLt's 1x128 by 128x128 product).
 """
 
 from functools import cache
@@ -24,7 +24,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from seamount.kernels.triton import fp8_gemm_chains, fp8_gemm_persistent
+from seamount.kernels.triton import fp8_gemm_chains, fp8_gemm_persistent, fp8_gemm_stream
 from seamount.kernels.triton.fp8_gemm_ring import is_supported
 
 _BLOCK_K = tl.constexpr(128)
@@ -159,6 +159,8 @@ def fp8_gemm(x: Tensor, x_scale: Tensor, weight: Tensor, weight_scale: Tensor) -
     processors = multiprocessors(x.device)
     operands = (x, x_scale, weight, weight_scale)
     if is_supported(x):
+        if rows <= fp8_gemm_stream.MAX_TOKENS:
+            return fp8_gemm_stream.launch_stream(*operands)
         if width := choose_width(rows, columns, blocks, processors):
             return fp8_gemm_chains.launch_chains(*operands, block_n=width)
         if tile := choose_persistent(rows, columns, blocks, processors):

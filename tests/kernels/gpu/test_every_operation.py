@@ -150,7 +150,8 @@ def routing() -> list[Call]:
 
 def products() -> list[Call]:
     calls: list[Call] = []
-    shapes = ((1, 576, 384), (33, 130, 640), (40, 2304, 4096), (65, 576, 256), (130, 512, 512), (300, 256, 512))
+    few = ((1, 576, 384), (2, 130, 2176), (33, 130, 640), (40, 2304, 4096))
+    shapes = (*few, (65, 576, 256), (130, 512, 512), (300, 256, 512))
     for rows, columns, channels in shapes:
         x, weight = torch.randn(rows, channels), torch.randn(columns, channels)
         calls.append((gemm.fp8_gemm, (*quant.quantize(x), *quant.quantize_blocks(weight))))

@@ -15,6 +15,7 @@ from seamount.kernels.triton import (
     fp8_gemm_chains,
     fp8_gemm_persistent,
     fp8_gemm_ring,
+    fp8_gemm_stream,
     grouped_gemm,
     grouped_wide,
     moe,
@@ -163,6 +164,33 @@ def test_persistent_tiles(
     assert arrived is None or not arrived.any()
 
 
+@pytest.mark.parametrize("rows", [1, 2])
+@pytest.mark.parametrize(
+    ("columns", "channels"),
+    [
+        (130, 128),
+        (1, 640),
+        (8192, 1536),
+        (17, 1920),
+        (7168, 2048),
+        (2110, 7168),
+        (4099, 2176),
+        (1031, 18432),
+    ],
+)
+def test_a_stream_of_the_weight(
+    rows: int, columns: int, channels: int, poisoned: torch.device, generator: torch.Generator
+) -> None:
+    arguments = operands(rows, columns, channels, generator)
+    moved = [argument.to(poisoned) for argument in arguments]
+    if not fp8_gemm_ring.is_supported(moved[0]):
+        pytest.skip("no Hopper GPU here")
+    actual = fp8_gemm_stream.launch_stream(*moved)
+    assert error(actual, product(*arguments)) < LIMIT
+    assert all(torch.equal(actual, fp8_gemm_stream.launch_stream(*moved)) for _ in range(5))
+    assert torch.equal(actual, fp8_gemm.fp8_gemm(*moved))
+
+
 def test_the_last_wave_is_split_over_all_programs() -> None:
     assert fp8_gemm_persistent.divide_tail(tiles=288, blocks=56, programs=132) == (264, 5)
     assert fp8_gemm_persistent.divide_tail(tiles=192, blocks=12, programs=132) == (132, 2)
@@ -173,10 +201,10 @@ def test_the_last_wave_is_split_over_all_programs() -> None:
 
 
 def test_ways_for_the_weights_of_deepseek_v32() -> None:
-    """Up to 256 rows, as measured: a width is of chains, a pair of persistent tiles, None of neither."""
+    """From 3 to 256 rows, as measured: a width is of chains, a pair of persistent tiles, None of neither."""
 
     def chosen(columns: int, channels: int) -> list[int | tuple[int, int] | None]:
-        shapes = [(rows, columns, channels // 128, 132) for rows in (1, 32, 64, 128, 256)]
+        shapes = [(rows, columns, channels // 128, 132) for rows in (3, 32, 64, 128, 256)]
         return [fp8_gemm.choose_width(*shape) or fp8_gemm.choose_persistent(*shape) for shape in shapes]
 
     assert chosen(2112, 7168) == [None, None, 16, 32, 64]
@@ -199,7 +227,9 @@ def test_a_ring_fits_and_is_shared_evenly() -> None:
         assert buffers * (64 + block_n) * 128 + (fp8_gemm_chains.CHAINS - 1) * 64 * block_n * 4 < 227 << 10
 
 
-@pytest.mark.parametrize(("rows", "columns", "channels"), [(5, 256, 512), (64, 2112, 7168), (200, 2112, 7168)])
+@pytest.mark.parametrize(
+    ("rows", "columns", "channels"), [(1, 2112, 7168), (5, 256, 512), (64, 2112, 7168), (200, 2112, 7168)]
+)
 def test_products_in_a_row_wait_for_each_other(
     rows: int, columns: int, channels: int, device: torch.device, generator: torch.Generator
 ) -> None:
