@@ -42,15 +42,24 @@ def make_ring(
 
 
 @gluon.jit
-def fetch_blocks(x, weight, row, column, num_blocks, step, ring, first_block=0):
-    """One warp: ``num_blocks`` K blocks of the tile that begins at this row and column, the first in step ``step``."""
+def _turned(block, turn, num_blocks):
+    block += turn
+    return gl.where(block < num_blocks, block, block - num_blocks)
+
+
+@gluon.jit
+def fetch_blocks(x, weight, row, column, num_blocks, step, ring, first_block=0, turn=0):
+    """One warp: ``num_blocks`` K blocks of the tile that begins at this row and column, the first in step ``step``.
+
+    They are first_block + turn and on, behind the last of them again first_block and on; turn < num_blocks.
+    """
     x_tiles, w_tiles, full, empty = ring
     STAGES: gl.constexpr = x_tiles.shape[0]
     for block in range(num_blocks):
         buffer = (step + block) % STAGES
         mbarrier.wait(empty.index(buffer), ((step + block) // STAGES & 1) ^ 1)
         mbarrier.expect(full.index(buffer), (x_tiles.shape[1] + w_tiles.shape[1]) * 128)
-        channel = (first_block + block) * 128
+        channel = (first_block + _turned(block, turn, num_blocks)) * 128
         tma.async_copy_global_to_shared(weight, [column, channel], full.index(buffer), w_tiles.index(buffer))
         tma.async_copy_global_to_shared(x, [row, channel], full.index(buffer), x_tiles.index(buffer))
 
@@ -59,23 +68,23 @@ def fetch_blocks(x, weight, row, column, num_blocks, step, ring, first_block=0):
 def sum_blocks(
     row_scales, column_scales, num_blocks, step, ring,
     FIRST_ROW: gl.constexpr, FIRST_COLUMN: gl.constexpr, WIDTH: gl.constexpr,
-    CHAIN: gl.constexpr = 0, CHAINS: gl.constexpr = 1,
+    CHAIN: gl.constexpr = 0, CHAINS: gl.constexpr = 1, turn=0,
 ):  # fmt: skip
     """One warpgroup: the sums [64, WIDTH] over K blocks CHAIN, CHAIN + CHAINS, .. of a part of the tile.
 
-    row_scales: pointers to 64 rows' first scales; column_scales: to those of WIDTH columns, which share them. The next
-    block's scales are on their way while this one's copy is awaited.
+    row_scales: pointers to 64 rows' first scales; column_scales: to those of WIDTH columns, which share them; turn: as
+    the blocks were fetched. The next block's scales are on their way while this one's copy is awaited.
     """
     x_tiles, w_tiles, full, empty = ring
     STAGES: gl.constexpr = x_tiles.shape[0]
     gl.static_assert(STAGES % CHAINS == 0)
     zeros = gl.zeros([64, WIDTH], gl.float32, sums_layout(WIDTH))
     total = zeros
-    first = gl.minimum(CHAIN, num_blocks - 1)
+    first = _turned(gl.minimum(CHAIN, num_blocks - 1), turn, num_blocks)
     scale = gl.load(row_scales + first) * gl.load(column_scales + first)
     for block in range(CHAIN, num_blocks, CHAINS):
         buffer = (step + block) % STAGES
-        following = gl.minimum(block + CHAINS, num_blocks - 1)
+        following = _turned(gl.minimum(block + CHAINS, num_blocks - 1), turn, num_blocks)
         next_row_scale = gl.load(row_scales + following)
         next_column_scale = gl.load(column_scales + following)
         mbarrier.wait(full.index(buffer), (step + block) // STAGES & 1)

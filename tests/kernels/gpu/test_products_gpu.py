@@ -103,7 +103,15 @@ def test_chosen_tiles_are_legal_and_fill_the_gpu(rows: int) -> None:
 @pytest.mark.parametrize("block_n", [16, 32, 64])
 @pytest.mark.parametrize(
     ("rows", "columns", "channels"),
-    [(33, 4096, 7168), (64, 2240, 4096), (1, 130, 128), (128, 4096, 384), (65, 576, 2048), (250, 2112, 7168)],
+    [
+        (33, 4096, 7168),
+        (64, 2240, 4096),
+        (1, 130, 128),
+        (20, 1100, 7168),
+        (128, 4096, 384),
+        (65, 576, 2048),
+        (250, 2112, 7168),
+    ],
 )
 def test_chains_of_blocks(
     rows: int, columns: int, channels: int, block_n: int, device: torch.device, generator: torch.Generator
