@@ -9,7 +9,7 @@ float32 totals. At the end three hand theirs through shared memory to the first,
 A K block's chain (wait, product, wait, scale) takes hundreds of clocks, of which its bytes need a fraction; four chains
 run side by side, and no K is split over programs, whose sums would cost more than they bring here.
 Of up to 32 tokens and with the widest tiles, each tile begins at a K block of its own and goes round: 5 to 12 % less
-than with all programs asking for the same few lines of tokens at a time. With more tokens or narrower tiles it is slower.
+than with all programs asking for the same few lines of tokens at a time; slower with more tokens or narrower tiles.
 Bytes: N K + M K tiles_n + 2 M N, the tokens through the L2, and the weight again for every 64 tokens: 91 MB at 128 rows
 of 2112 x 7168.
 """
