@@ -18,24 +18,24 @@ BATCH_PAGES = 64
 
 @dataclass(slots=True, kw_only=True)
 class Mover:
-    """One copy down to each tier and one restore at a time, beside each other. on_restored: a sequence may go on."""
+    """One copy down to each tier and one restore at a time, beside each other. on_moved: a sequence may go on."""
 
     clock: Clock
     costs: StepCosts
     caches: Reservations
-    on_restored: Callable[[], None]
+    on_moved: Callable[[], None]
     num_restored_pages: int = 0
     _is_copying: dict[Tier, bool]
     _is_restoring: bool = False
     _is_woken: bool = False
 
     @classmethod
-    def of(cls, clock: Clock, costs: StepCosts, caches: Reservations, on_restored: Callable[[], None]) -> Mover:
+    def of(cls, clock: Clock, costs: StepCosts, caches: Reservations, on_moved: Callable[[], None]) -> Mover:
         mover = cls(
             clock=clock,
             costs=costs,
             caches=caches,
-            on_restored=on_restored,
+            on_moved=on_moved,
             _is_copying=dict.fromkeys(BELOW, False),
         )
         caches.tiers.on_work = mover.wake
@@ -51,6 +51,8 @@ class Mover:
         """Begin what can begin now."""
         self._is_woken = False
         for tier in BELOW:
+            for slot in self.caches.tiers.next_erasures(tier, BATCH_PAGES):
+                self.caches.tiers.erased(tier, slot, is_done=True)
             copies = [] if self._is_copying[tier] else self.caches.tiers.next_copies(tier, BATCH_PAGES)
             if copies:
                 self._is_copying[tier] = True
@@ -66,12 +68,13 @@ class Mover:
         self._is_copying[tier] = False
         for copy in copies:
             self.caches.tiers.copied(copy, crc=0)
+        self.on_moved()
 
     def _restored(self, restore: Restore) -> None:
         self._is_restoring = False
         self.num_restored_pages += len(restore.fetches)
         self.caches.tiers.restored(restore, len(restore.fetches))
-        self.on_restored()
+        self.on_moved()
 
     def _tokens_per_s(self, tier: Tier) -> float:
         return self.costs.host_tokens_per_s if tier is Tier.HOST else self.costs.disk_tokens_per_s

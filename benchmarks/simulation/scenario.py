@@ -10,7 +10,11 @@ from typing import Literal
 from benchmarks.simulation.accounts import TurnAccount
 from benchmarks.simulation.clock import Clock
 from benchmarks.simulation.costs import StepCosts
-from benchmarks.simulation.orders import evicting_furthest_return, evicting_least_recently_used
+from benchmarks.simulation.orders import (
+    evicting_by_distribution,
+    evicting_furthest_return,
+    evicting_least_recently_used,
+)
 from benchmarks.simulation.rank import Rank
 from benchmarks.simulation.system import System
 from benchmarks.simulation.traffic import Generator, Plan
@@ -19,8 +23,9 @@ from seamount.workers.cache.reservations import Reservations
 from seamount.workers.cache.retention import Tier
 from seamount.workers.scheduler import EngineLimits
 
-Order = Literal["system", "lru", "belady"]
-"""Of eviction: the system's own, least recently used, and the one that knows the future."""
+Order = Literal["system", "lru", "belady", "distribution"]
+"""Of eviction: the system's own, least recently used, the one that knows the future, and the one that knows how waits
+are distributed."""
 SAMPLE_EVERY_S = 60.0
 
 
@@ -70,19 +75,7 @@ def agents(num_sessions: int, *, seed: int, max_context_tokens: int) -> list[Ite
 def simulate(scenario: Scenario, slots: list[Iterable[Plan]]) -> Outcome:
     """Run it; the caches' invariants hold at the end."""
     clock = Clock()
-    below = {Tier.HOST: scenario.host_pages, Tier.DISK: scenario.disk_pages}
     ranks: dict[str, Rank] = {}
-    for number in range(scenario.num_ranks):
-        caches = Reservations(
-            num_pages=scenario.device_pages,
-            num_below=below,
-            page_size=scenario.page_size,
-            fingerprint="simulated",
-            layout="fp8",
-            clock=lambda: clock.now,
-        )
-        rank_id = RankId(f"decode-{number}")
-        ranks[rank_id] = Rank(rank_id=rank_id, clock=clock, costs=scenario.costs, caches=caches, limits=scenario.limits)
     system = System(
         clock=clock, ranks=ranks, slots=slots, start_within_s=scenario.start_within_s, leases=scenario.leases
     )
@@ -95,11 +88,26 @@ def simulate(scenario: Scenario, slots: list[Iterable[Plan]]) -> Outcome:
 
     clock.at(scenario.warm_s, sample)
     with _evicting(scenario.order, system):
+        for number in range(scenario.num_ranks):  # in here: they bind their order as they are made
+            rank = _rank(f"decode-{number}", scenario, clock)
+            ranks[rank.rank_id] = rank
         system.run(scenario.until_s)
     for rank in ranks.values():
         rank.caches.check_invariants()
     outcome.turns = [turn for turn in system.turns if turn.came_at >= scenario.warm_s]
     return outcome
+
+
+def _rank(name: str, scenario: Scenario, clock: Clock) -> Rank:
+    caches = Reservations(
+        num_pages=scenario.device_pages,
+        num_below={Tier.HOST: scenario.host_pages, Tier.DISK: scenario.disk_pages},
+        page_size=scenario.page_size,
+        fingerprint="simulated",
+        layout="fp8",
+        clock=lambda: clock.now,
+    )
+    return Rank(rank_id=RankId(name), clock=clock, costs=scenario.costs, caches=caches, limits=scenario.limits)
 
 
 def _evicting(order: Order, system: System) -> AbstractContextManager[None]:
@@ -108,5 +116,7 @@ def _evicting(order: Order, system: System) -> AbstractContextManager[None]:
             return evicting_least_recently_used()
         case "belady":
             return evicting_furthest_return(system)
+        case "distribution":
+            return evicting_by_distribution(system)
         case "system":
             return nullcontext()

@@ -37,6 +37,7 @@ class Session:
     rank: str = ""
     first_question_len: int = 0
     num_fresh: int = 0
+    _common: tuple[tuple[int, int, int], int] = ((0, 0, 0), 0)
 
     @property
     def name(self) -> str:
@@ -81,8 +82,12 @@ class Session:
     def expected_reuse_len(self) -> int:
         """Tokens of ``context`` that the next prompt can begin with, as a router knows: all while tools run, else what
         lies before the reasoning that a question cuts."""
-        waits_for_tools = not self.is_over and self.step.tool
-        return len(self.context) if waits_for_tools else common_len(self.context, self.kept)
+        if not self.is_over and self.step.tool:
+            return len(self.context)
+        key = self.at, len(self.context), len(self.kept)
+        if self._common[0] != key:
+            self._common = key, common_len(self.context, self.kept)
+        return self._common[1]
 
     def reuse_len(self) -> int:
         """Tokens of ``context`` that the next turn's prompt does begin with; 0 where none comes."""

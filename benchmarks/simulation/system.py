@@ -58,6 +58,8 @@ class System:
     at_work: set[int] = field(default_factory=set)
     comes_at: dict[int, float] = field(default_factory=dict)
     """By session: when its next turn comes; for an order of eviction that knows the future."""
+    left_at: dict[int, float] = field(default_factory=dict)
+    """By session: when its last turn ended, or it was forked."""
     _waits: dict[str, list[int]] = field(default_factory=lambda: defaultdict(lambda: [0] * NUM_BUCKETS))
     _known_agents: set[int] = field(default_factory=set)
 
@@ -156,12 +158,14 @@ class System:
         self.at_work.discard(session.number)
         forks = session.step.forks
         session.answered(turn.prompt, turn.sampled)
+        self.left_at[session.number] = now
         self.comes_at[session.number] = math.inf if session.is_over else now + session.step.wait_s
         if self.leases and not session.is_over and session.step.tool:
             self._wait_for_tool(session, rank)
         rank.caches.release(reservation_id, len(session.context), reuse_len=session.expected_reuse_len())
         if forks:
             child = self._known(session.fork(len(self.sessions) + 1, forks))
+            self.left_at[child.number] = now
             self.comes_at[child.number] = now + FORK_DELAY_S
             self.clock.after(FORK_DELAY_S, partial(self._come, child, iter(())))
         if session.is_over:
@@ -170,8 +174,10 @@ class System:
             self.clock.after(session.step.wait_s, partial(self._come, session, turn.slot))
 
     def _close(self, session: Session, slot: Iterator[Plan]) -> None:
-        """Nobody waits for it any more."""
+        """Nobody waits for it any more: its client deletes it."""
         self.live.discard(session.number)
+        if session.rank:
+            self.ranks[session.rank].caches.delete_session(session.name, session.at + 1)
         self._next_session(slot)
 
     def _wait_for_tool(self, session: Session, rank: Rank) -> None:

@@ -40,6 +40,8 @@ TOOLS = {"read": (0.4, 0.9, 0.62), "shell": (3.0, 1.5, 0.28), "build": (40.0, 1.
 SUBAGENT = "subagent"
 SUBAGENT_SHARE, SUBAGENT_STEPS, SUBAGENT_LOG = 0.04, 6, (4.5, 0.9)
 """Share of the tool-started steps that bring a subagent's answer; its own steps, in a fork; (mu, sigma) of the wait."""
+FORK_WAIT = (1.0, 1.0)
+"""Median and sigma of the waits of a subagent's own steps."""
 PAUSE = (600.0, 1.6)
 """Median and sigma of a person's pauses: two of three outlive a cache that is kept for 5 minutes. TraceLab measured 35
 times the new tokens after pauses, which such a cache gives where nearly all of them do."""
@@ -94,7 +96,7 @@ class Generator:
                 step = self._tool_step(agent, size) if number else self._step(agent, size, "", self._pause_s())
                 if step.tool == SUBAGENT:
                     forks = tuple(
-                        self._step(agent, size, "read", self._wait_s(1.0, 1.0)) for _ in range(SUBAGENT_STEPS)
+                        self._step(agent, size, "read", self._wait_s(*FORK_WAIT)) for _ in range(SUBAGENT_STEPS)
                     )
                     steps[-1] = replace(steps[-1], forks=forks)
                 if step.tool and size > RESET_SHARE * self.max_context_tokens:

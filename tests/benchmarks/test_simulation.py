@@ -15,11 +15,14 @@ import pytest
 from benchmarks.simulation.clock import Clock
 from benchmarks.simulation.costs import StepCosts, h100_costs
 from benchmarks.simulation.mooncake import ANSWER_S_PER_TOKEN, BLOCK_TOKENS, parse_requests, plans_of
-from benchmarks.simulation.scenario import Outcome, Scenario, agents, simulate
+from benchmarks.simulation.orders import share_over
+from benchmarks.simulation.scenario import Order, Outcome, Scenario, agents, simulate
 from benchmarks.simulation.sessions import Session
 from benchmarks.simulation.traffic import SUBAGENT, Generator, Plan, Step
 from seamount.router.history import common_len
 from seamount.wire.errors import InvalidArgument
+from seamount.workers.cache import holdings
+from seamount.workers.cache.retention import Candidate, Tier
 from seamount.workers.scheduler import EngineLimits
 
 COSTS = StepCosts(
@@ -172,11 +175,25 @@ def test_whoever_knows_the_future_recomputes_least() -> None:
     assert recomputed["belady"] < recomputed["lru"]
 
 
+@pytest.mark.parametrize("order", ["belady", "distribution"])
+def test_an_order_to_compare_with_decides_in_every_tier(order: Order, monkeypatch: pytest.MonkeyPatch) -> None:
+    def own_order(page: Candidate) -> tuple[int, float]:
+        raise AssertionError("the system's own order was asked")
+
+    monkeypatch.setattr(holdings, "eviction_key", own_order)
+    outcome = simulate(replace(AGENTS, order=order, leases=False), traffic(6, 3))
+    (rank,) = outcome.system.ranks.values()
+    counts = rank.caches.tiers.counts()
+    assert counts[Tier.DEVICE].num_evicted > 0
+    assert counts[Tier.HOST].num_evicted > 0
+
+
 def test_made_up_sessions_are_like_the_measured_ones() -> None:
     generator = Generator(seed=1, max_context_tokens=1 << 20)
     plans = [generator.plan() for _ in range(400)]
     requests = sorted(sum(not one.tool for one in plan.steps) for plan in plans)
     assert (requests[len(requests) // 4], requests[len(requests) // 2]) == (1, 1)
+    assert share_over(1) == pytest.approx(requests.count(1) / len(requests), abs=0.1)
     assert 12 <= requests[int(0.9 * len(requests))] <= 24
     assert 7 <= statistics.mean(requests) <= 12
     tool_steps = [sum(bool(one.tool) for one in plan.steps) for plan in plans]

@@ -261,19 +261,19 @@ def return_rate(waits: Sequence[Wait], idle_s: float) -> float:
 
 @functools.lru_cache(maxsize=4_096)
 def _return_rate(wait: Wait, idle_s: float) -> float:
-    before, held_s, best = _share_back(wait, idle_s), _mean_up_to(wait, idle_s), 0.0
+    before, held_s, best = share_back(wait, idle_s), mean_up_to(wait, idle_s), 0.0
     for horizon_s in HORIZONS_S:
-        back = _share_back(wait, idle_s + horizon_s) - before
-        best = max(best, back / (_mean_up_to(wait, idle_s + horizon_s) - held_s))
+        back = share_back(wait, idle_s + horizon_s) - before
+        best = max(best, back / (mean_up_to(wait, idle_s + horizon_s) - held_s))
     return best
 
 
-def _share_back(wait: Wait, limit_s: float) -> float:
+def share_back(wait: Wait, limit_s: float) -> float:
     """P(T < limit)."""
     return (1 - wait.lost) * _normal(math.log(limit_s / wait.median_s) / wait.sigma)
 
 
-def _mean_up_to(wait: Wait, limit_s: float) -> float:
+def mean_up_to(wait: Wait, limit_s: float) -> float:
     """E[min(T, limit)]."""
     z = math.log(limit_s / wait.median_s) / wait.sigma
     known_s = wait.median_s * math.exp(wait.sigma**2 / 2) * _normal(z - wait.sigma) + limit_s * _normal(-z)
