@@ -135,7 +135,7 @@ class Power:
 
 async def write_until(has_enough: Callable[[], bool], power: Power, url: str, writers: list[Writer], name: str) -> None:
     """All writers at once, until there is enough and a random moment later the server is killed."""
-    store = await Store.open(url, retry_budget_s=0.0)
+    store = await Store.open(url, retry_budget_s=0.0, command_timeout_s=10.0)  # only a server that is gone ends it
     sessions, rng = Sessions(store, secret=bytes(32), router_id=RouterId(name)), random.Random(name)
     writing = [asyncio.create_task(writer.write(sessions, rng)) for writer in writers]
     while not has_enough():
