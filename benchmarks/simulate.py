@@ -32,7 +32,10 @@ def main(
     host_gb: Annotated[float, typer.Option(min=0.0, help="Pinned memory for pages, of each rank.")] = 0.0,
     disk_gb: Annotated[float, typer.Option(min=0.0, help="Of each rank.")] = 0.0,
     order: Annotated[
-        Order, typer.Option(help="Of eviction: the system's, lru, or belady, which knows the future.")
+        Order,
+        typer.Option(
+            help="Of eviction: system, lru, belady (knows the future), distribution (knows how waits are drawn)."
+        ),
     ] = "system",
     prefill_gpus: Annotated[int, typer.Option(min=1, help="That compute a prompt's chunk together.")] = 4,
     hours: Annotated[float, typer.Option(min=0.1, help="Virtual; the first third is not counted.")] = 1.0,
