@@ -11,7 +11,7 @@ from collections.abc import Iterator
 import pytest
 
 from harness.ray_nodes import replica_pids, wait_for
-from harness.scaling import Load, ScalingSystem, gang_of, home_at, say, scaling_system
+from harness.scaling import Load, ScalingSystem, gang_of, large_session_at, say, scaling_system
 from seamount.router.client import Client
 from seamount.v1 import worker_pb2
 
@@ -57,15 +57,3 @@ def test_twelve_sessions_make_the_fleet_grow_and_one_lets_it_shrink_by_the_cheap
     after = say(client, session_id, "and then?")
     assert gang_of(after.decode_rank) == "decode-1"
     assert after.num_cached_tokens > 1000
-
-
-def large_session_at(client: Client, gang: str) -> str:
-    """One with many pages on a rank of that gang. It grows where its first few tokens are: pages that others had left
-    elsewhere would make that gang dear."""
-    for _ in range(10):
-        session_id = home_at(client, gang)
-        receipt = say(client, session_id, "a long story about the sea " * 150)
-        if gang_of(receipt.decode_rank) == gang:
-            return session_id
-        client.delete_session(session_id)
-    raise AssertionError(f"none of ten sessions grew on {gang}")

@@ -139,6 +139,18 @@ def home_at(client: Client, gang: str) -> str:
     raise AssertionError(f"none of a hundred sessions was placed on {gang}")
 
 
+def large_session_at(client: Client, gang: str) -> str:
+    """One with many pages on a rank of that gang. It grows where its first few tokens are: pages that others had left
+    elsewhere would make that gang dear."""
+    for _ in range(10):
+        session_id = home_at(client, gang)
+        receipt = say(client, session_id, "a long story about the sea " * 150)
+        if gang_of(receipt.decode_rank) == gang:
+            return session_id
+        client.delete_session(session_id)
+    raise AssertionError(f"none of ten sessions grew on {gang}")
+
+
 class Reachable(Protocol):
     def client(self) -> Client: ...
 
