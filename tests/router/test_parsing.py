@@ -395,8 +395,8 @@ def test_a_stop_token_ends_the_message_and_is_no_part_of_it(tokenizer: Tokenizer
 )
 def test_time_is_linear(template: str, stops: tuple[str, ...], tokenizer: Tokenizer) -> None:
     ids = ids_of(tokenizer, template)
-    began = time.perf_counter()
+    began = time.thread_time()
     parse(tokenizer, ids, stop_strings=stops)
-    per_token_us = (time.perf_counter() - began) / len(ids) * 1e6
+    per_token_us = (time.thread_time() - began) / len(ids) * 1e6
     print(f"{per_token_us:.2f} µs a token")
     assert per_token_us < 30
