@@ -161,7 +161,7 @@ class WorkerService(worker_pb2_grpc.WorkerServiceServicer):
             request.session_id,
             duration_s=request.duration.ToNanoseconds() / 1e9,
             importance=_IMPORTANCE[request.importance],
-            epoch=request.epoch,
+            epoch=request.epoch if request.HasField("epoch") else None,
             prefill_tokens_per_s=self.engine.state().prefill_tokens_per_s,
         )
         return worker_pb2.RetainResponse(

@@ -156,6 +156,8 @@ async def test_retain_leases_what_a_session_left(served: Served) -> None:
     assert again.is_leased
     late = await served.stub.Retain(asked, timeout=5)
     assert late.outcome == common_pb2.LEASE_OUTCOME_DENIED, "the session has gone on"
+    untold = worker_pb2.RetainRequest(session_id="s", duration=duration_pb2.Duration(seconds=20))
+    assert (await served.stub.Retain(untold, timeout=5)).outcome == common_pb2.LEASE_OUTCOME_ACCEPTED
     await served.stub.Release(worker_pb2.ReleaseRequest(reservation_id=again.reservation_id), timeout=5)
 
 
