@@ -29,7 +29,7 @@ from seamount.workers.cache.leased import LeasedPages
 from seamount.workers.cache.pages import PagePool
 from seamount.workers.cache.prefix import PageNode, PrefixTree
 from seamount.workers.cache.reservation import Reservation, common_prefix_len
-from seamount.workers.cache.retention import PERSON, TIERS, Candidate, Tier, eviction_key
+from seamount.workers.cache.retention import PERSON, REFUSED, TIERS, Candidate, Tier, eviction_key
 from seamount.workers.cache.sessions import SessionBook, Tail
 from seamount.workers.cache.superseded import SupersededPages
 
@@ -97,6 +97,14 @@ class Holdings:
                 record.comes(reservation.turn_id)
             record.salt = reservation.salt
             self.leases.come_for(reservation.session_id, [*reservation.nodes, *reservation.to_restore])
+
+    def expect(self, session_id: str) -> None:
+        """A turn of the session was refused for want of pages: it comes again soon."""
+        record = self.sessions.get(session_id)
+        if record is not None:
+            record.wait = REFUSED
+            for node in record.chain:
+                node.used_at = self._clock()
 
     def remember(self, reservation: Reservation, end: int) -> None:
         """The session leaves the entries of its first ``end`` tokens here."""

@@ -430,6 +430,8 @@ class Reservations:
         reservation.is_leased = self._leases.is_held(session_id, self._clock())
         self._holdings.compare(reservation, packed, self._clock())
         if not self._assign(reservation, packed):
+            if not reservation.is_spare:
+                self._holdings.expect(session_id)
             raise self._no_pages(len(packed) // self.page_size + 1)
         reservation.cached_len_at_first = reservation.cached_len
         self._live.add(reservation)

@@ -225,6 +225,8 @@ ONE_REQUEST_SHARE = 0.55
 MAX_COUNTED_REQUESTS = 64
 PROGRAM = Wait(2.5, 1.65, 0.01)
 """Until a program's next request, of a page that no session went through: 80% come within 10 s (arXiv 2506.02634)."""
+REFUSED = Wait(2.0, 1.0, 0.01)
+"""Until a turn that found no pages comes again: refusals name up to two seconds."""
 TOOL_SIGMA = 1.2
 TOOL_LOST = 0.01
 HORIZONS_S = tuple(4.0**power for power in range(9))

@@ -125,3 +125,18 @@ def test_a_turn_on_another_branch_leaves_the_lease_alone(make_tiered: MakeTiered
     cache.settle()
     assert [node.session_id for node in cache.nodes(Tier.HOST)] == ["a", "a"]
     cache.release(turn)
+
+
+def test_pages_of_a_turn_that_was_refused_outlive_those_of_a_tool_that_is_due(make_tiered: MakeTiered) -> None:
+    cache = make_tiered(8)
+    for session, ids in (("a", A), ("b", B)):
+        cache.leave(ids, session=session, turn="t1")
+        cache.caches._holdings.sessions.touch(session).wait_for_tools(20.0)
+    cache.clock.now += 60.0
+    held = cache.reserve([7] * 15, session="c")
+    with pytest.raises(ResourceExhausted):
+        cache.reserve([*A, *[5] * 20], session="a", turn="t2", epoch=2)
+    cache.release(held, keep_len=0)
+    cache.release(cache.reserve([9] * 20, session="d"), keep_len=0)
+    assert cached_len(cache) == 8
+    assert cache.reserve([*B, 5], session="b", turn="t2", epoch=2).cached_len < 8
