@@ -177,8 +177,11 @@ def random_slots(rows: int, context: int, pool: int) -> Tensor:
 
 
 def random_plane(num_pages: int, kind: str) -> Tensor:
-    """Pages of random entries of the FP8 layout, finite scales: [num_pages, bytes] uint8."""
-    template = 256
+    """Pages of random entries of the FP8 layout, finite scales: [num_pages, bytes] uint8.
+
+    Latents repeat 256 pages. Index keys are all distinct: equal scores would make top-k look slower than it is.
+    """
+    template = 256 if kind == "latent" else num_pages
     if kind == "latent":
         entries = torch.randn((template * 64, RANK + ROPE), device="cuda")
         pages = pack_latent(entries[:, :RANK], entries[:, RANK:], LAYOUT).view(template, -1)
