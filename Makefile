@@ -39,7 +39,7 @@ test: $(READY)  ## all tests, parity included (CPU)
 test-faults: $(READY)  ## every point of the fault suite: processes killed, stopped, cut off (CPU, 15 minutes)
 	$(BIN)/python -m pytest -q -m "" tests/faults
 
-test-scaling: $(READY)  ## the longer tests of scaling, two releases beside each other among them (CPU, 10 minutes)
+test-scaling: $(READY)  ## the longer tests of scaling, two releases beside each other among them (CPU, 13 minutes)
 	$(BIN)/python -m pytest -q -m scaling tests/cluster
 
 check: lint type  ## everything that reads code without running it
