@@ -2,9 +2,9 @@
 
 Triton compiles a kernel when it is first launched, for seconds; in a turn that would be a step that outlasts its
 deadline, and a rank that is taken for dead. So a rank on a GPU runs batches of every kind once: chunks of a prompt and
-single tokens of one and of many sequences, within top-k and beyond it. They write to pages that nobody holds yet. Ranks
-of a gang run the same batches, since their experts meet; what is on the node's disk from an earlier start
-(``TRITON_CACHE_DIR``) is not compiled again.
+single tokens of one and of many sequences, within top-k and on contexts of four and sixteen times that. They write to
+pages that nobody holds yet. Ranks of a gang run the same batches, since their experts meet; what is on the node's disk
+from an earlier start (``TRITON_CACHE_DIR``) is not compiled again.
 """
 
 from __future__ import annotations
@@ -44,7 +44,9 @@ def warm_up(model: Model, planes: CachePlanes, gang: Gang, limits: EngineLimits,
 def batches(limits: EngineLimits, *, topk: int, num_pages: int) -> Iterator[ForwardBatch]:
     """Steps of every kind that ``limits`` and ``num_pages`` allow; at least one token of one sequence."""
     most = min(num_pages * PAGE_SIZE, limits.max_context_tokens)
-    firsts = [0, topk] if topk < most else [0]
+    firsts = [0]
+    while (longer := max(topk, firsts[-1] * 4)) < most:  # kernels are laid out by the context's length, too
+        firsts.append(longer)
     chunk = min(limits.prefill_chunk_tokens, limits.max_batch_tokens)
     for first in firsts:
         for length in sorted({min(length, most - first) for length in (chunk, chunk // 2 + 1, 2)}):

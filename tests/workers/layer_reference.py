@@ -38,10 +38,24 @@ def parameters(config: ModelConfig, seed: int, device: str, *, clear_choices: bo
         else:
             noise = torch.randn(shape, generator=generator, device=generator.device, dtype=torch.bfloat16)
             spread = 0.1 if len(shape) == 1 else shape[1] ** -0.5
-            if clear_choices and name.endswith("correction_bias"):
-                spread = 100.0
             made[name] = spread * noise + (1 if name.endswith("norm.weight") else 0)
+            if clear_choices and name.endswith("correction_bias"):
+                made[name] = clear_bias(config, generator)
     return made
+
+
+def clear_bias(config: ModelConfig, generator: torch.Generator) -> Tensor:
+    """[E] bfloat16: no two that compete for the last place, of groups or of experts, are within what scores, of 0 to 1,
+    can turn round. Drawn again until that is so; of plain draws one in six is not."""
+    while True:
+        bias = 100 * torch.randn(config.n_routed_experts, generator=generator, device=generator.device)
+        bias = bias.bfloat16()
+        groups = bias.float().view(config.n_group, -1)
+        sums, order = groups.topk(2).values.sum(-1).sort(descending=True)
+        kept = groups[order[: config.topk_group]].flatten().sort(descending=True).values
+        places = (sums, config.topk_group, 2.0), (kept, config.num_experts_per_tok, 1.0)
+        if all(last == len(values) or values[last - 1] - values[last] > margin for values, last, margin in places):
+            return bias
 
 
 def random_e4m3(shape: tuple[int, ...], generator: torch.Generator) -> Tensor:

@@ -62,6 +62,7 @@ def test_every_kind_of_step_is_among_the_batches() -> None:
     assert decoding == {(rows, scored) for rows in (1, 2, 3, 4, 8) for scored in (False, True)}
     chunks = {(len(chunk.lengths), chunk.scored is not None) for plan in plans for chunk in plan.chunks}
     assert {(32, True), (17, False), (17, True), (2, False), (2, True)} <= chunks
+    assert {max(batch.context_lens) // TOPK for batch in made} == {0, 1, 2, 4, 5, 16, 17}
     assert all(len(batch.token_ids) <= LIMITS.max_batch_tokens for batch in made)
     assert all(len(set(batch.slots.tolist())) == len(batch.slots) for batch in made)
 
