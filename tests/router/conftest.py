@@ -456,3 +456,15 @@ def router_turns(
 def make_turns() -> Callable[..., Turns]:
     """Turns of one router by store, system, tokenizer and the router's name; changes of its spec."""
     return router_turns
+
+
+@pytest.fixture
+async def turns(
+    store: Store, system: Any, tokenizer: Tokenizer, make_turns: Callable[..., Turns], request: pytest.FixtureRequest
+) -> AsyncIterator[Turns]:
+    """Those of ``router-a``; its parameter, if it has one: changes of the spec."""
+    made = make_turns(store, system, tokenizer, "router-a", **getattr(request, "param", {}))
+    yield made
+    await made.stop(0.0)
+    await made.sessions.close()
+    made.rendering.close()

@@ -9,7 +9,6 @@ from typing import Any
 import pytest
 
 from seamount.router.cut_ahead import will_be_cut
-from seamount.router.store import Store
 from seamount.router.tokenizer import Control, Tokenizer
 from seamount.router.turns import Turns
 from seamount.v1 import common_pb2, record_pb2, session_pb2, worker_pb2
@@ -44,15 +43,6 @@ def record(*roles: common_pb2.Role, reasoning: int = 0, calls: int = 0) -> recor
 )
 def test_whether_the_next_question_cuts_anything(records: list[record_pb2.TurnRecord], expected: bool) -> None:
     assert will_be_cut(records) is expected
-
-
-@pytest.fixture
-async def turns(store: Store, system: Any, tokenizer: Tokenizer, make_turns: Any, request: Any) -> AsyncIterator[Turns]:
-    made = make_turns(store, system, tokenizer, "router-a", **getattr(request, "param", {}))
-    yield made
-    await made.stop(0.0)
-    await made.sessions.close()
-    made.rendering.close()
 
 
 async def session(turns: Turns, mode: common_pb2.ThinkingMode = common_pb2.THINKING_MODE_THINKING) -> SessionId:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncIterator
 from typing import Any
 
 import pytest
@@ -13,22 +12,12 @@ from seamount.cluster.deletions import DeletionFollower
 from seamount.router import deletions as deletions_module
 from seamount.router.deletions import EPOCH_MARGIN, Deletion, Deletions
 from seamount.router.store import Store
-from seamount.router.tokenizer import Tokenizer
 from seamount.router.turns import Turns
 from seamount.v1 import session_pb2
 from seamount.wire.errors import Unavailable
 from seamount.wire.ids import SessionId, TenantId
 
 ALICE, BOB = TenantId("alice"), TenantId("bob")
-
-
-@pytest.fixture
-async def turns(store: Store, system: Any, tokenizer: Tokenizer, make_turns: Any) -> AsyncIterator[Turns]:
-    made = make_turns(store, system, tokenizer, "router-a")
-    yield made
-    await made.stop(0.0)
-    await made.sessions.close()
-    made.rendering.close()
 
 
 async def created(turns: Turns, key: str = "") -> SessionId:

@@ -12,7 +12,6 @@ from google.protobuf import duration_pb2
 from seamount.router import retention as retention_module
 from seamount.router import tool_waits
 from seamount.router.retention import Retention
-from seamount.router.store import Store
 from seamount.router.tokenizer import Tokenizer
 from seamount.router.turns import Turns
 from seamount.v1 import common_pb2, events_pb2, session_pb2, worker_pb2
@@ -21,15 +20,6 @@ from seamount.wire.ids import SessionId, TenantId
 from seamount.wire.limits import MAX_TOOL_WAIT_S
 
 ALICE, BOB = TenantId("alice"), TenantId("bob")
-
-
-@pytest.fixture
-async def turns(store: Store, system: Any, tokenizer: Tokenizer, make_turns: Any) -> AsyncIterator[Turns]:
-    made = make_turns(store, system, tokenizer, "router-a")
-    yield made
-    await made.stop(0.0)
-    await made.sessions.close()
-    made.rendering.close()
 
 
 @pytest.fixture

@@ -19,15 +19,6 @@ from seamount.wire.ids import SessionId, TenantId
 ALICE = TenantId("alice")
 
 
-@pytest.fixture
-async def turns(store: Store, system: Any, tokenizer: Tokenizer, make_turns: Any) -> AsyncIterator[Turns]:
-    made = make_turns(store, system, tokenizer, "router-a")
-    yield made
-    await made.stop(0.0)
-    await made.sessions.close()
-    made.rendering.close()
-
-
 async def session(turns: Turns, *, key: str = "", **defaults: Any) -> SessionId:
     request = session_pb2.CreateSessionRequest(
         idempotency_key=key, defaults=common_pb2.SamplingParameters(**{"max_output_tokens": 5, **defaults})

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import importlib.util
+import queue
 import random
 import threading
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import ModuleType
@@ -250,3 +252,32 @@ def rng() -> random.Random:
 @pytest.fixture
 def sharded_model() -> Callable[[ExpertParallel], Transformer]:
     return engine_model
+
+
+@pytest.fixture
+def form_gang() -> Callable[..., list[Gang]]:
+    """Makes a gang in threads of this process, the store on a port of its own choice: (size, timeout_s)."""
+    return _form_gang
+
+
+def _form_gang(size: int, timeout_s: float) -> list[Gang]:
+    ports: queue.Queue[int] = queue.Queue()
+
+    def announce(port: int) -> None:
+        for _ in range(size - 1):
+            ports.put(port)
+
+    def member(rank: int) -> Gang:
+        return Gang.join(
+            store_host="127.0.0.1",
+            store_port=0 if rank == 0 else ports.get(timeout=10),
+            gang_id="g",
+            rank=rank,
+            size=size,
+            timeout_s=timeout_s,
+            host_store=rank == 0,
+            on_listening=announce,
+        )
+
+    with ThreadPoolExecutor(size) as pool:
+        return list(pool.map(member, range(size)))

@@ -8,7 +8,6 @@ import statistics
 import threading
 import time
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
@@ -23,31 +22,14 @@ NUM_EXPERTS = 4
 
 
 @pytest.fixture
-def make_gang(make_rank: Callable[..., Any], sharded_model: Callable[..., Any]) -> Iterator[Callable[..., list[Any]]]:
+def make_gang(
+    make_rank: Callable[..., Any], sharded_model: Callable[..., Any], form_gang: Callable[..., list[Gang]]
+) -> Iterator[Callable[..., list[Any]]]:
     """Makes the started ranks of a gang in this process, each with its share of the experts."""
     gangs: list[list[Any]] = []
 
     def make(size: int = 2, **settings: Any) -> list[Any]:
-        ports: queue.Queue[int] = queue.Queue()
-
-        def announce(port: int) -> None:
-            for _ in range(size):
-                ports.put(port)
-
-        def join(rank: int) -> Gang:
-            return Gang.join(
-                store_host="127.0.0.1",
-                store_port=0 if rank == 0 else ports.get(timeout=10),
-                gang_id="g",
-                rank=rank,
-                size=size,
-                timeout_s=GROUP_TIMEOUT_S,
-                host_store=rank == 0,
-                on_listening=announce,
-            )
-
-        with ThreadPoolExecutor(size) as pool:
-            members = list(pool.map(join, range(size)))
+        members = form_gang(size, GROUP_TIMEOUT_S)
         ranks = []
         for gang in members:
             assert gang.group is not None

@@ -1,7 +1,6 @@
 """The gang over loopback: threads where timing is measured, processes where a rank dies or stalls."""
 
 import os
-import queue
 import signal
 import socket
 import statistics
@@ -34,35 +33,14 @@ time.sleep(60)
 """
 
 
-def form(size: int, timeout_s: float = TIMEOUT_S) -> list[Gang]:
-    """A gang of ``size`` in threads of this process, the store on a port of its own choice."""
-    ports: queue.Queue[int] = queue.Queue()
-
-    def member(rank: int) -> Gang:
-        port = 0 if rank == 0 else ports.get(timeout=10)
-        return Gang.join(
-            store_host="127.0.0.1",
-            store_port=port,
-            gang_id="g",
-            rank=rank,
-            size=size,
-            timeout_s=timeout_s,
-            host_store=rank == 0,
-            on_listening=lambda port: [ports.put(port) for _ in range(size - 1)] and None,
-        )
-
-    with ThreadPoolExecutor(size) as pool:
-        return list(pool.map(member, range(size)))
-
-
 def on_all(gangs: list[Gang], act: Callable[[Gang], object]) -> list[object]:
     with ThreadPoolExecutor(len(gangs)) as pool:
         return list(pool.map(act, gangs))
 
 
 @pytest.fixture
-def pair() -> Iterator[list[Gang]]:
-    gangs = form(2)
+def pair(form_gang: Callable[..., list[Gang]]) -> Iterator[list[Gang]]:
+    gangs = form_gang(2, TIMEOUT_S)
     yield gangs
     for gang in reversed(gangs):
         gang.close()
@@ -109,8 +87,8 @@ def test_missing_ranks_are_unavailable() -> None:
     assert time.monotonic() - start < 5
 
 
-def test_agree_returns_every_header_in_rank_order() -> None:
-    gangs = form(3)
+def test_agree_returns_every_header_in_rank_order(form_gang: Callable[..., list[Gang]]) -> None:
+    gangs = form_gang(3, TIMEOUT_S)
     for round_number in range(5):
         headers = [StepHeader(num_decode_tokens=r, num_prefill_tokens=round_number, stop=r == 1) for r in range(3)]
         answers = on_all(gangs, lambda gang, headers=headers: gang.agree(headers[gang.rank]))
@@ -128,8 +106,8 @@ def test_the_store_listens_on_the_given_address_only(pair: list[Gang]) -> None:
     assert own == {"127.0.0.1"}
 
 
-def test_ring_wakes_every_rank_once_per_idle_period() -> None:
-    gangs = form(3)
+def test_ring_wakes_every_rank_once_per_idle_period(form_gang: Callable[..., list[Gang]]) -> None:
+    gangs = form_gang(3, TIMEOUT_S)
     for number in range(20):
         ringers = [gangs[number % 3]] if number % 4 else gangs  # sometimes all at once
         for gang in ringers:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import queue
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -27,24 +26,9 @@ LIMITS = EngineLimits(max_batch_tokens=64, max_running=8, prefill_chunk_tokens=3
 
 
 @pytest.fixture
-def gang() -> Iterator[list[Gang]]:
+def gang(form_gang: Callable[..., list[Gang]]) -> Iterator[list[Gang]]:
     """Two ranks whose collectives have ``TIMEOUT_S``."""
-    ports: queue.Queue[int] = queue.Queue()
-
-    def join(rank: int) -> Gang:
-        return Gang.join(
-            store_host="127.0.0.1",
-            store_port=0 if rank == 0 else ports.get(timeout=10),
-            gang_id="warm",
-            rank=rank,
-            size=2,
-            timeout_s=TIMEOUT_S,
-            host_store=rank == 0,
-            on_listening=ports.put,
-        )
-
-    with ThreadPoolExecutor(2) as pool:
-        members = list(pool.map(join, range(2)))
+    members = form_gang(2, TIMEOUT_S)
     yield members
     for member in members:
         member.close()
