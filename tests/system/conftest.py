@@ -86,11 +86,12 @@ def start_cluster(make_settings: Callable[[Mapping[str, Any] | None], Settings],
 
 @pytest.fixture(scope="session")
 def pages_are_back() -> Callable[[AsyncClient], Awaitable[None]]:
-    """Asserts, within seconds, that no rank holds a reservation and every page is free or merely cached."""
+    """Asserts that no rank holds a reservation and every page is free or merely cached, in the time in which what a
+    frozen or dead router reserved expires (``RESERVED_FOR_S``)."""
 
     async def check(client: AsyncClient) -> None:
         held: list[str] = []
-        for _ in range(80):
+        for _ in range(150):
             ranks = [rank.state for rank in await client.list_ranks() if rank.alive]
             held = [
                 f"{state.rank_id}: {state.num_reservations} reservations, "
