@@ -2,18 +2,18 @@ from __future__ import annotations
 
 import random
 import time
-from collections.abc import Collection, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import redis
 
+from harness.fleet_samples import ServeInMemory
 from seamount.cluster import fleet
 from seamount.cluster.fleet import FleetParts, Reconciler
 from seamount.cluster.fleet_acts import MAX_FAILURES
 from seamount.cluster.fleet_metrics import FleetMetrics
-from seamount.cluster.fleet_nodes import Node
 from seamount.cluster.fleet_plan import (
     Action,
     Cause,
@@ -219,38 +219,8 @@ def test_a_gangs_number_is_never_drawn_twice(redis_url: str) -> None:
     state.forget()
 
 
-class ServeInMemory:
-    """The states an application goes through, without the processes."""
-
-    def __init__(self, comes_up: bool) -> None:
-        self.comes_up = comes_up
-        self.gangs: dict[str, RunningGang] = {}
-        self.started: list[str] = []
-
-    def running(self) -> list[RunningGang]:
-        return list(self.gangs.values())
-
-    def start(self, name: str, wanted: WantedPool, avoided_nodes: Collection[str]) -> None:
-        self.started.append(name)
-        phase = READY if self.comes_up else FAILED
-        number = int(name.rpartition("-")[2])
-        self.gangs[name] = RunningGang(pool=wanted.pool, number=number, version=wanted.version, phase=phase)
-
-    def delete(self, name: str) -> None:
-        del self.gangs[name]
-
-    def nodes(self) -> list[Node]:
-        return []
-
-    def num_routers(self) -> int | None:
-        return None
-
-    def scale_routers(self, number: int) -> None:
-        raise AssertionError("routers are not scaled here")
-
-
 def test_reconciling_starts_what_is_wanted_and_a_successor_adopts_it(redis_url: str) -> None:
-    serve = ServeInMemory(comes_up=True)
+    serve = ServeInMemory(READY)
     pools = [wants(2), wants(1, pool="prefill", expert_parallel=1)]
     first = reconciler(redis_url, pools, fleet_state(redis_url, "adopt"), serve)
     first.start()
@@ -271,7 +241,7 @@ def test_reconciling_starts_what_is_wanted_and_a_successor_adopts_it(redis_url: 
 def test_a_fleet_that_has_just_begun_lets_no_gang_go_whose_ranks_it_has_not_seen(
     redis_url: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    serve, state = ServeInMemory(comes_up=True), fleet_state(redis_url, "blind")
+    serve, state = ServeInMemory(READY), fleet_state(redis_url, "blind")
     state.claim()
     serve.gangs = {one.name: one for one in (gang(0), gang(1))}
     begun = reconciler(redis_url, [wants(1)], state, serve)
@@ -284,7 +254,7 @@ def test_a_fleet_that_has_just_begun_lets_no_gang_go_whose_ranks_it_has_not_seen
 
 
 def test_a_pool_that_cannot_come_up_is_tried_a_bounded_number_of_times(redis_url: str) -> None:
-    serve = ServeInMemory(comes_up=False)
+    serve = ServeInMemory(FAILED)
     state = fleet_state(redis_url, "bounded")
     state.claim()
     for _ in range(10):
@@ -294,16 +264,16 @@ def test_a_pool_that_cannot_come_up_is_tried_a_bounded_number_of_times(redis_url
         fleet.reconcile()
     assert serve.started == [f"decode-{n}" for n in range(MAX_FAILURES)]
     assert [g.phase for g in serve.gangs.values()] == [FAILED]
-    fixed = reconciler(redis_url, [wants(1, version="v3")], state, ServeInMemory(comes_up=True))
+    fixed = reconciler(redis_url, [wants(1, version="v3")], state, ServeInMemory(READY))
     fixed.reconcile()
     state.forget()
 
 
 def test_failures_count_while_none_comes_up_between_them(redis_url: str) -> None:
-    serve, state = ServeInMemory(comes_up=False), fleet_state(redis_url, "in a row")
+    serve, state = ServeInMemory(FAILED), fleet_state(redis_url, "in a row")
     state.claim()
     for comes_up in (False, False, True):
-        serve.comes_up = comes_up
+        serve.phase = READY if comes_up else FAILED
         begun = reconciler(redis_url, [wants(1)], state, serve)  # a new one: the pause is over
         begun.reconcile()
         begun.reconcile()
@@ -313,7 +283,7 @@ def test_failures_count_while_none_comes_up_between_them(redis_url: str) -> None
 
 
 def test_after_a_failure_the_fleet_pauses(redis_url: str) -> None:
-    serve = ServeInMemory(comes_up=False)
+    serve = ServeInMemory(FAILED)
     state = fleet_state(redis_url, "pause")
     state.claim()
     fleet = reconciler(redis_url, [wants(1)], state, serve)
@@ -324,7 +294,7 @@ def test_after_a_failure_the_fleet_pauses(redis_url: str) -> None:
 
 
 def test_without_redis_the_fleet_waits_and_does_nothing(tmp_path: Path) -> None:
-    serve = ServeInMemory(comes_up=True)
+    serve = ServeInMemory(READY)
     server = RedisServer()
     url = server.start(tmp_path)
     server.stop()

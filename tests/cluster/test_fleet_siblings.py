@@ -8,12 +8,11 @@ from collections.abc import Collection
 import pytest
 from prometheus_client import CollectorRegistry
 
-from harness.fleet_samples import Clock, gang, rank, states
+from harness.fleet_samples import Clock, ServeInMemory, gang, rank, states
 from seamount.cluster import fleet
 from seamount.cluster.fleet import FleetParts, Reconciler
 from seamount.cluster.fleet_look import gangs_elsewhere, progress, ranks_elsewhere
 from seamount.cluster.fleet_metrics import FleetMetrics
-from seamount.cluster.fleet_nodes import Node
 from seamount.cluster.fleet_plan import Cause, Circumstances, Delete, Phase, RunningGang, Start, WantedPool, plan
 from seamount.cluster.fleet_siblings import SIBLING_DEAD_AFTER_S, Family, Siblings, left_here, needed_to_serve
 from seamount.cluster.fleet_state import FleetState, Progress, connect
@@ -202,41 +201,7 @@ def test_capacity_never_falls_while_gangs_go_over_one_for_one() -> None:
 # ---- two fleets
 
 
-class Serve:
-    """One Ray cluster's applications; a test says when those that start are ready."""
-
-    def __init__(self) -> None:
-        self.gangs: dict[str, RunningGang] = {}
-
-    def running(self) -> list[RunningGang]:
-        return list(self.gangs.values())
-
-    def start(self, name: str, wanted: WantedPool, avoided_nodes: Collection[str]) -> None:
-        number = int(name.rpartition("-")[2])
-        self.gangs[name] = RunningGang(pool=wanted.pool, number=number, version=wanted.version, phase=Phase.STARTING)
-
-    def come_up(self, how_many: int) -> None:
-        starting = [one for one in self.gangs.values() if one.phase is Phase.STARTING]
-        for one in starting[:how_many]:
-            self.gangs[one.name] = gang(one.number, version=one.version)
-
-    def delete(self, name: str) -> None:
-        del self.gangs[name]
-
-    def nodes(self) -> list[Node]:
-        return []
-
-    def num_routers(self) -> int | None:
-        return None
-
-    def scale_routers(self, number: int) -> None:
-        raise AssertionError("routers are not scaled here")
-
-    def ready(self) -> int:
-        return sum(one.phase is Phase.READY for one in self.gangs.values())
-
-
-def a_fleet(redis_url: str, state: FleetState, serve: Serve, registry: CollectorRegistry) -> Reconciler:
+def a_fleet(redis_url: str, state: FleetState, serve: ServeInMemory, registry: CollectorRegistry) -> Reconciler:
     settings = validate({"cluster_name": "test", "redis_url": redis_url})
     parts = FleetParts.of(settings, connect(redis_url, timeout_s=1.0))
     return Reconciler(wants(3), state, serve, FleetMetrics(registry), parts)
@@ -247,7 +212,7 @@ def test_an_older_fleet_gives_up_as_many_gangs_as_a_younger_one_has(
 ) -> None:
     monkeypatch.setattr(fleet, "BLIND_S", 0.0)  # these gangs have no ranks to be seen
     old_state, young_state = states(redis_url, "old", "young")
-    old_serve, young_serve = Serve(), Serve()
+    old_serve, young_serve = ServeInMemory(Phase.STARTING), ServeInMemory(Phase.STARTING)
     registry = new_registry()
     old = a_fleet(redis_url, old_state, old_serve, registry)
     young = a_fleet(redis_url, young_state, young_serve, new_registry())

@@ -10,56 +10,31 @@ from typing import Any
 
 import pytest
 
+from harness.generations import EOS, answer, make_generation
 from seamount.router import generation as generation_module
 from seamount.router import quarantine
-from seamount.router.account import Account
-from seamount.router.claim import Claim
 from seamount.router.directory import Role
 from seamount.router.generation import Generation
-from seamount.router.placement import PathRules
+from seamount.router.placement import PathPolicy, PathRules
 from seamount.v1 import common_pb2, worker_pb2
 from seamount.wire.errors import DeadlineExceeded, Internal, NotFound, Unavailable
-from seamount.wire.ids import Epoch, SessionId, TurnId
 
-EOS = 1
 PROMPT = list(range(100, 110))
 Make = Callable[..., Generation]
 
 
 @pytest.fixture
 def make(system: Any) -> Make:
-    def make(*, policy: str = "local", deadline_s: float = 10.0, max_output_tokens: int = 5) -> Generation:
-        return Generation(
-            claim=Claim(
-                ranks=system.ranks,
-                rules=PathRules(policy=policy),  # type: ignore[arg-type]
-                session_id=SessionId("s"),
-                turn_id=TurnId("t"),
-                epoch=Epoch(1),
-                cache_salt=bytes(32),
-                prompt=PROMPT,
-                account=Account(started=time.monotonic()),
-                deadline=time.monotonic() + deadline_s,
-            ),
-            sampling=worker_pb2.ResolvedSampling(max_output_tokens=max_output_tokens, top_p=1.0, num_logprobs=-1),
-            max_attempts=3,
-            eos_token_id=EOS,
+    def make(*, policy: PathPolicy = "local", deadline_s: float = 10.0, max_output_tokens: int = 5) -> Generation:
+        return make_generation(
+            system.ranks,
+            PROMPT,
+            rules=PathRules(policy=policy),
+            deadline_s=deadline_s,
+            max_output_tokens=max_output_tokens,
         )
 
     return make
-
-
-async def answer(generation: Generation) -> list[int]:
-    """All tokens; the reservation is given back as a turn does."""
-    token_ids: list[int] = []
-    try:
-        async with aclosing(generation.batches()) as batches:
-            async for batch in batches:
-                if isinstance(batch, worker_pb2.TokenBatch):
-                    token_ids.extend(batch.token_ids)
-    finally:
-        await generation.release(None)
-    return token_ids
 
 
 def gone() -> NotFound:

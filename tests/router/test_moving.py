@@ -3,16 +3,13 @@
 from __future__ import annotations
 
 import asyncio
-import time
 from collections.abc import AsyncIterator, Sequence
-from contextlib import aclosing
 from typing import Any
 
 import pytest
 
+from harness.generations import answer, make_generation
 from seamount.router import fetching
-from seamount.router.account import Account
-from seamount.router.claim import Claim
 from seamount.router.directory import Role
 from seamount.router.generation import Generation
 from seamount.router.moves import Moves, drained
@@ -20,7 +17,7 @@ from seamount.router.placement import PathRules
 from seamount.router.store import Store
 from seamount.v1 import worker_pb2
 from seamount.wire.errors import Aborted, FailedPrecondition, NotFound, ResourceExhausted, Unavailable
-from seamount.wire.ids import Epoch, RankId, SessionId, TurnId
+from seamount.wire.ids import RankId, SessionId
 
 PROMPT = list(range(100, 200))
 
@@ -32,36 +29,15 @@ def generation(
     prompt: Sequence[int] = PROMPT,
     rules: PathRules = PathRules(policy="local"),  # noqa: B008 - frozen
 ) -> Generation:
-    return Generation(
-        claim=Claim(
-            ranks=system.ranks,
-            rules=rules,
-            session_id=SessionId("s"),
-            turn_id=TurnId("t"),
-            epoch=Epoch(3),
-            cache_salt=bytes(32),
-            prompt=prompt,
-            account=Account(started=time.monotonic()),
-            deadline=time.monotonic() + 10.0,
-            preferred=RankId("home"),
-            num_left=num_left,
-        ),
-        sampling=worker_pb2.ResolvedSampling(max_output_tokens=3, top_p=1.0, num_logprobs=-1),
-        max_attempts=3,
-        eos_token_id=1,
+    return make_generation(
+        system.ranks,
+        prompt,
+        rules=rules,
+        epoch=3,
+        max_output_tokens=3,
+        preferred=RankId("home"),
+        num_left=num_left,
     )
-
-
-async def answer(made: Generation) -> list[int]:
-    token_ids: list[int] = []
-    try:
-        async with aclosing(made.batches()) as batches:
-            async for batch in batches:
-                if isinstance(batch, worker_pb2.TokenBatch):
-                    token_ids.extend(batch.token_ids)
-    finally:
-        await made.release(None)
-    return token_ids
 
 
 @pytest.fixture

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import secrets
+from collections.abc import Collection
 
 from seamount.cluster.fleet_meter import SeenRank
-from seamount.cluster.fleet_plan import Phase, RunningGang
+from seamount.cluster.fleet_nodes import Node
+from seamount.cluster.fleet_plan import Phase, RunningGang, WantedPool
 from seamount.cluster.fleet_state import FleetState, connect
 from seamount.cluster.fleet_view import View
 from seamount.cluster.load import RouterLoad
@@ -56,3 +58,41 @@ def states(redis_url: str, *sessions: str) -> list[FleetState]:
     for state in made:
         state.claim()
     return made
+
+
+class ServeInMemory:
+    """What the fleet needs of Serve, without processes. phase: in which a gang stands that has just been started."""
+
+    def __init__(self, phase: Phase) -> None:
+        self.phase = phase
+        self.gangs: dict[str, RunningGang] = {}
+        self.started: list[str] = []
+
+    def running(self) -> list[RunningGang]:
+        return list(self.gangs.values())
+
+    def start(self, name: str, wanted: WantedPool, avoided_nodes: Collection[str]) -> None:
+        self.started.append(name)
+        number = int(name.rpartition("-")[2])
+        self.gangs[name] = RunningGang(pool=wanted.pool, number=number, version=wanted.version, phase=self.phase)
+
+    def come_up(self, how_many: int) -> None:
+        """So many of the decode gangs that start are ready, the first ones."""
+        starting = [one for one in self.gangs.values() if one.phase is Phase.STARTING]
+        for one in starting[:how_many]:
+            self.gangs[one.name] = gang(one.number, version=one.version)
+
+    def delete(self, name: str) -> None:
+        del self.gangs[name]
+
+    def nodes(self) -> list[Node]:
+        return []
+
+    def num_routers(self) -> int | None:
+        return None
+
+    def scale_routers(self, number: int) -> None:
+        raise AssertionError("routers are not scaled here")
+
+    def ready(self) -> int:
+        return sum(one.phase is Phase.READY for one in self.gangs.values())
