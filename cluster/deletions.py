@@ -1,4 +1,5 @@
-"""A rank hears of deleted sessions: all that are kept before it starts, then each second those that are new."""
+"""A rank hears of deleted sessions: all that are kept before it takes over a disk, then each second those that are
+new."""
 
 from __future__ import annotations
 
@@ -15,7 +16,8 @@ _LOG = logging.getLogger("seamount.rank")
 
 
 class DeletionFollower:
-    """``earlier`` before the rank starts, ``start`` when it serves, ``stop`` in the end (harmless to repeat)."""
+    """``earlier`` or ``skip_earlier`` before the rank starts, ``start`` when it serves, ``stop`` in the end (harmless
+    to repeat)."""
 
     def __init__(self, deletions: Deletions, on_deleted: Callable[[Deletion], None]) -> None:
         """on_deleted: called on the event loop, for some sessions more than once; must not block."""
@@ -29,6 +31,10 @@ class DeletionFollower:
         while some := await self._next():
             found += some
         return found
+
+    async def skip_earlier(self) -> None:
+        """The rank begins with nothing: only what is deleted from now on concerns it. Raises as ``Store.command``."""
+        self._place = await self._deletions.last()
 
     def start(self) -> None:
         self._task = asyncio.create_task(self._follow(), name="deleted sessions")

@@ -19,6 +19,7 @@ from seamount.router.directory import PeerRecord, Role, new_instance
 from seamount.router.store import Store
 from seamount.router.watcher import Directory, Registration
 from seamount.wire.errors import SeamountError
+from seamount.wire.ids import SessionId
 from seamount.workers.loading import OnLoading
 from seamount.workers.server import RankServer, Rendezvous
 from seamount.workers.spec import RankSpec
@@ -58,8 +59,8 @@ class RegisteredRank:
         self._store = await Store.open(self._redis_url, command_timeout_s=self._settings.redis.timeout_s)
         directory = Directory(self._store, self._settings.cluster_name)
         follower = self._follower = DeletionFollower(Deletions(self._store), self._deleted)
-        earlier = {one.session_id for one in await follower.earlier()}
-        address = await self._server.start(await self._rendezvous(directory), deleted=earlier)
+        deleted = await deleted_before(follower, self._spec)
+        address = await self._server.start(await self._rendezvous(directory), deleted=deleted)
         follower.start()
         record = self._record(address)
         self._registration = Registration(
@@ -137,3 +138,11 @@ class RegisteredRank:
         logger.critical("engine_failed", extra={"rank_id": self._spec.rank_id, "reason": error.reason})
         time.sleep(_LAST_WORDS_S)  # on the engine's thread: the event loop tells routers what their requests failed of
         os._exit(1)
+
+
+async def deleted_before(follower: DeletionFollower, spec: RankSpec) -> set[SessionId]:
+    """Sessions of which the rank takes nothing over; none for a rank without a disk, which begins with nothing."""
+    if spec.disk_cache_dir is None:
+        await follower.skip_earlier()
+        return set()
+    return {one.session_id for one in await follower.earlier()}

@@ -1,8 +1,8 @@
 """Sessions that were deleted, for the ranks: each reads of them what it has not read yet.
 
-A stream in Redis, which every rank follows: a rank that was away, or is new, reads all that is kept before it takes
-over what an earlier process left on its disk. Nobody has to know where a session's caches are, and nothing is lost with
-a message. Only ids are kept.
+A stream in Redis, which every rank follows: a rank with a disk reads all that is kept before it takes over what an
+earlier process left there. Nobody has to know where a session's caches are, and nothing is lost with a message. Only
+ids are kept.
 """
 
 from __future__ import annotations
@@ -41,6 +41,11 @@ class Deletions:
         await self._store.command(
             "XADD", self._key, "MAXLEN", "~", MAX_KEPT, "*", "session", session_id, "epoch", epoch + EPOCH_MARGIN
         )
+
+    async def last(self) -> str:
+        """The place of the last one; '' where none is kept."""
+        entries = await self._store.command("XREVRANGE", self._key, "+", "-", "COUNT", 1)
+        return entries[0][0].decode() if entries else ""
 
     async def after(self, place: str) -> tuple[list[Deletion], str]:
         """At most ``READ_AT_ONCE`` behind the place ('' = from the first one kept), and the place where they end."""

@@ -4,18 +4,21 @@ from __future__ import annotations
 
 import asyncio
 import time
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 from seamount.cluster.deletions import DeletionFollower
+from seamount.cluster.rank import deleted_before
 from seamount.router import deletions as deletions_module
 from seamount.router.deletions import EPOCH_MARGIN, Deletion, Deletions
 from seamount.router.store import Store
 from seamount.router.turns import Turns
 from seamount.v1 import session_pb2
 from seamount.wire.errors import Unavailable
-from seamount.wire.ids import SessionId, TenantId
+from seamount.wire.ids import GangId, RankId, SessionId, TenantId
+from seamount.workers.spec import RankSpec
 
 ALICE, BOB = TenantId("alice"), TenantId("bob")
 
@@ -84,6 +87,58 @@ async def test_a_rank_reads_all_in_parts_and_then_what_is_new(store: Store, monk
     await follower.stop()
     await follower.stop()
     assert [one.session_id for one in told] == [f"s{number}" for number in range(8, 13)]
+
+
+class CountedReads(Deletions):
+    num_reads = 0
+
+    async def after(self, place: str) -> tuple[list[Deletion], str]:
+        self.num_reads += 1
+        return await super().after(place)
+
+
+async def test_only_a_rank_with_a_disk_reads_what_was_deleted_before_it(
+    store: Store, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr("seamount.cluster.deletions.FOLLOW_EVERY_S", 0.01)
+    deletions, told = CountedReads(store), list[Deletion]()
+    new = DeletionFollower(deletions, told.append)
+    assert await deleted_before(new, spec_of(disk_cache_dir=None)) == set(), "nothing was ever deleted"
+    for number in range(3):
+        await deletions.note(SessionId(f"s{number}"), number)
+    assert await deleted_before(new, spec_of(disk_cache_dir=None)) == set()
+    assert deletions.num_reads == 0
+    old = DeletionFollower(deletions, told.append)
+    assert await deleted_before(old, spec_of(disk_cache_dir=tmp_path)) == {"s0", "s1", "s2"}
+    await deletions.note(SessionId("s3"), 3)
+    for follower in (new, old):
+        follower.start()
+    async with asyncio.timeout(5):
+        while len(told) < 2:  # noqa: ASYNC110
+            await asyncio.sleep(0.01)
+    for follower in (new, old):
+        await follower.stop()
+    assert [one.session_id for one in told] == ["s3", "s3"], "both hear of what is deleted after they began"
+
+
+def spec_of(disk_cache_dir: Path | None) -> RankSpec:
+    return RankSpec(
+        rank_id=RankId("decode-0.0"),
+        gang_id=GangId("decode-0"),
+        pool="decode",
+        gang_rank=0,
+        gang_size=1,
+        model_path=Path("model"),
+        layout="float32",
+        dtype="float32",
+        num_pages=1,
+        disk_cache_dir=disk_cache_dir,
+        max_batch_tokens=1,
+        prefill_chunk_tokens=1,
+        max_running=1,
+        max_context_tokens=1,
+        step_timeout_s=1.0,
+    )
 
 
 async def test_old_deletions_are_dropped(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:

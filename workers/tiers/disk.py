@@ -47,6 +47,7 @@ _RECORD = struct.Struct("<IQI32s32s32sH128s")
 _RECORDS_AT = 4096
 _BLOCK = 4096
 _READ_RECORDS = 1024
+_LIBC = ctypes.CDLL(None, use_errno=True)
 _PUNCH_HOLE = 0x01 | 0x02
 """FALLOC_FL_KEEP_SIZE and FALLOC_FL_PUNCH_HOLE of Linux's fallocate(2)."""
 MAX_FOLDERS = 1024
@@ -232,8 +233,7 @@ def _num_blocks(path: Path) -> int:
 
 def _punch_hole(descriptor: int, at: int, num_bytes: int) -> None:
     """Zeros, where the file system cannot make holes."""
-    libc = ctypes.CDLL(None, use_errno=True)
-    if libc.fallocate(descriptor, _PUNCH_HOLE, ctypes.c_int64(at), ctypes.c_int64(num_bytes)) == 0:
+    if _LIBC.fallocate(descriptor, _PUNCH_HOLE, ctypes.c_int64(at), ctypes.c_int64(num_bytes)) == 0:
         return
     error = ctypes.get_errno()
     if error != errno.EOPNOTSUPP:
