@@ -31,7 +31,8 @@ from seamount.router.tool_waits import DEFAULT_WAIT_S, NUM_BUCKETS, bucket_of, q
 from seamount.wire.errors import ResourceExhausted
 from seamount.wire.hashes import PAGE_SIZE
 from seamount.wire.limits import MAX_RESERVATION_S, MAX_TOOL_WAIT_S
-from seamount.workers.cache import holdings
+from seamount.workers.cache import eviction_order
+from seamount.workers.cache.reservation import common_prefix_len
 from seamount.workers.cache.reservations import Reservations
 from seamount.workers.cache.retention import Candidate, Importance, LeaseOutcome, eviction_key
 
@@ -157,7 +158,7 @@ class Run:
             self.at(self.now + (refusal.retry_after_s or 1.0), lambda: self.begin(session, prompt, came_at))
             return
         self.waited_s += self.now - came_at
-        num_known = holdings.common_prefix_len(array("I", session.left), array("I", prompt))
+        num_known = common_prefix_len(array("I", session.left), array("I", prompt))
         self.num_recomputed += max(0, num_known - reservation.cached_len)
         self.num_new += len(prompt) - max(num_known, reservation.cached_len)
         self.caches.advance(reservation.id, len(prompt))
@@ -216,7 +217,7 @@ def measured(way: str, num_sessions: int, num_pages: int, seed: int) -> Row:
         session = Session(name=f"s{number}", steps=steps_of(rng), fresh=fresh, kept=shared.copy())
         come_s += rng.expovariate(1 / 15.0)
         run.at(come_s, lambda one=session, at=come_s: run.begin(one, one.prompt(), at))  # type: ignore[misc]
-    with mock.patch.object(holdings, "eviction_key", order):
+    with mock.patch.object(eviction_order, "eviction_key", order):
         run.run()
     num_asked = sum(run.outcomes.values())
     return {

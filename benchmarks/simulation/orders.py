@@ -28,8 +28,8 @@ from benchmarks.simulation.traffic import (
     SUBAGENT_LOG,
     TOOLS,
 )
-from seamount.workers.cache import holdings
-from seamount.workers.cache.holdings import Holdings
+from seamount.workers.cache import eviction_order
+from seamount.workers.cache.eviction_order import EvictionOrder
 from seamount.workers.cache.prefix import PageNode
 from seamount.workers.cache.retention import Candidate, Tier, Wait, mean_up_to, share_back
 
@@ -45,7 +45,7 @@ def least_recently_used(page: Candidate) -> Key:
 @contextmanager
 def evicting_least_recently_used() -> Iterator[None]:
     """Until the end of ``with``, every cache evicts in this order."""
-    with mock.patch.object(holdings, "eviction_key", least_recently_used):
+    with mock.patch.object(eviction_order, "eviction_key", least_recently_used):
         yield
 
 
@@ -65,23 +65,23 @@ def evicting_by_distribution(system: System) -> Iterator[None]:
 
 @contextmanager
 def _evicting(worths: _Future) -> Iterator[None]:
-    def tier_key(caches: Holdings, node: PageNode, tier: Tier) -> Key:
-        worth = worths.of(caches, node)
+    def of_copy(order: EvictionOrder, node: PageNode, tier: Tier) -> Key:
+        worth = worths.of(order, node)
         if worth == -math.inf:
             return -1, 0.0
-        is_used = node.page is not None and not caches.pool.is_idle(node.page)
+        is_used = node.page is not None and not order.pool.is_idle(node.page)
         has_other = bool(node.copies) if tier is Tier.DEVICE else is_used
         return int(not has_other), worth
 
-    def page_key(caches: Holdings, page: int) -> Key:
-        node = caches.tree.at(page)
+    def of_page(order: EvictionOrder, page: int) -> Key:
+        node = order.tree.at(page)
         if node is not None:
-            return tier_key(caches, node, Tier.DEVICE)
-        return 1, worths.of_tail(int(caches.sessions.tail_at(page).session_id[1:]))
+            return of_copy(order, node, Tier.DEVICE)
+        return 1, worths.of_tail(int(order.sessions.tail_at(page).session_id[1:]))
 
     with (
-        mock.patch.object(Holdings, "_tier_key", tier_key),
-        mock.patch.object(Holdings, "_page_key", page_key),
+        mock.patch.object(EvictionOrder, "of_copy", of_copy),
+        mock.patch.object(EvictionOrder, "of_page", of_page),
     ):
         yield
 
@@ -94,12 +94,12 @@ class _Future:
         self._forks: dict[int, list[int]] = defaultdict(list)
         self._num_known = 0
 
-    def of(self, caches: Holdings, node: PageNode) -> float:
+    def of(self, order: EvictionOrder, node: PageNode) -> float:
         """-inf where no turn that is to come goes through the page."""
         if not owner(int.from_bytes(node.token_ids[:4], "little")):
             return math.inf  # a system prompt: somebody comes at any time
-        sessions = self._through(caches, node)
-        end = (node.depth + 1) * caches.page_size
+        sessions = self._through(order, node)
+        end = (node.depth + 1) * order.page_size
         return self._together([self._of_session(one, end) for one in sessions])
 
     def of_tail(self, number: int) -> float:
@@ -117,9 +117,9 @@ class _Future:
         """To all who come for it."""
         return max(worths, default=-math.inf)
 
-    def _through(self, caches: Holdings, node: PageNode) -> list[Session]:
+    def _through(self, order: EvictionOrder, node: PageNode) -> list[Session]:
         """Sessions whose context goes through the page."""
-        first, end = node.depth * caches.page_size, (node.depth + 1) * caches.page_size
+        first, end = node.depth * order.page_size, (node.depth + 1) * order.page_size
         brought = {int(name[1:]) for name in (node.session_id, node.last_session) if name}
         family = {one for number in brought for one in self._family(number)}
         sessions = [self._system.sessions[number] for number in sorted(family)]

@@ -21,7 +21,7 @@ from benchmarks.simulation.sessions import Session
 from benchmarks.simulation.traffic import SUBAGENT, Generator, Plan, Step
 from seamount.router.history import common_len
 from seamount.wire.errors import InvalidArgument
-from seamount.workers.cache import holdings
+from seamount.workers.cache import eviction_order
 from seamount.workers.cache.retention import Candidate, Tier
 from seamount.workers.scheduler import EngineLimits
 
@@ -180,7 +180,7 @@ def test_an_order_to_compare_with_decides_in_every_tier(order: Order, monkeypatc
     def own_order(page: Candidate) -> tuple[int, float]:
         raise AssertionError("the system's own order was asked")
 
-    monkeypatch.setattr(holdings, "eviction_key", own_order)
+    monkeypatch.setattr(eviction_order, "eviction_key", own_order)
     outcome = simulate(replace(AGENTS, order=order, leases=False), traffic(6, 3))
     (rank,) = outcome.system.ranks.values()
     counts = rank.caches.tiers.counts()

@@ -243,7 +243,7 @@ def test_a_damaged_page_is_found_and_computed_again(
     stride = 4096 * -(-image_bytes(rank.planes) // 4096)
     flip(pages, 2 * stride + rng.randrange(image_bytes(rank.planes)))
     if num_host:
-        for node in rank.reservations._holdings.tree:
+        for node in rank.reservations._cache.tree:
             if node.depth == 2:
                 assert rank.mover._host is not None
                 rank.mover._host.image(node.copies[Tier.HOST].slot)[100] ^= 1

@@ -10,6 +10,7 @@ from seamount.wire.limits import MAX_RESERVATION_S, check_range
 from seamount.workers.cache.admission import pack_prompt
 from seamount.workers.cache.holdings import Holdings
 from seamount.workers.cache.live import LiveReservations
+from seamount.workers.cache.prefix_cache import PrefixCache
 from seamount.workers.cache.reservation import Reservation
 from seamount.workers.cache.tier_door import TierDoor
 
@@ -32,12 +33,14 @@ class Handover:
     def __init__(
         self,
         live: LiveReservations,
+        cache: PrefixCache,
         holdings: Holdings,
         tiers: TierDoor,
         *,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        self._live, self._holdings, self._tiers, self._clock = live, holdings, tiers, clock
+        self._live, self._cache, self._holdings = live, cache, holdings
+        self._tiers, self._clock = tiers, clock
 
     def hold(
         self,
@@ -57,12 +60,12 @@ class Handover:
         hashes. Raises InvalidArgument, Aborted (STALE_EPOCH, STALE_ATTEMPT), AlreadyExists (RESERVATION_KEY_REUSED).
         """
         check_range(time_to_live_s, field="time_to_live", low=0, high=MAX_RESERVATION_S, low_open=True)
-        packed = pack_prompt(token_ids, page_size=self._holdings.page_size, num_pages=None)
+        packed = pack_prompt(token_ids, page_size=self._cache.page_size, num_pages=None)
         held = Reservation.of_prompt(
             packed,
             root=root,
             key=("", f"hold/{session_id}", epoch, attempt),
-            page_size=self._holdings.page_size,
+            page_size=self._cache.page_size,
             time_to_live_s=time_to_live_s,
         )
         with self._live.changing():
@@ -84,17 +87,17 @@ class Handover:
         while a turn of the session runs here, or where a later epoch has been seen."""
         with self._live.lock:
             if self._live.of_session(session_id) is None and self._live.fences.seen(session_id) <= epoch:
-                self._holdings.departures.give_up(session_id)
+                self._cache.departures.give_up(session_id)
 
     def left_behind(self) -> list[LeftSession]:
         """What sessions without a turn here have left and is still here, leased ones first, then the most recent."""
         with self._live.lock:
             now, found = self._clock(), list[LeftSession]()
-            for session_id, record in self._holdings.sessions.items():
+            for session_id, record in self._cache.sessions.items():
                 is_here = bool(record.chain) and (record.chain[0].page is not None or bool(record.chain[0].copies))
                 if record.live_id is not None or not is_here or not record.salt:  # of an adopted one it is not known
                     continue
-                lease = self._holdings.sessions.leases.get(session_id)
+                lease = self._cache.sessions.leases.get(session_id)
                 found.append(
                     LeftSession(
                         session_id=session_id,
@@ -111,11 +114,11 @@ class Handover:
         is one: the last token of a prompt is never taken as cached. Empty where a turn has come, or
         nothing is left."""
         with self._live.lock:
-            record = self._holdings.sessions.get(session_id)
+            record = self._cache.sessions.get(session_id)
             if record is None or record.live_id is not None:
                 return ()
-            num_full = len(self._holdings.leases.left(record)[0])
-            return tuple(record.left[: num_full * self._holdings.page_size + 1]) if num_full else ()
+            num_full = len(self._cache.leases.left(record)[0])
+            return tuple(record.left[: num_full * self._cache.page_size + 1]) if num_full else ()
 
     def is_settling(self, reservation_id: str) -> bool:
         """Whether it was released, and something still touches its pages."""

@@ -5,14 +5,14 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Sequence
 
-from seamount.workers.cache.holdings import Holdings
 from seamount.workers.cache.lower import LowerTier
 from seamount.workers.cache.prefix import PageNode
+from seamount.workers.cache.prefix_cache import PrefixCache
 from seamount.workers.cache.reservation import Reservation
 from seamount.workers.cache.retention import Tier
 
 
-def check_holdings(holdings: Holdings, reservations: Sequence[Reservation]) -> None:
+def check_cache(cache: PrefixCache, reservations: Sequence[Reservation]) -> None:
     """Raise AssertionError unless the pages are in order. ``reservations``: all that hold pages.
 
     Every page is free, referenced or idle, and only one of them; references equal holders; every idle page is a node of
@@ -21,7 +21,7 @@ def check_holdings(holdings: Holdings, reservations: Sequence[Reservation]) -> N
     counted, and cover no free page; every slot of a tier is free, promised, to be erased or holds a copy; superseded
     pages are counted.
     """
-    pool = holdings.pool
+    pool = cache.pool
     free, idle = pool.free_pages(), pool.idle_pages()
     referenced = [page for page in range(pool.num_pages) if pool.refcount(page) > 0]
     assert sorted([*free, *idle, *referenced]) == list(range(pool.num_pages)), "a page is lost or counted twice"
@@ -40,16 +40,16 @@ def check_holdings(holdings: Holdings, reservations: Sequence[Reservation]) -> N
         )
     for page, count in writers.items():
         assert count == 1, f"page {page} is written by {count} reservations"
-        assert holdings.tree.at(page) is None, f"page {page} is in the tree and may still be written"
+        assert cache.tree.at(page) is None, f"page {page} is in the tree and may still be written"
 
-    _check_tree(holdings, set(free), idle)
-    for lower in holdings.copies.tiers.values():
-        _check_tier(holdings, lower)
-    _check_wanted(holdings, reservations)
-    superseded = Counter(tier for node in holdings.tree for tier in holdings.superseded.tiers(node))
-    assert +holdings.superseded.num_pages == superseded, "superseded pages are miscounted"
+    _check_tree(cache, set(free), idle)
+    for lower in cache.copies.tiers.values():
+        _check_tier(cache, lower)
+    _check_wanted(cache, reservations)
+    superseded = Counter(tier for node in cache.tree for tier in cache.superseded.tiers(node))
+    assert +cache.superseded.num_pages == superseded, "superseded pages are miscounted"
     assert superseded[Tier.DEVICE] + pool.num_leased_idle <= pool.num_idle, "a page may go and may not"
-    assert not any(holdings.superseded.holds(node) and node.num_leases for node in holdings.tree), "nobody's lease"
+    assert not any(cache.superseded.holds(node) and node.num_leases for node in cache.tree), "nobody's lease"
 
 
 def _page(node: PageNode) -> int:
@@ -68,8 +68,8 @@ def _check_reservation(reservation: Reservation) -> None:
     assert reservation.computed_len <= len(reservation.token_ids), "entries of tokens that do not exist"
 
 
-def _check_tree(holdings: Holdings, free: set[int], idle: Sequence[int]) -> None:
-    tree, tails = holdings.tree, list(holdings.sessions.tails())
+def _check_tree(cache: PrefixCache, free: set[int], idle: Sequence[int]) -> None:
+    tree, tails = cache.tree, list(cache.sessions.tails())
     on_device = [node for node in tree if node.page is not None]
     owned = [_page(node) for node in on_device] + [tail.page for tail in tails]
     assert len(set(owned)) == len(owned), "two prefixes share a page"
@@ -90,18 +90,18 @@ def _check_tree(holdings: Holdings, free: set[int], idle: Sequence[int]) -> None
         assert node.num_children[Tier.DEVICE] == children[node], "a node miscounts its children"
     for tail in tails:
         assert tail.page in resting, "a tail is in use"
-        assert 0 < len(tail.token_ids) < holdings.page_size, "a tail is empty or full"
-        record = holdings.sessions.get(tail.session_id)
+        assert 0 < len(tail.token_ids) < cache.page_size, "a tail is empty or full"
+        record = cache.sessions.get(tail.session_id)
         assert record is not None, "a tail has no session"
         assert record.tail is tail, "a session has two tails"
     leaves = resting - {parent.page for _, parent in links if parent is not None}
-    assert holdings.eviction.leaves() == leaves, "a page that could be evicted is not known, or one that could not is"
-    _check_leases(holdings, resting, dict(links))
+    assert cache.eviction.leaves() == leaves, "a page that could be evicted is not known, or one that could not is"
+    _check_leases(cache, resting, dict(links))
 
 
-def _check_leases(holdings: Holdings, idle: set[int], parents: dict[int, PageNode | None]) -> None:
-    pool, sessions = holdings.pool, holdings.sessions
-    held = Counter(holdings.first_copies.pages)
+def _check_leases(cache: PrefixCache, idle: set[int], parents: dict[int, PageNode | None]) -> None:
+    pool, sessions = cache.pool, cache.sessions
+    held = Counter(cache.first_copies.pages)
     counted: Counter[PageNode] = Counter()
     num_tails: Counter[Tier] = Counter()
     for session_id, lease in sessions.leases.items():
@@ -122,19 +122,19 @@ def _check_leases(holdings: Holdings, idle: set[int], parents: dict[int, PageNod
     users: Counter[PageNode] = Counter()
     for record in sessions.records():
         users.update(record.chain)
-    for node in holdings.tree:
+    for node in cache.tree:
         assert node.num_sessions == users[node], "a node miscounts its sessions"
         assert node.num_leases == counted[node], "a node miscounts its leases"
         assert (node.leased_in is not None) == (node.num_leases > 0), "a leased page has no tier, or a free one has"
     by_tier = Counter(node.leased_in for node in counted if node.leased_in is not None) + num_tails
-    assert +holdings.leases.num_pages == by_tier, "leased pages are miscounted"
+    assert +cache.leases.num_pages == by_tier, "leased pages are miscounted"
 
 
-def _check_tier(holdings: Holdings, lower: LowerTier) -> None:
+def _check_tier(cache: PrefixCache, lower: LowerTier) -> None:
     tier, nodes = lower.tier, set(lower)
-    assert nodes == {node for node in holdings.tree if tier in node.copies}, "a tier does not know what it holds"
+    assert nodes == {node for node in cache.tree if tier in node.copies}, "a tier does not know what it holds"
     slots = [node.copies[tier].slot for node in nodes]
-    promised = [copy.slot for copy in holdings.copies.making() if copy.tier is tier]
+    promised = [copy.slot for copy in cache.copies.making() if copy.tier is tier]
     used = [*slots, *promised, *lower.free_slots(), *lower.to_erase]
     assert len(set(used)) == len(used) == lower.num_pages, "a slot is lost or used twice"
     children = Counter(node.parent for node in nodes)
@@ -144,11 +144,11 @@ def _check_tier(holdings: Holdings, lower: LowerTier) -> None:
     assert lower.leaves() == {node for node in nodes if not children[node]}, "a copy that could go is not known"
 
 
-def _check_wanted(holdings: Holdings, reservations: Sequence[Reservation]) -> None:
+def _check_wanted(cache: PrefixCache, reservations: Sequence[Reservation]) -> None:
     wanted: Counter[PageNode] = Counter()
     for reservation in reservations:
         wanted.update(reservation.to_restore)
-    for copy in holdings.copies.making():
+    for copy in cache.copies.making():
         wanted.update(copy.kept)
-    for node in holdings.tree:
+    for node in cache.tree:
         assert node.num_wanted == wanted[node], "a node miscounts who wants its copies"

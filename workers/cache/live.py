@@ -15,6 +15,7 @@ from seamount.wire.errors import AlreadyExists, FailedPrecondition, NotFound
 from seamount.workers.cache.admission import EpochFences
 from seamount.workers.cache.holdings import Holdings
 from seamount.workers.cache.leases import Leases
+from seamount.workers.cache.prefix_cache import PrefixCache
 from seamount.workers.cache.reservation import Reservation, ReservationKey, ReservationState
 from seamount.workers.cache.restores import Restores
 
@@ -26,15 +27,15 @@ class LiveReservations:
     reservation that a higher epoch, a later attempt or its expiry ended.
     """
 
-    def __init__(self, holdings: Holdings, *, clock: Callable[[], float]) -> None:
+    def __init__(self, cache: PrefixCache, holdings: Holdings, *, clock: Callable[[], float]) -> None:
         self.lock = threading.RLock()
         self.on_abort: Callable[[str], None] | None = None
         self.by_id: dict[str, Reservation] = {}
         self.ending: dict[str, Reservation] = {}
-        self.leases = Leases(holdings)
+        self.leases = Leases(cache)
         self.fences = EpochFences()
-        self.restores = Restores(holdings, on_end=self._end_restore)
-        self._holdings, self._clock = holdings, clock
+        self.restores = Restores(cache, holdings, on_end=self._end_restore)
+        self._cache, self._holdings, self._clock = cache, holdings, clock
         self._by_key: dict[ReservationKey, Reservation] = {}
         self._aborted: list[str] = []
 
@@ -83,7 +84,7 @@ class LiveReservations:
 
     def of_session(self, session_id: str) -> Reservation | None:
         """The one in force that a session's turn has."""
-        record = self._holdings.sessions.get(session_id)
+        record = self._cache.sessions.get(session_id)
         return None if record is None or record.live_id is None else self.by_id[record.live_id]
 
     def all(self) -> list[Reservation]:

@@ -19,8 +19,9 @@ from seamount.wire.limits import MAX_RESERVATION_S, MAX_TOOL_WAIT_S, check_range
 from seamount.workers.cache.admission import check_span, no_pages, pack_prompt
 from seamount.workers.cache.handover import Handover
 from seamount.workers.cache.holdings import Holdings
-from seamount.workers.cache.invariants import check_holdings
+from seamount.workers.cache.invariants import check_cache
 from seamount.workers.cache.live import LiveReservations
+from seamount.workers.cache.prefix_cache import PrefixCache
 from seamount.workers.cache.reservation import Reservation, ReservationKey, ReservationState, prompt_digest
 from seamount.workers.cache.retention import DENIED, Importance, LeaseDecision, Tier
 from seamount.workers.cache.tier_door import TierDoor
@@ -69,12 +70,13 @@ class Reservations:
         check_range(page_size, field="page_size", low=1, high=1 << 16)
         self.num_pages, self.page_size = num_pages, page_size
         self._fingerprint, self._layout, self._clock = fingerprint, layout, clock
-        self._holdings = Holdings(num_pages=num_pages, page_size=page_size, clock=clock, num_below=num_below)
-        self._live = LiveReservations(self._holdings, clock=clock)
+        cache = PrefixCache(num_pages=num_pages, page_size=page_size, clock=clock, num_below=num_below)
+        self._cache, self._holdings = cache, Holdings(cache, clock=clock)
+        self._live = LiveReservations(cache, self._holdings, clock=clock)
         self._live.on_abort = on_abort
         self._lock, self._leases = self._live.lock, self._live.leases
-        self.tiers = TierDoor(self._lock, self._holdings, self._live.restores)
-        self.handover = Handover(self._live, self._holdings, self.tiers, clock=clock)
+        self.tiers = TierDoor(self._lock, cache, self._live.restores)
+        self.handover = Handover(self._live, cache, self._holdings, self.tiers, clock=clock)
 
     @property
     def on_abort(self) -> Callable[[str], None] | None:
@@ -234,8 +236,8 @@ class Reservations:
             if ahead is not None:
                 self._live.end(ahead, 0)
             self._live.delete_session(session_id)
-            self._holdings.departures.delete(session_id)
-            self._holdings.departures.sweep()
+            self._cache.departures.delete(session_id)
+            self._cache.departures.sweep()
         self.tiers.wake()
 
     def expire(self, now: float | None = None) -> list[str]:
@@ -246,7 +248,7 @@ class Reservations:
             ended = self._live.end_expired(now)
             for session_id in self._leases.ending(now + AHEAD_S):
                 self.restore_ahead(session_id)
-            self._holdings.departures.sweep()
+            self._cache.departures.sweep()
         self.tiers.wake()
         return ended
 
@@ -393,13 +395,13 @@ class Reservations:
     def state(self) -> CacheState:
         """Counts at this moment."""
         with self._lock:
-            self._holdings.first_copies.end_late(self._clock())
+            self._cache.first_copies.end_late(self._clock())
             return CacheState(
                 num_pages=self.num_pages,
-                num_free=self._holdings.pool.num_free,
-                num_cached=self._holdings.pool.num_idle,
-                num_leased=self._holdings.pool.num_leased_idle,
-                num_superseded=self._holdings.superseded.num_pages[Tier.DEVICE],
+                num_free=self._cache.pool.num_free,
+                num_cached=self._cache.pool.num_idle,
+                num_leased=self._cache.pool.num_leased_idle,
+                num_superseded=self._cache.superseded.num_pages[Tier.DEVICE],
                 num_reservations=len(self._live.all()),
             )
 
@@ -407,13 +409,13 @@ class Reservations:
         """Sessions with a live reservation or cached pages of their own here, the most recent ones first; at most
         ``limit`` of them."""
         with self._lock:
-            return list(islice(self._holdings.sessions.cached_sessions(), limit))
+            return list(islice(self._cache.sessions.cached_sessions(), limit))
 
     def check_invariants(self) -> None:
         """Raise AssertionError unless each page is free, referenced as often as held, or cached and reachable."""
         with self._lock:
             self._live.check_invariants()
-            check_holdings(self._holdings, self._live.all())
+            check_cache(self._cache, self._live.all())
 
     # ---- with the lock held
 
@@ -445,20 +447,20 @@ class Reservations:
 
     def _no_pages(self, num_needed: int) -> ResourceExhausted:
         now = self._clock()
-        if self._holdings.first_copies.is_waiting:
-            return no_pages(self._holdings.pool, num_needed, 0.0)
+        if self._cache.first_copies.is_waiting:
+            return no_pages(self._cache.pool, num_needed, 0.0)
         ends = [reservation.expires_at for reservation in self._live.by_id.values()]
-        ends += [lease.expires_at for lease in self._holdings.sessions.leases.values()]
-        return no_pages(self._holdings.pool, num_needed, min(ends, default=now) - now)
+        ends += [lease.expires_at for lease in self._cache.sessions.leases.values()]
+        return no_pages(self._cache.pool, num_needed, min(ends, default=now) - now)
 
     def _ahead(self, session_id: str) -> Reservation | None:
-        record = self._holdings.sessions.get(session_id)
+        record = self._cache.sessions.get(session_id)
         key = _ahead_key(session_id)
         if record is None or record.live_id is not None or self._live.by_key(key) is not None:
             return None
-        nodes, _ = self._holdings.leases.left(record)
+        nodes, _ = self._cache.leases.left(record)
         num_below = sum(1 for node in nodes if node.page is None)
-        if not 0 < num_below <= AHEAD_SHARE * self._holdings.pool.num_available:
+        if not 0 < num_below <= AHEAD_SHARE * self._cache.pool.num_available:
             return None
         return Reservation(
             id=secrets.token_hex(16),

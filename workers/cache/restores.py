@@ -13,6 +13,7 @@ from dataclasses import dataclass
 
 from seamount.workers.cache.holdings import Holdings
 from seamount.workers.cache.prefix import PageNode, StoredCopy
+from seamount.workers.cache.prefix_cache import PrefixCache
 from seamount.workers.cache.reservation import Reservation, ReservationState
 from seamount.workers.cache.retention import Tier
 
@@ -39,8 +40,8 @@ class Restores:
     """Not thread-safe: its owner holds the lock. on_end: called when a reservation's restore is over, and with it the
     use."""
 
-    def __init__(self, holdings: Holdings, *, on_end: Callable[[Reservation], None]) -> None:
-        self._holdings, self._on_end = holdings, on_end
+    def __init__(self, cache: PrefixCache, holdings: Holdings, *, on_end: Callable[[Reservation], None]) -> None:
+        self._cache, self._holdings, self._on_end = cache, holdings, on_end
         self._queue: deque[Reservation] = deque()
         self._reading: Reservation | None = None
 
@@ -78,7 +79,7 @@ class Restores:
                 reservation.restored_from[-len(reservation.to_restore)] = fetch.tier
                 self._settle(reservation)
         if damaged is not None and damaged.node.copies.get(damaged.tier) is damaged.copy:
-            self._holdings.lose_copy(damaged.node, damaged.tier)
+            self._cache.lose_copy(damaged.node, damaged.tier)
         is_stuck = num_good < len(restore.fetches) and damaged is None
         if is_stuck or reservation.state is not ReservationState.ACTIVE:
             self._end(reservation)
@@ -109,7 +110,7 @@ class Restores:
         """The next page is on the device by now: the reservation's own page for it is not needed."""
         node, index = reservation.to_restore[0], len(reservation.nodes)
         assert node.page is not None
-        pool = self._holdings.pool
+        pool = self._cache.pool
         pool.pin(node.page)
         pool.unpin(reservation.pages[index], cached=False)
         reservation.pages[index] = node.page
@@ -118,13 +119,13 @@ class Restores:
 
     def _settle(self, reservation: Reservation) -> None:
         num_nodes = len(reservation.nodes)
-        self._holdings.advance(reservation, (num_nodes + 1) * self._holdings.page_size)
+        self._holdings.advance(reservation, (num_nodes + 1) * self._cache.page_size)
         assert len(reservation.nodes) == num_nodes + 1, "a page that was restored is not in the tree"
         self._taken(reservation)
 
     def _taken(self, reservation: Reservation) -> None:
         reservation.to_restore.popleft().num_wanted -= 1
-        reservation.computed_len = len(reservation.nodes) * self._holdings.page_size
+        reservation.computed_len = len(reservation.nodes) * self._cache.page_size
 
     def _end(self, reservation: Reservation) -> None:
         for node in reservation.to_restore:

@@ -11,8 +11,8 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 from seamount.workers.cache.copies import Copy
-from seamount.workers.cache.holdings import Holdings
 from seamount.workers.cache.prefix import PageNode, StoredCopy
+from seamount.workers.cache.prefix_cache import PrefixCache
 from seamount.workers.cache.restores import Fetch, Restore, Restores
 from seamount.workers.cache.retention import Tier
 
@@ -56,14 +56,14 @@ class TierCounts:
 class TierDoor:
     """Made by ``Reservations``, whose lock it takes. on_work: called when there may be something to do; set later."""
 
-    def __init__(self, lock: threading.RLock, holdings: Holdings, restores: Restores) -> None:
+    def __init__(self, lock: threading.RLock, cache: PrefixCache, restores: Restores) -> None:
         self.on_work: Callable[[], None] | None = None
-        self._lock, self._holdings, self._restores = lock, holdings, restores
+        self._lock, self._cache, self._restores = lock, cache, restores
 
     def next_copies(self, tier: Tier, limit: int) -> list[Copy]:
         """Pages to copy into the tier now, at most ``limit``; each is answered by ``copied``, in order."""
         with self._lock:
-            return self._holdings.copies.next(tier, limit)
+            return self._cache.copies.next(tier, limit)
 
     def copied(self, copy: Copy, crc: int | None) -> bool:
         """The bytes are in the slot, with this CRC32C; None: the slot cannot be written and is given up.
@@ -71,7 +71,7 @@ class TierDoor:
         False where the page has gone meanwhile: the slot's bytes are nobody's.
         """
         with self._lock:
-            is_kept = self._holdings.copies.made(copy, crc)
+            is_kept = self._cache.copies.made(copy, crc)
         self.wake()
         return is_kept
 
@@ -79,13 +79,13 @@ class TierDoor:
         """Slots of the tier whose pages a later process must not find, at most ``limit``; each is answered by
         ``erased``, by the thread that asked, before it asks again."""
         with self._lock:
-            lower = self._holdings.copies.tiers.get(tier)
+            lower = self._cache.copies.tiers.get(tier)
             return [] if lower is None else lower.to_erase[:limit]
 
     def erased(self, tier: Tier, slot: int, *, is_done: bool) -> None:
         """is_done: False: the slot cannot be written and is given up."""
         with self._lock:
-            self._holdings.copies.tiers[tier].erased(slot, is_done=is_done)
+            self._cache.copies.tiers[tier].erased(slot, is_done=is_done)
 
     def next_restore(self, limit: int) -> Restore | None:
         """At most ``limit`` pages of one reservation to bring up; answered by ``restored`` before the next call."""
@@ -108,7 +108,7 @@ class TierDoor:
         orphans: list[int] = []
         latest: dict[str, tuple[int, PageNode]] = {}
         with self._lock:
-            lower, found = self._holdings.copies.tiers[tier], sorted(pages, key=lambda one: one.depth)
+            lower, found = self._cache.copies.tiers[tier], sorted(pages, key=lambda one: one.depth)
             lower.adopt({page.slot for page in found})
             for page in found:
                 node = self._adopt(tier, page)
@@ -120,41 +120,41 @@ class TierDoor:
             doomed = set(deleted)
             for session_id, (_, node) in sorted(latest.items(), key=lambda item: item[1][0]):
                 if session_id not in doomed:
-                    self._holdings.adopt_session(session_id, node)
+                    self._cache.adopt_session(session_id, node)
             for session_id in doomed:
-                self._holdings.departures.delete(session_id)
-            self._holdings.departures.sweep()
+                self._cache.departures.delete(session_id)
+            self._cache.departures.sweep()
         return orphans
 
     def state(self, tier: Tier) -> TierState:
         with self._lock:
-            lower = self._holdings.copies.tiers.get(tier)
+            lower = self._cache.copies.tiers.get(tier)
             if lower is None:
                 return TierState(num_pages=0, num_cached=0, num_superseded=0)
-            num_superseded = self._holdings.superseded.num_pages[tier]
+            num_superseded = self._cache.superseded.num_pages[tier]
             return TierState(num_pages=lower.num_pages, num_cached=lower.num_cached, num_superseded=num_superseded)
 
     def counts(self) -> dict[Tier, TierCounts]:
         """Of the device, and of each tier below that there is."""
         with self._lock:
-            evicted = {tier: lower.num_evicted for tier, lower in self._holdings.copies.tiers.items()}
-            evicted[Tier.DEVICE] = self._holdings.eviction.num_evicted
-            damaged = self._holdings.num_damaged
+            evicted = {tier: lower.num_evicted for tier, lower in self._cache.copies.tiers.items()}
+            evicted[Tier.DEVICE] = self._cache.eviction.num_evicted
+            damaged = self._cache.num_damaged
             return {tier: TierCounts(num_evicted=evicted[tier], num_damaged=damaged[tier]) for tier in evicted}
 
     @property
     def is_busy(self) -> bool:
         """Whether a copy or a restore is under way or waits."""
         with self._lock:
-            return self._restores.is_busy or self._holdings.copies.is_busy
+            return self._restores.is_busy or self._cache.copies.is_busy
 
     def wake(self) -> None:
         """Call ``on_work`` if there is something to do: this follows every step of the engine."""
-        if self.on_work is not None and (self._restores.is_busy or self._holdings.copies.is_waiting):
+        if self.on_work is not None and (self._restores.is_busy or self._cache.copies.is_waiting):
             self.on_work()
 
     def _adopt(self, tier: Tier, page: StoredPage) -> PageNode | None:
-        tree, lower = self._holdings.tree, self._holdings.copies.tiers[tier]
+        tree, lower = self._cache.tree, self._cache.copies.tiers[tier]
         parent = tree.find(page.parent) if page.depth else None
         is_reachable = parent is not None and parent.depth == page.depth - 1 and tier in parent.copies
         if (page.depth and not is_reachable) or tree.find(page.digest) is not None:
@@ -167,5 +167,5 @@ class TierDoor:
             root=page.root,
         )
         lower.settle(node, StoredCopy(slot=page.slot, crc=page.crc))
-        self._holdings.sessions.entered(node)
+        self._cache.sessions.entered(node)
         return node

@@ -93,11 +93,11 @@ class TieredCache(SmallCache):
     def press(self) -> None:
         """Everything that may goes from the device."""
         self.caches.state()  # what has waited for its copy for long enough waits no more
-        held = self.reserve([9] * (4 * self.caches._holdings.pool.num_available - 1), session="", turn=str(id(self)))
+        held = self.reserve([9] * (4 * self.caches._cache.pool.num_available - 1), session="", turn=str(id(self)))
         self.release(held, keep_len=0)
 
     def nodes(self, tier: Tier) -> list[PageNode]:
-        return sorted(self.caches._holdings.copies.tiers[tier], key=lambda node: (node.token_ids, node.depth))
+        return sorted(self.caches._cache.copies.tiers[tier], key=lambda node: (node.token_ids, node.depth))
 
 
 MakeTiered = Callable[..., TieredCache]

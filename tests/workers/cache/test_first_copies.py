@@ -80,7 +80,7 @@ def test_a_session_that_is_gone_does_not_wait(make_tiered: MakeTiered, way: str)
     if way == "deleted":
         cache.caches.delete_session("a", 2)
     else:
-        cache.caches._holdings.departures.give_up("a")
+        cache.caches._cache.departures.give_up("a")
     cache.caches.check_invariants()
     cache.release(cache.reserve(ALL, session="b"), keep_len=0)
 
@@ -131,7 +131,7 @@ def test_pages_of_a_turn_that_was_refused_outlive_those_of_a_tool_that_is_due(ma
     cache = make_tiered(8)
     for session, ids in (("a", A), ("b", B)):
         cache.leave(ids, session=session, turn="t1")
-        cache.caches._holdings.sessions.touch(session).wait_for_tools(20.0)
+        cache.caches._cache.sessions.touch(session).wait_for_tools(20.0)
     cache.clock.now += 60.0
     held = cache.reserve([7] * 15, session="c")
     with pytest.raises(ResourceExhausted):

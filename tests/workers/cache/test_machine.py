@@ -322,7 +322,7 @@ class CacheMachine(RuleBasedStateMachine):
     )
     def retain(self, session: str, duration_s: float, importance: Importance) -> None:
         decision = self.caches.retain(session, duration_s=duration_s, importance=importance, prefill_tokens_per_s=0.0)
-        lease = self.caches._holdings.sessions.leases.get(session)
+        lease = self.caches._cache.sessions.leases.get(session)
         if decision.outcome is LeaseOutcome.DENIED:
             assert lease is None or lease.expires_at > self.now
         else:
@@ -351,11 +351,11 @@ class CacheMachine(RuleBasedStateMachine):
         assert len(self.aborted) == num_aborted + num_live
         self.leased.pop(session, None)
         self.left.pop(session, None)
-        assert self.caches._holdings.sessions.get(session) is None
+        assert self.caches._cache.sessions.get(session) is None
         self.epochs[session] = epoch + 1, 0
         assert self._reserve(session, SALTS[0], [1], "stale", False) is None, "its writers are fenced off"
 
-    @precondition(lambda self: self.caches._holdings.copies.tiers)
+    @precondition(lambda self: self.caches._cache.copies.tiers)
     @rule(count=st.integers(1, 9), is_done=st.sampled_from([True, True, True, False]))
     def erase(self, count: int, is_done: bool) -> None:
         for slot in self.caches.tiers.next_erasures(Tier.DISK, count):
@@ -440,13 +440,13 @@ class CacheMachine(RuleBasedStateMachine):
         ]
         assert len(set(sessions)) == len(sessions)
         assert len(self.aborted) == len(set(self.aborted))
-        leases = self.caches._holdings.sessions.leases
+        leases = self.caches._cache.sessions.leases
         for session, (expires_at, epoch, nodes, pages) in self.leased.items():
             if self.now < expires_at and nodes and self.epochs.get(session) == epoch:  # the session has not come back
                 assert leases[session].nodes == nodes, "a lease lost a page before its end"
                 assert all(node.page is not None or node.copies for node in nodes)
                 assert set(leases[session].pages) >= set(pages), "a leased page may leave the device"
-        for tier, lower in self.caches._holdings.copies.tiers.items():
+        for tier, lower in self.caches._cache.copies.tiers.items():
             for node in lower:
                 assert self.stored[tier, node.copies[tier].slot] == self._page(node), "a tier has other bytes"
 

@@ -75,7 +75,7 @@ def test_a_copy_that_was_read_while_its_page_was_away_does_not_count(make_tiered
     cache.leave([1] * 5)
     cache.settle()
     (node,) = cache.nodes(Tier.HOST)
-    cache.caches._holdings.lose_copy(node, Tier.HOST)
+    cache.caches._cache.lose_copy(node, Tier.HOST)
     cache.release(cache.reserve([1] * 5, epoch=2))
     (copy,) = cache.caches.tiers.next_copies(Tier.HOST, 9)
     page = node.page
@@ -101,7 +101,7 @@ def test_a_copy_whose_source_was_given_up_does_not_count(make_tiered: MakeTiered
     cache.caches.tiers.copied(copy, 0)
     (copy,) = cache.caches.tiers.next_copies(Tier.DISK, 9)
     assert copy.source is not None
-    cache.caches._holdings.lose_copy(copy.node, Tier.HOST)
+    cache.caches._cache.lose_copy(copy.node, Tier.HOST)
     assert not cache.caches.tiers.copied(copy, 0)
     cache.settle()
     assert states(cache) == {Tier.HOST: 1, Tier.DISK: 1}
@@ -157,7 +157,7 @@ def test_bytes_of_a_slot_that_was_given_up_while_it_was_read_are_not_used(make_t
     back = cache.reserve([1] * 10, epoch=2)
     restore = cache.caches.tiers.next_restore(9)
     assert restore is not None
-    cache.caches._holdings.lose_copy(restore.fetches[0].node, Tier.HOST)
+    cache.caches._cache.lose_copy(restore.fetches[0].node, Tier.HOST)
     cache.caches.tiers.restored(restore, 2)
     cache.settle()
     assert back.computed_len == 0
