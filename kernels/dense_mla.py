@@ -38,6 +38,8 @@ def dense_mla(
     as there.
     """
     if q.is_cuda and layout.name != "exact":
+        check_tensor("slots", slots, (slots.numel(),), q.device, INTEGERS)
+        check_tensor("lengths", lengths, q.shape[:1], q.device, INTEGERS)
         positions = torch.arange(slots.shape[0], device=slots.device)
         chosen = torch.where(_visible(lengths, slots.shape[0]), positions, -1)
         return sparse_mla_prefill(q, plane, slots, chosen, layout, scale)
@@ -63,8 +65,11 @@ def dense_mha(q: Tensor, k: Tensor, k_rope: Tensor, v: Tensor, lengths: Tensor, 
     Returns (out [T, H, V] in q's dtype, lse [T, H] in float32, or float64 where q is).
 
     On CUDA with bfloat16 a kernel does this if N and V are powers of two from 16 to 256 and R is one to 128 or 0.
-    Raises ValueError there for other shapes, dtypes, strides or devices.
+    Raises ValueError there for other shapes, dtypes, strides or devices, everywhere for other numbers of dimensions.
     """
+    for name, x, dimensions in (("q", q, 3), ("k", k, 3), ("k_rope", k_rope, 2), ("v", v, 3)):
+        if x.dim() != dimensions:
+            raise ValueError(f"{name} has shape {tuple(x.shape)}; it must have {dimensions} dimensions")
     if q.is_cuda and q.dtype == torch.bfloat16:
         from seamount.kernels.triton import dense_hopper
         from seamount.kernels.triton import dense_mla as dense_general

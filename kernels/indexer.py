@@ -51,8 +51,11 @@ def mqa_topk_indices(
 ) -> Tensor:
     """``topk_indices`` of ``mqa_logits``: [T, k] int64. Few rows' scores exist at one time.
 
-    Arguments as for the two. Returns the positions of the min(k, lengths[t]) best keys, ascending, then -1.
+    Arguments, and what is raised, as for the two. Returns the positions of the min(k, lengths[t]) best keys, ascending,
+    then -1.
     """
+    if k < 1:
+        raise ValueError(f"k is {k}; it must be at least 1")
     num_rows, width = q.shape[0], pages.shape[0] * PAGE_SIZE
     selected = torch.empty((num_rows, k), dtype=torch.int64, device=q.device)
     if on_gpu := multiplies_e4m3(q, layout):

@@ -50,6 +50,8 @@ def topk_indices(logits: Tensor, k: int, lengths: Tensor) -> Tensor:
 def _check(logits: Tensor, k: int, lengths: Tensor) -> None:
     if logits.dim() != 2 or logits.dtype != torch.float32:
         raise ValueError(f"logits is {logits.dtype} {tuple(logits.shape)}; it must be float32 [T, L]")
+    if logits.shape[1] >= 1 << 31:
+        raise ValueError(f"logits has {logits.shape[1]} columns; there must be fewer than 2^31")
     if logits.shape[1] > 1 and logits.stride(1) != 1:
         raise ValueError("logits has strided columns; the scores of a row must be adjacent")
     if k < 1:

@@ -252,6 +252,8 @@ def _rotate_vectors(x: Tensor, cos: Tensor, sin: Tensor, out: Tensor, scales: Te
 def _check_write(plane: Tensor, slots: Tensor, cos: Tensor, sin: Tensor, half: int, page_bytes: int) -> None:
     tokens = slots.shape[0]
     check_tensor("plane", plane, shape=(None, page_bytes), dtypes=(torch.uint8,), like=plane, contiguous=True)
+    if plane.data_ptr() % 16:
+        raise ValueError("plane does not start at a multiple of 16 bytes; scales and rope are written as wider numbers")
     check_tensor("slots", slots, shape=(tokens,), dtypes=(torch.int64,), like=plane, contiguous=True)
     check_tensor("cos", cos, shape=(tokens, half), dtypes=FLOATS, like=plane, contiguous=True)
     check_tensor("sin", sin, shape=(tokens, half), dtypes=FLOATS, like=plane, contiguous=True)
@@ -259,14 +261,14 @@ def _check_write(plane: Tensor, slots: Tensor, cos: Tensor, sin: Tensor, half: i
 
 @triton.jit
 def _checksum_kernel(page_ptr, sum_ptr, num_pages, num_words, WORDS: tl.constexpr, PAGES: tl.constexpr):
-    words = tl.program_id(0) * WORDS + tl.arange(0, WORDS)
+    words = tl.program_id(1) * WORDS + tl.arange(0, WORDS)
     inside = words < num_words
     state = (words + 1).to(tl.uint64) * 0x9E3779B97F4A7C15
     state = (state ^ (state >> 30)) * 0xBF58476D1CE4E5B9
     state = (state ^ (state >> 27)) * 0x94D049BB133111EB
     multipliers = ((state ^ (state >> 31)) | 1).to(tl.int64, bitcast=True)
     for i in range(PAGES):
-        page = tl.program_id(1).to(tl.int64) * PAGES + i
+        page = tl.program_id(0).to(tl.int64) * PAGES + i
         values = tl.load(page_ptr + page * num_words + words, mask=inside & (page < num_pages), other=0)
         total = tl.sum(values.to(tl.int64) * multipliers, axis=0)
         tl.atomic_add(sum_ptr + page, total, mask=page < num_pages, sem="relaxed")
@@ -277,12 +279,15 @@ def page_checksum(pages: Tensor) -> Tensor:
     check_tensor("pages", pages, shape=(None, None), dtypes=(torch.uint8,), like=pages, contiguous=True)
     if pages.shape[1] % 4:
         raise ValueError(f"pages have {pages.shape[1]} bytes; checksums need a multiple of 4")
+    if pages.data_ptr() % 4:
+        raise ValueError("pages do not start at a multiple of 4 bytes; they are read as words of 4")
     sums = torch.zeros(pages.shape[0], dtype=torch.int64, device=pages.device)
     words = pages.shape[1] // 4
     if pages.numel():
         # Few pages: one a program, for the sake of the idle multiprocessors.
         per_program = 1 if pages.shape[0] < 64 else _CHECKSUM_PAGES
-        grid = (triton.cdiv(words, _CHECKSUM_WORDS), triton.cdiv(pages.shape[0], per_program))
+        # Pages along the first axis: the others end at 65,535 programs.
+        grid = (triton.cdiv(pages.shape[0], per_program), triton.cdiv(words, _CHECKSUM_WORDS))
         _checksum_kernel[grid](
             pages.view(torch.int32), sums, pages.shape[0], words,
             WORDS=_CHECKSUM_WORDS, PAGES=per_program, num_warps=4,

@@ -157,7 +157,7 @@ def launch_grouped(
 def grouped_gemm(x: Tensor, x_scale: Tensor, weight: Tensor, weight_scale: Tensor, groups: Tensor) -> Tensor:
     """``grouped_fp8_gemm`` (x [R, K]) and ``grouped_fp8_gemm_masked`` (x [E, M, K]) for checked CUDA tensors."""
     out = torch.empty((*x.shape[:-1], weight.shape[1]), dtype=torch.bfloat16, device=x.device)
-    if not out.numel():
+    if not out.numel() or not weight.shape[0]:  # without experts every row is of no group
         return out
     rows = _mean_rows(x, weight)
     operands = (x, x_scale, weight, weight_scale, groups, out, None)
@@ -176,14 +176,14 @@ def grouped_gemm_swiglu(
     x: Tensor, x_scale: Tensor, weight: Tensor, weight_scale: Tensor, groups: Tensor
 ) -> tuple[Tensor, Tensor]:
     """``grouped_fp8_gemm_swiglu`` for checked CUDA tensors."""
-    rows = _mean_rows(x, weight)
+    rows = _mean_rows(x, weight) if weight.shape[0] else 0
     wide = rows > _MANY_ROWS and grouped_wide.is_supported(x, weight)
     if rows > _MANY_ROWS and not wide:  # two accumulators leave too small a tile: 1.14 times the time of the parts
         return swiglu_quantize(grouped_gemm(x, x_scale, weight, weight_scale, groups))
     channels = weight.shape[1] // 2
     values = torch.empty((*x.shape[:-1], channels), dtype=torch.float8_e4m3fn, device=x.device)
     scales = torch.empty((*x.shape[:-1], channels // 128), dtype=torch.float32, device=x.device)
-    if values.numel():
+    if values.numel() and weight.shape[0]:
         operands = (x, x_scale, weight, weight_scale, groups, values, scales)
         if wide:
             grouped_wide.launch_wide(*operands)

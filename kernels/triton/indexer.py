@@ -34,6 +34,8 @@ from seamount.kernels.triton.topk import (
 )
 
 _TOKENS = 128
+# Sequences of a launch, which lie along the grid's second axis.
+_MAX_SEQUENCES = 65535
 
 
 @triton.jit
@@ -169,9 +171,33 @@ def _write_scores(
     if out.numel() == 0:
         return out
     q, weights = q.to(torch.float8_e4m3fn).contiguous(), weights.to(torch.float32).contiguous()
-    if indexer_hopper.is_supported(heads, dim, q.device):
-        indexer_hopper.write_scores(q, plane, weights, context_lens.contiguous(), page_tables, out, samples)
+    context_lens = context_lens.contiguous()
+    hopper = indexer_hopper.is_supported(heads, dim, q.device)
+    launch = indexer_hopper.write_scores if hopper else _launch
+    if batch <= _MAX_SEQUENCES:
+        launch(q, plane, weights, context_lens, page_tables, out, samples)
         return out
+    for start in range(0, batch, _MAX_SEQUENCES):
+        part = slice(start, start + _MAX_SEQUENCES)
+        rows = slice(start * queries, (start + _MAX_SEQUENCES) * queries)
+        part_samples = samples and Samples(samples.scores[rows], samples.arrivals[rows])
+        launch(q[part], plane, weights[part], context_lens[part], page_tables[part], out[part], part_samples)
+    return out
+
+
+def _launch(
+    q: Tensor,
+    plane: Tensor,
+    weights: Tensor,
+    lengths: Tensor,
+    page_tables: Tensor,
+    out: Tensor,
+    samples: Samples | None,
+) -> None:
+    """Arguments as ``indexer_hopper.write_scores`` takes them, of any sizes."""
+    batch, queries, heads, dim = q.shape
+    num_pages = page_tables.shape[1]
+    width = num_pages * PAGE_SIZE
     num_tiles = triton.cdiv(width, _TOKENS)
     # About eight programs an SM if there is work for them; at most eight tiles each, so that the last wave is short. A
     # power of two deals most rows evenly.
@@ -182,10 +208,10 @@ def _write_scores(
         plane.view(torch.float8_e4m3fn),
         plane.view(torch.float32),
         weights,
-        context_lens.contiguous(),
+        lengths,
         page_tables,
         out,
-        *(samples or Samples(out, context_lens)),
+        *(samples or Samples(out, lengths)),
         num_pages,
         page_tables.stride(0),
         tiles_per_program,
@@ -200,4 +226,3 @@ def _write_scores(
         num_warps=4,
         num_stages=2,
     )
-    return out

@@ -152,11 +152,16 @@ def gate(
     narrow = x.dtype == weight.dtype == torch.bfloat16
     block_k = 128 if narrow else 32
     part, bands = min(_GATE_EXPERTS, experts), triton.cdiv(tokens, _TOKENS)
+    arrived = arrivals(x.device)
+    if bands > arrived.shape[0]:
+        raise ValueError(
+            f"x has {tokens} tokens; a launch has counters for {arrived.shape[0] * _TOKENS}: call in parts"
+        )
     if splits is None:
         splits = max(1, min(8, size // block_k // 4, multiprocessors(x.device) // (bands * (experts // part))))
     partial = torch.empty((splits, bands * _TOKENS, experts), dtype=torch.float32, device=x.device)
     _gate_kernel[(bands, experts // part, splits)](
-        x, weight, bias, partial, arrivals(x.device), weights, ids, tokens, size, x.stride(0), scale,
+        x, weight, bias, partial, arrived, weights, ids, tokens, size, x.stride(0), scale,
         EXPERTS=experts, GROUPS=num_groups, CHOSEN_GROUPS=num_chosen_groups, CHOSEN=num_chosen, NORMALIZE=normalize,
         CHOSEN_PADDED=triton.next_power_of_2(num_chosen), TOKENS=_TOKENS, PART=part, SPLITS=splits,
         BLOCK_K=block_k, NARROW=narrow, num_warps=4,

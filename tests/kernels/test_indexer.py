@@ -119,3 +119,5 @@ def test_no_sequences() -> None:
     assert paged_topk_indices(*none, 3).shape == (0, 3)
     with pytest.raises(ValueError, match="k is 0"):
         paged_topk_indices(*none, 0)
+    with pytest.raises(ValueError, match="k is 0"):
+        mqa_topk_indices(*none[:4], nothing, layout, 0)

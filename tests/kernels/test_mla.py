@@ -114,6 +114,18 @@ def test_nothing_to_attend_to(rows: int, k: int) -> None:
         assert (lse == math.inf).all()
 
 
+def test_operands_of_the_plain_form_have_their_dimensions() -> None:
+    q, k, k_rope, lengths = torch.zeros(2, 3, 6), torch.zeros(4, 3, 4), torch.zeros(4, 2), torch.ones(2)
+    for arguments, name in (
+        ((q[0], k, k_rope, k), "q"),
+        ((q, k[0], k_rope, k), "k"),
+        ((q, k, k, k), "k_rope"),
+        ((q, k, k_rope, k[..., 0]), "v"),
+    ):
+        with pytest.raises(ValueError, match=f"{name} has shape"):
+            dense_mha(*arguments, lengths, SCALE)
+
+
 @pytest.mark.usefixtures("tiles")
 @pytest.mark.parametrize(("num_rows", "num_keys"), [(1, 1), (5, 63), (64, 65)])
 def test_plain_and_absorbed_forms_are_equal(num_rows: int, num_keys: int, generator: torch.Generator) -> None:
