@@ -80,8 +80,7 @@ class Claim:
         """Returns how many tokens' entries are at the decode rank now."""
         full: set[RankId] = set()
         may_choose_again = True
-        if self.preferred is not None and self.ranks.source(self.preferred) is None:
-            self.preferred = self.ranks.holder(self.session_id) or self.preferred
+        self._look_for_holder()
         while True:
             placed = await self._place(full)
             rank_id = placed.rank.rank_id
@@ -107,6 +106,23 @@ class Claim:
             if source is not None and placed.moves and self.num_left - reserved.cached_len >= PAGE_SIZE:
                 return await self._migrate(source, reserved.cached_len)
             return reserved.cached_len
+
+    async def adopt(self) -> None:
+        """Reserve what an earlier epoch left at the preferred rank, for an answer of which nothing is left to compute.
+        Best effort: such an answer needs no rank, its session's next turn does."""
+        self._look_for_holder()
+        load = self.ranks.source(self.preferred)
+        if load is None:
+            return
+        self.attempt += 1
+        with suppress(SeamountError):
+            self.rank = self.ranks.client(load.rank_id)
+            self._note_reservation(load, await self.renew())
+
+    def _look_for_holder(self) -> None:
+        """Where the preferred rank is gone, prefer one that says it has the session's caches."""
+        if self.preferred is not None and self.ranks.source(self.preferred) is None:
+            self.preferred = self.ranks.holder(self.session_id) or self.preferred
 
     async def _migrate(self, source: RankLoad, cached_len: int) -> int:
         """Let the decode rank fetch what ``source`` has; what does not come is computed. Returns the cached length."""

@@ -62,8 +62,13 @@ class Generation:
 
     @property
     def decode_rank(self) -> RankId | None:
-        """Where the caches of this answer are."""
-        return self.claim.rank.rank_id if self.claim.rank else None
+        """Where the caches of this answer are, or are believed to be while it has no rank."""
+        return self.claim.rank.rank_id if self.claim.rank else self.claim.preferred
+
+    @property
+    def is_full(self) -> bool:
+        """Whether the answer is as long as it may be."""
+        return len(self.token_ids) >= self.sampling.max_output_tokens
 
     async def batches(self) -> AsyncGenerator[worker_pb2.TokenBatch | worker_pb2.GenerateFinished, None]:
         """Token batches in order, then ``GenerateFinished``.
@@ -162,7 +167,7 @@ class Generation:
     async def _sample(
         self, cached_len: int
     ) -> AsyncGenerator[worker_pb2.TokenBatch | worker_pb2.GenerateFinished, None]:
-        if len(self.token_ids) >= self.sampling.max_output_tokens:  # the rank died between its last token and frame
+        if self.is_full:  # the rank died between its last token and frame
             yield worker_pb2.GenerateFinished(reason=common_pb2.FINISH_REASON_LENGTH)
             return
         num_missing = self.claim.num_tokens - cached_len

@@ -113,11 +113,13 @@ async def run_turn(turn: Turn, parts: TurnParts) -> bool:
 
 
 async def generate(turn: Turn, metrics: RouterMetrics) -> common_pb2.FinishReason:
-    """Tokens to the log and to events, until the model, the parser or the limit ends the output; returns which."""
+    """Tokens to the log and to events, until the model, the parser or the limit ends the output. Returns why, which
+    counts where the parser did not end it."""
     generation = turn.generation
     assert generation is not None
-    if turn.events.output_is_over:  # the router before this one did not come to commit it
-        return common_pb2.FINISH_REASON_STOP
+    if turn.events.output_is_over or generation.is_full:  # the router before this one did not come to commit it
+        await generation.claim.adopt()
+        return common_pb2.FINISH_REASON_LENGTH
     times = TokenTimes(metrics=metrics, account=generation.account, arrived=turn.arrived)
     async with aclosing(generation.batches()) as batches:
         async for batch in batches:

@@ -15,9 +15,10 @@ from harness.points import points, sample
 from harness.recording import RecordingClient
 from harness.recoveries import Promise
 from harness.redis_proxy import Command
-from harness.requests import LONG, NUM_TOKENS, SEEDED
+from harness.requests import LONG, NUM_TOKENS, SEEDED, request
 from harness.system import CHUNK_TOKENS, Answer, FaultSystem, Request
 from seamount.router.client import user
+from seamount.router.tokenizer import Tokenizer
 from seamount.v1 import session_pb2, worker_pb2, worker_pb2_grpc
 from seamount.wire.errors import NotFound
 
@@ -32,6 +33,8 @@ STEPS = [
 ]
 WRITES = [step for step in STEPS if step[0] in ("router.append", "router.commit")]
 """Where something was read and is about to be written."""
+ENDED = ("router.commit", 1, "tool call")
+"""Of an answer that has ended with an EOS: whoever takes it over has nothing left to sample."""
 
 
 def reaches(num_tokens: int) -> Callable[[Reached], bool]:
@@ -91,10 +94,15 @@ _DEAD_EPOCH = 11
 """Of take_over_turn's."""
 
 
-@points("point,num_tokens", sample(WRITES, 6), seeded=1)
-async def test_stopped_before_a_write_and_continued(system: FaultSystem, point: str, num_tokens: int) -> None:
-    asked = await system.afresh(SEEDED)
-    async with RecordingClient(system.addresses()) as client, RecordingClient(system.addresses(1)) as other:
+@points("point,num_tokens,name", [*((*step, "seeded") for step in sample(WRITES, 6)), ENDED], seeded=1)
+async def test_stopped_before_a_write_and_continued(
+    system: FaultSystem, tokenizer: Tokenizer, point: str, num_tokens: int, name: str
+) -> None:
+    asked = await system.afresh(request(name, tokenizer))
+    async with (
+        RecordingClient(system.addresses(), forced=asked.forced) as client,
+        RecordingClient(system.addresses(1)) as other,
+    ):
         trap = system.listener.stop_at(point, reaches(num_tokens))
         answer = await system.begin(client, asked)
         paused = await trap.wait()

@@ -13,7 +13,7 @@ LONG = Request(sampling=Sampling(max_output_tokens=2000, temperature=0.0, seed=1
 """Seconds of output, for whoever ends it before."""
 SHORT = Request(sampling=Sampling(max_output_tokens=8, temperature=0.8, seed=9))
 NAMES = ("greedy", "seeded", "reasoning", "tool call", "multi-byte")
-_CALL = (
+CALL = (
     "</think>\n\n<｜DSML｜function_calls>\n"
     '<｜DSML｜invoke name="f">\n<｜DSML｜parameter name="x" string="true">ü</｜DSML｜parameter>\n</｜DSML｜invoke>\n'
     "</｜DSML｜function_calls>"
@@ -32,7 +32,7 @@ def request(name: str, tokenizer: Tokenizer) -> Request:
         case "multi-byte":  # a character of two, three and four bytes; each byte is a token
             ids = forced("ü輪🪐é土星🌍の輪ß€", tokenizer)[:NUM_TOKENS]
         case "tool call":
-            ids = [*forced(_CALL, tokenizer), tokenizer.eos_token_id]
+            ids = [*forced(CALL, tokenizer), tokenizer.eos_token_id]
         case _:
             raise AssertionError(name)
     sampling = Sampling(max_output_tokens=len(ids), temperature=0.0, seed=1)
