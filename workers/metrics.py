@@ -38,11 +38,13 @@ _COUNTERS = (
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RankView:
-    """A rank as of now. tiers: evictions and damage of each tier since the start."""
+    """A rank as of now. tiers: evictions and damage of each tier since the start; num_late_kernels: made since it was
+    warm."""
 
     state: worker_pb2.RankState
     faults: FaultCounts
     tiers: Mapping[Tier, TierCounts]
+    num_late_kernels: int
 
 
 class RankMetrics:
@@ -91,6 +93,7 @@ class RankMetrics:
         yield self._counter("damaged_pages", "Copies dropped for a wrong checksum", damaged, "tier")
         yield self._counter("preemptions", "Sequences that gave their pages back", {(): view.faults.num_preemptions})
         yield self._counter("failed_requests", "Requests that ended in an error", {(): view.faults.num_failed})
+        yield self._counter("late_kernels", "Kernels made after the warm-up", {(): view.num_late_kernels})
 
     def _gauge(self, name: str, text: str, values: _Values, *labels: str) -> Metric:
         family = GaugeMetricFamily(f"seamount_rank_{name}", text, labels=["pool", "rank", *labels])

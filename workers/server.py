@@ -27,6 +27,7 @@ from seamount.workers.draining import Draining
 from seamount.workers.engine import Engine
 from seamount.workers.experts.dispatch import ExpertParallel, GangExperts, LocalExperts
 from seamount.workers.gang import Gang
+from seamount.workers.late_kernels import LateKernels
 from seamount.workers.loading import LoadingProgress, OnLoading
 from seamount.workers.metrics import RankMetrics, RankView
 from seamount.workers.migration import Migration
@@ -99,6 +100,7 @@ class RankServer:
         self._parts: _Parts | None = None
         self._registry = new_registry()
         self._metrics = RankMetrics(self._registry, pool=spec.pool, gang_rank=spec.gang_rank)
+        self._late_kernels = LateKernels()
         self._endpoint: MetricsEndpoint | None = None
         self._server: grpc.aio.Server | None = None
         self._health = health.aio.HealthServicer()
@@ -228,7 +230,12 @@ class RankServer:
     def _view(self) -> RankView:
         assert self._parts is not None
         core = self._parts.core
-        return RankView(state=self.state(), faults=core.engine.faults(), tiers=core.reservations.tiers.counts())
+        return RankView(
+            state=self.state(),
+            faults=core.engine.faults(),
+            tiers=core.reservations.tiers.counts(),
+            num_late_kernels=self._late_kernels.count,
+        )
 
     def _build(self, rendezvous: Rendezvous, deleted: Collection[str]) -> _Core:
         spec = self.spec
@@ -282,6 +289,7 @@ class RankServer:
         )
         if device.type == "cuda":
             warm_up(model, planes, gang, engine_limits, topk=config.index_topk, num_pages=spec.num_pages)
+            self._late_kernels.watch()
         mover = Mover(reservations.tiers, planes, host=host, disk=disk)
         mover.start(deleted)
         engine = Engine(

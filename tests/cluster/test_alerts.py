@@ -55,7 +55,8 @@ async def all_metrics() -> Known:
     FleetMetrics(registry)
     router.follow(lambda: RouterView(num_running_turns=0, num_ranks={"decode": 0, "prefill": 0}, num_rank_deaths=0))
     tiers = {tier: TierCounts(num_evicted=0, num_damaged=0) for tier in Tier}
-    view = RankView(state=worker_pb2.RankState(), faults=FaultCounts(num_preemptions=0, num_failed=0), tiers=tiers)
+    faults = FaultCounts(num_preemptions=0, num_failed=0)
+    view = RankView(state=worker_pb2.RankState(), faults=faults, tiers=tiers, num_late_kernels=0)
     rank.follow(lambda: view)
     return await read(registry)
 
