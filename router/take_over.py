@@ -75,8 +75,10 @@ class TakeOver:
         for owner in await self.index.owners():
             if owner == self.router_id:
                 found += await self._unknown_of_our_own()
-            elif owner == RELEASED or self.judge.is_gone(owner, self.watcher.liveness(owner)):
+            elif owner == RELEASED:
                 found += await self.index.turns_of(owner)
+            elif self._is_gone(owner):
+                found += await self._orphans(owner)
         random.shuffle(found)  # other routers look, too
         slots = asyncio.Semaphore(MAX_AT_ONCE)
 
@@ -95,6 +97,15 @@ class TakeOver:
                 await self.scan()
             except SeamountError as error:
                 _LOG.warning("take_over_scan_failed", extra={"reason": error.reason})
+
+    def _is_gone(self, owner: RouterId) -> bool:
+        return self.judge.is_gone(owner, self.watcher.liveness(owner))
+
+    async def _orphans(self, owner: RouterId) -> list[IndexedTurn]:
+        """The turns of an owner that is judged gone, and still is by a poll after they were found: a router that was
+        stopped beats as it wakes, and what it begins from then on is its own."""
+        turns = await self.index.turns_of(owner)
+        return turns if turns and await self.watcher.look() and self._is_gone(owner) else []
 
     async def _unknown_of_our_own(self) -> list[IndexedTurn]:
         """Turns that the store knows as ours and nobody here works on, at two looks in a row: the answer to their

@@ -154,13 +154,14 @@ class DirectoryWatcher:
         self._entries: dict[str, tuple[PeerRecord, Beat]] = {}
         self._alive: frozenset[tuple[str, str]] = frozenset()
         self._changed = asyncio.Event()
+        self._polling = asyncio.Lock()
         self._task: asyncio.Task[None] | None = None
         self.is_answered = False
         """Whether Redis answered the last poll."""
 
     async def start(self) -> None:
         """Poll once, then on; a Redis that is away now is no error, peers are unknown until it answers."""
-        await self._poll()
+        await self.look()
         self._task = asyncio.create_task(self._run(), name="directory")
 
     async def stop(self) -> None:
@@ -168,6 +169,12 @@ class DirectoryWatcher:
         task, self._task = self._task, None
         if task is not None:
             await _ended(task)
+
+    async def look(self) -> bool:
+        """Poll now, not at the next interval. Whether Redis answered."""
+        async with self._polling:  # an older answer never comes after a newer one
+            await self._poll()
+            return self.is_answered
 
     def peers(self, *roles: Role, alive_only: bool = True) -> list[Peer]:
         """Peers of these roles (none given: all), by id. Where Redis is away: as of its last answer."""
@@ -208,7 +215,7 @@ class DirectoryWatcher:
     async def _run(self) -> None:
         while True:
             await asyncio.sleep(self._poll_interval_s)
-            await self._poll()
+            await self.look()
 
     async def _poll(self) -> None:
         try:

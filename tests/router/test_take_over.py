@@ -8,12 +8,14 @@ from typing import Any
 
 import pytest
 
-from seamount.router.directory import Liveness
+from harness.requests import CALL, forced
+from seamount.router.directory import Beat, Liveness, PeerRecord, Role
 from seamount.router.running_index import IndexedTurn
 from seamount.router.store import Store
 from seamount.router.take_over import OwnerJudge, TakeOver
 from seamount.router.tokenizer import Tokenizer
 from seamount.router.turns import Turns
+from seamount.router.watcher import DirectoryWatcher
 from seamount.v1 import common_pb2, events_pb2, session_pb2, worker_pb2
 from seamount.wire.errors import NotFound, OutOfRange, SeamountError, Unavailable
 from seamount.wire.ids import RouterId, SessionId, TenantId, TurnId
@@ -125,7 +127,7 @@ async def test_a_turn_goes_on_at_the_router_that_takes_it_over(make: MakeTurns, 
     assert text(told) == expected
     if num_before < NUM_TOKENS:
         assert rank.generated[-1].sampling.first_output_index == num_before, "nothing is sampled twice"
-        assert rank.reserved[-1].epoch == rank.reserved[-2].epoch + 1
+    assert rank.reserved[-1].epoch == rank.reserved[-2].epoch + 1, "the rank refuses the old owner, too"
     pausing.go_on.set()  # the old owner wakes, is refused, and tells its clients what the new one says
     assert await at_old_owner == told
     view, history = await b.sessions.read(ALICE, session_id)
@@ -133,6 +135,87 @@ async def test_a_turn_goes_on_at_the_router_that_takes_it_over(make: MakeTurns, 
     assert history.records[0].receipt.num_retries == 1
     await b.sessions.close()
     await system.until(lambda: a.num_running == 0)
+
+
+class HeldCommit:
+    """A router that has logged a whole answer stands still before its commit, until it may go on."""
+
+    def __init__(self, turns: Turns, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.is_reached, self.go_on = asyncio.Event(), asyncio.Event()
+        self._commit = turns.sessions.commit_turn
+        monkeypatch.setattr(turns.sessions, "commit_turn", self._held)
+
+    async def _held(self, *args: Any, **options: Any) -> Any:
+        self.is_reached.set()
+        await self.go_on.wait()
+        return await self._commit(*args, **options)
+
+
+def answers(rank: Any, token_ids: list[int], system: Any) -> None:
+    """The rank says these from now on."""
+
+    async def generate(asked: worker_pb2.WorkerServiceGenerateRequest) -> AsyncIterator[Any]:
+        for index in range(asked.sampling.first_output_index, len(token_ids)):
+            yield system.token_frame(token_ids[index], index)
+        yield system.finished_frame(common_pb2.FINISH_REASON_STOP)
+
+    rank.on_generate = generate
+
+
+async def test_an_answer_that_was_over_keeps_its_rank_and_gets_its_lease(
+    make: MakeTurns, system: Any, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A tool call, logged up to its EOS: nothing is left to sample, and the caches are where they were."""
+    said = [*forced(CALL, tokenizer), tokenizer.eos_token_id]
+    ranks = {name: await system.add(name) for name in ("decode-a", "decode-b")}
+    for rank in ranks.values():
+        answers(rank, said, system)
+    a, b = make("router-a"), make("router-b")
+    held, session_id = HeldCommit(a, monkeypatch), await session(a)
+    asked = request(session_id)
+    asked.sampling.max_output_tokens = 2 * len(said)
+    at_old_owner = asyncio.create_task(follow(await a.open(ALICE, asked)))
+    await held.is_reached.wait()
+    (home,) = [rank for rank in ranks.values() if rank.generated]
+    home.retained.clear()
+    assert await b.take_over(await running_turn(a, session_id))
+    told = await follow(await b.resume(ALICE, session_id, await first_turn(b, session_id)))
+    assert told[-1].finished.reason == common_pb2.FINISH_REASON_TOOL_CALLS
+    assert told[-1].finished.receipt.decode_rank == home.rank_id
+    assert len(home.generated) == 1, "nothing is sampled again"
+    assert home.reserved[-1].epoch == home.reserved[0].epoch + 1, "the rank refuses the old owner, too"
+    view, history = await b.sessions.read(ALICE, session_id)
+    assert view.last_rank == home.rank_id
+    assert [lease.epoch for lease in home.retained] == [view.epoch]
+    assert view.lease is not None
+    await system.until(lambda: home.released)
+    assert home.released[0].keep_len == history.records[0].num_prompt_tokens + len(said)
+    held.go_on.set()
+    assert await at_old_owner == told
+
+
+@pytest.mark.parametrize("ends", ["by EOS", "by its length"])
+async def test_an_answer_that_was_over_needs_no_rank(
+    make: MakeTurns, system: Any, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch, ends: str
+) -> None:
+    rank = await system.add("decode-a")
+    said = [*tokenizer.encode("well"), tokenizer.eos_token_id] if ends == "by EOS" else [ord("w")] * NUM_TOKENS
+    answers(rank, said, system)
+    a, b = make("router-a"), make("router-b")
+    held, session_id = HeldCommit(a, monkeypatch), await session(a)
+    at_old_owner = asyncio.create_task(follow(await a.open(ALICE, request(session_id))))
+    await held.is_reached.wait()
+    rank.die()
+    await system.until(lambda: system.ranks.load("decode-a") is None)
+    assert await b.take_over(await running_turn(a, session_id))
+    told = await follow(await b.resume(ALICE, session_id, await first_turn(b, session_id)))
+    reason = common_pb2.FINISH_REASON_STOP if ends == "by EOS" else common_pb2.FINISH_REASON_LENGTH
+    assert told[-1].finished.reason == reason
+    view, history = await b.sessions.read(ALICE, session_id)
+    assert list(history.records[0].output.token_ids) == said
+    assert view.last_rank == "decode-a", "where the caches were: what the next turn misses was lost with that rank"
+    held.go_on.set()
+    assert await at_old_owner == told
 
 
 async def first_turn(turns: Turns, session_id: SessionId) -> TurnId:
@@ -269,6 +352,36 @@ async def test_the_look_out_takes_the_turns_of_the_dead_alone(make: MakeTurns, s
     await b.sessions.close()
     assert await look_out.scan() == 0
     assert await b.sessions.index.owners() == [], "what the dead left in the index is gone"
+
+
+async def test_what_a_router_begins_when_it_wakes_is_its_own(make: MakeTurns, system: Any) -> None:
+    rank = await system.add("decode-a")
+    a, b, now = make("router-a"), make("router-b"), 0.0
+    await system.directory.register(
+        PeerRecord(peer_id="router-a", role=Role.ROUTER, address="127.0.0.1:1", version="0", process_id=1, instance="i")
+    )
+    watcher = DirectoryWatcher(system.directory, dead_after_s=3.0, poll_interval_s=3600.0, clock=lambda: now)
+    await watcher.start()
+    look_out = TakeOver(
+        router_id=RouterId("router-b"),
+        index=b.sessions.index,
+        turns=b,
+        watcher=watcher,
+        judge=OwnerJudge(absent_after_s=60.0),
+    )
+    for _ in range(4):
+        assert watcher.liveness("router-a") is Liveness.ALIVE
+        now += 0.9
+        assert await watcher.look()
+    assert watcher.liveness("router-a") is Liveness.DEAD
+    pausing, session_id = Pausing(rank, 2), await session(a)
+    stream = await a.open(ALICE, request(session_id))
+    await system.until(lambda: stream.last_sequence == 3)
+    assert await system.directory.beat("router-a", Beat(instance="i", counter=1))
+    assert await look_out.scan() == 0, "it has beaten since the last poll"
+    pausing.go_on.set()
+    assert (await follow(stream))[-1].finished.receipt.num_retries == 0
+    await watcher.stop()
 
 
 async def test_the_look_out_finds_turns_of_its_own_router_that_nobody_works_on(make: MakeTurns, system: Any) -> None:
