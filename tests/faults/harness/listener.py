@@ -84,7 +84,8 @@ class FailpointListener:
     def clear(self) -> None:
         """No traps, no damage, nothing seen; who waits goes on."""
         for trap in self._traps:
-            trap.sprung.cancel()
+            if not trap.sprung.cancel() and not trap.sprung.cancelled():
+                trap.sprung.result().go_on()
         self._traps, self._damage = [], None
         self.seen.clear()
 
