@@ -3,6 +3,8 @@ from __future__ import annotations
 import importlib.util
 import os
 import random
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from types import ModuleType
 
@@ -42,9 +44,24 @@ def target() -> torch.device:
     pytest.skip("no CUDA device here, and TRITON_INTERPRET is not 1")
 
 
+@contextmanager
+def _poison() -> Iterator[None]:
+    # Of what this switches on, the tests want that torch.empty fills what it returns.
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(False)
+
+
 @pytest.fixture
-def poisoned(target: torch.device) -> torch.device:
-    """``target``, its free memory filled with NaN: an output that nobody writes cannot pass for a result."""
-    if target.type == "cuda":
-        torch.full((128 << 20,), float("nan"), device=target)
-    return target
+def poison() -> Callable[[], AbstractContextManager[None]]:
+    """Within it new memory is NaN, or the largest integer: an output that nobody writes cannot pass for a result."""
+    return _poison
+
+
+@pytest.fixture
+def poisoned(target: torch.device) -> Iterator[torch.device]:
+    """``target``, with ``poison`` for the whole test."""
+    with _poison():
+        yield target

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from types import ModuleType
 
 import pytest
@@ -12,6 +14,7 @@ from seamount.kernels.layout import CacheLayout
 pytestmark = pytest.mark.gpu
 
 SCALE = 0.13523378
+Poison = Callable[[], AbstractContextManager[None]]
 
 
 def _formula(q: Tensor, k: Tensor, k_rope: Tensor, v: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor]:
@@ -54,10 +57,13 @@ def _check(actual: tuple[Tensor, Tensor], expected: tuple[Tensor, Tensor]) -> No
     [((128, 64, 128), t, n) for t, n in ((1, 1), (1, 64), (63, 65), (129, 129), (130, 700), (300, 300))]
     + [((32, 0, 64), 70, 130), ((64, 16, 16), 70, 130), ((24, 8, 20), 70, 130)],
 )
-def test_plain_form(sizes: tuple[int, int, int], num_rows: int, num_keys: int, device: torch.device) -> None:
+def test_plain_form(
+    sizes: tuple[int, int, int], num_rows: int, num_keys: int, poison: Poison, device: torch.device
+) -> None:
     q, k, k_rope, v = _inputs(num_rows, num_keys, 5, sizes, device)
     lengths = torch.arange(num_keys - num_rows + 1, num_keys + 1, device=device)
-    out = dense_mha(q, k, k_rope, v, lengths, SCALE)
+    with poison():
+        out = dense_mha(q, k, k_rope, v, lengths, SCALE)
     _check(out, _formula(q, k, k_rope, v, lengths))
     again = dense_mha(q, k, k_rope, v, lengths.int(), SCALE)
     assert torch.equal(out[0], again[0])
@@ -108,7 +114,7 @@ def test_refuses_before_the_launch(device: torch.device) -> None:
 @pytest.mark.parametrize("name", ["fp8", "bf16"])
 @pytest.mark.parametrize(("num_rows", "num_keys"), [(1, 1), (2, 64), (33, 65), (20, 500)])
 def test_absorbed_form_over_pages(
-    name: str, num_rows: int, num_keys: int, formulas: ModuleType, device: torch.device
+    name: str, num_rows: int, num_keys: int, formulas: ModuleType, poison: Poison, device: torch.device
 ) -> None:
     layout = CacheLayout.create(name, kv_lora_rank=512, qk_rope_head_dim=64, index_head_dim=128, dtype=torch.bfloat16)
     latent, rope = torch.randn((640, 512), device=device), torch.randn((640, 64), device=device)
@@ -119,8 +125,26 @@ def test_absorbed_form_over_pages(
     rows[unused] = 0xFF  # NaN
     q = torch.randn((num_rows, 20, 576), device=device).bfloat16()
     lengths = torch.arange(num_keys - num_rows + 1, num_keys + 1, device=device).clamp_min(0)
-    out, lse = dense_mla(q, rows.view(10, -1), slots, lengths, layout, SCALE)
+    with poison():
+        out, lse = dense_mla(q, rows.view(10, -1), slots, lengths, layout, SCALE)
     chosen = torch.where(torch.arange(num_keys, device=device) < lengths[:, None], slots, -1)
     expected, expected_lse = formulas.sparse_attention(q.float(), rows, chosen, 512, SCALE, name == "fp8")
     assert torch.allclose(lse, expected_lse, atol=1e-2)
     assert float((out.float() - expected).norm()) <= 1e-2 * float(expected.norm())
+
+
+def test_the_absorbed_form_refuses_before_the_launch(device: torch.device) -> None:
+    layout = CacheLayout.create("fp8", kv_lora_rank=512, qk_rope_head_dim=64, index_head_dim=128, dtype=torch.bfloat16)
+    plane = layout.allocate(1, 2, device).latent[0]
+    q, slots = torch.zeros((3, 16, 576), device=device), torch.arange(9, device=device)
+    lengths = torch.ones(3, dtype=torch.int64, device=device)
+    for arguments, word in (
+        ((q[..., :512], plane, slots, lengths), "q has shape"),
+        ((q, plane[:, :-64], slots, lengths), "plane has shape"),
+        ((q, plane, slots.float(), lengths), "slots is"),
+        ((q, plane, slots.view(3, 3), lengths), "slots has shape"),
+        ((q, plane, slots, lengths[:2]), "lengths has shape"),
+        ((q, plane, slots, lengths.cpu()), "lengths is on"),
+    ):
+        with pytest.raises(ValueError, match=word):
+            dense_mla(*arguments, layout, SCALE)

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from types import ModuleType
 
 import pytest
@@ -11,6 +13,7 @@ from seamount.kernels.layout import CacheLayout
 from seamount.kernels.topk import topk_indices
 
 pytestmark = pytest.mark.gpu
+Poison = Callable[[], AbstractContextManager[None]]
 
 
 def _layout(dim: int = 128) -> CacheLayout:
@@ -42,6 +45,7 @@ def test_agrees_with_the_formula(
     extra_pages: int,
     queries: int,
     formulas: ModuleType,
+    poison: Poison,
     device: torch.device,
 ) -> None:
     batch = len(lengths)
@@ -54,7 +58,8 @@ def test_agrees_with_the_formula(
     weights = torch.randn((batch, queries, heads), device=device)
     column = torch.tensor(lengths, device=device).unsqueeze(1)
     seen = (column - torch.arange(queries - 1, -1, -1, device=device)).clamp_min(0)
-    out = paged_mqa_logits(q8, pages, weights, seen, tables, _layout(dim))
+    with poison():
+        out = paged_mqa_logits(q8, pages, weights, seen, tables, _layout(dim))
     assert out.shape == (batch, queries, width * 64)
     for b in range(0, batch, max(1, batch // 16)):
         for n in range(queries):
@@ -84,7 +89,13 @@ def test_agrees_with_the_formula(
     ],
 )
 def test_selects_what_top_k_of_the_scores_selects(
-    lengths: list[int], extra_pages: int, k: int, queries: int, formulas: ModuleType, device: torch.device
+    lengths: list[int],
+    extra_pages: int,
+    k: int,
+    queries: int,
+    formulas: ModuleType,
+    poison: Poison,
+    device: torch.device,
 ) -> None:
     batch = len(lengths)
     width = max(-(-length // 64) for length in lengths) + extra_pages
@@ -96,8 +107,8 @@ def test_selects_what_top_k_of_the_scores_selects(
     pages.view(300, -1)[:200, :8192] = 0
     seen = torch.tensor(lengths, device=device)[:, None] - torch.arange(queries - 1, -1, -1, device=device)
     arguments = (q, pages, weights, seen.clamp_min(0), tables)
-    torch.full((batch, queries, k), -7, device=device)  # What an unwritten result would hold.
-    chosen = paged_topk_indices(*arguments, _layout(), k)
+    with poison():
+        chosen = paged_topk_indices(*arguments, _layout(), k)
     assert torch.equal(chosen, paged_topk_indices(*arguments, _layout(), k))
     logits = paged_mqa_logits(*arguments, _layout())
     assert torch.equal(chosen, topk_indices(logits.flatten(0, 1), k, arguments[3].flatten()).view(chosen.shape))

@@ -9,7 +9,7 @@ from torch import Tensor
 pytest.importorskip("triton", reason="Triton is not installed: no GPU kernels here")
 
 from seamount.kernels import moe as reference
-from seamount.kernels.triton import fp8_gemm, moe
+from seamount.kernels.triton import fp8_gemm, grouped_gemm, moe
 
 pytestmark = pytest.mark.gpu
 
@@ -107,6 +107,15 @@ def _check_combine(
     actual = moe.combine(y.to(on), row_of, weights.to(on), shared.to(on))
     assert torch.equal(actual.cpu(), reference.combine(y, order, weights, shared))
     assert torch.equal(moe.combine(y.to(on), row_of, weights.to(on), None).cpu(), reference.combine(y, order, weights))
+
+
+def test_no_experts_means_no_rows(target: torch.device) -> None:
+    x, weight = torch.zeros((3, 128), device=target), torch.zeros((0, 256, 128), device=target)
+    operands = (x.to(torch.float8_e4m3fn), torch.ones((3, 1), device=target), weight.to(torch.float8_e4m3fn))
+    groups = (torch.ones((0, 2, 1), device=target), torch.zeros(1, dtype=torch.int32, device=target))
+    assert grouped_gemm.grouped_gemm(*operands, *groups).shape == (3, 256)
+    values, scales = grouped_gemm.grouped_gemm_swiglu(*operands, *groups)
+    assert (values.shape, scales.shape) == ((3, 128), (3, 1))
 
 
 def test_bad_arguments_are_refused_before_a_launch(target: torch.device) -> None:

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from types import ModuleType
 
 import pytest
@@ -10,6 +12,7 @@ from seamount.kernels.indexer import mqa_logits, mqa_topk_indices
 from seamount.kernels.layout import CacheLayout
 
 pytestmark = pytest.mark.gpu
+Poison = Callable[[], AbstractContextManager[None]]
 
 
 def _layout(dim: int = 128) -> CacheLayout:
@@ -47,20 +50,23 @@ def _check(
 @pytest.mark.parametrize(
     ("num_rows", "num_keys"), [(1, 1), (1, 64), (2, 63), (7, 65), (9, 4000), (65, 128), (130, 700), (33, 20000)]
 )
-def test_causal_rows(num_rows: int, num_keys: int, formulas: ModuleType, device: torch.device) -> None:
+def test_causal_rows(num_rows: int, num_keys: int, formulas: ModuleType, poison: Poison, device: torch.device) -> None:
     """The last rows of a sequence of ``num_keys`` tokens; where there are more rows than tokens the first see none."""
-    _score_rows(formulas, num_rows, num_keys, 64, 128, device)
+    _score_rows(formulas, poison, num_rows, num_keys, 64, 128, device)
 
 
 @pytest.mark.parametrize(("heads", "dim"), [(16, 128), (32, 128), (128, 128), (4, 32), (20, 64)])
-def test_other_sizes(heads: int, dim: int, formulas: ModuleType, device: torch.device) -> None:
-    _score_rows(formulas, 70, 700, heads, dim, device)
+def test_other_sizes(heads: int, dim: int, formulas: ModuleType, poison: Poison, device: torch.device) -> None:
+    _score_rows(formulas, poison, 70, 700, heads, dim, device)
 
 
-def _score_rows(formulas: ModuleType, num_rows: int, num_keys: int, heads: int, dim: int, device: torch.device) -> None:
+def _score_rows(
+    formulas: ModuleType, poison: Poison, num_rows: int, num_keys: int, heads: int, dim: int, device: torch.device
+) -> None:
     q, pool, weights, pages = _inputs(formulas, num_rows, -(-num_keys // 64), heads, dim, device)
     lengths = torch.arange(num_keys - num_rows + 1, num_keys + 1, device=device).clamp_min(0)
-    out = mqa_logits(q, pool, weights, lengths, pages, _layout(dim))
+    with poison():
+        out = mqa_logits(q, pool, weights, lengths, pages, _layout(dim))
     _check(formulas, out, q, pool, weights, lengths, pages)
     assert torch.equal(out, mqa_logits(q.float(), pool, weights, lengths.int(), pages.int(), _layout(dim)))
 
@@ -93,12 +99,16 @@ def test_unused_slots_may_hold_anything(poison: str, formulas: ModuleType, devic
 
 
 @pytest.mark.parametrize("heads", [64, 20])
-def test_selection_is_that_of_the_logits(heads: int, formulas: ModuleType, device: torch.device) -> None:
+def test_selection_is_that_of_the_logits(
+    heads: int, formulas: ModuleType, poison: Poison, device: torch.device
+) -> None:
     q, pool, weights, pages = _inputs(formulas, 41, 70, heads, 128, device)
     lengths = torch.arange(4400, 4441, device=device)
     lengths[:3] = torch.tensor([0, 1, 300], device=device)
     logits = mqa_logits(q, pool, weights, lengths, pages, _layout())
-    chosen = mqa_topk_indices(q, pool, weights, lengths, pages, _layout(), 300)
+    with poison():
+        chosen = mqa_topk_indices(q, pool, weights, lengths, pages, _layout(), 300)
+    assert torch.equal(chosen, mqa_topk_indices(q.float(), pool, weights, lengths.int(), pages.int(), _layout(), 300))
     for t in range(41):
         assert torch.equal(chosen[t].cpu(), formulas.best(logits[t], 300, int(lengths[t])))
 
@@ -128,3 +138,5 @@ def test_refuses_before_the_launch(device: torch.device) -> None:
     ):
         with pytest.raises(ValueError, match=word):
             mqa_logits(*arguments, _layout())
+        with pytest.raises(ValueError, match=word):
+            mqa_topk_indices(*arguments, _layout(), 5)

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from types import ModuleType
 
 import pytest
@@ -11,13 +13,14 @@ from seamount.kernels.sparse_mla import sparse_mla_decode
 
 pytestmark = pytest.mark.gpu
 SCALE = 0.1352
+Poison = Callable[[], AbstractContextManager[None]]
 
 
 def _layout(name: str, rank: int, rope: int) -> CacheLayout:
     return CacheLayout.create(name, kv_lora_rank=rank, qk_rope_head_dim=rope, index_head_dim=128, dtype=torch.bfloat16)
 
 
-def _poison(formulas: ModuleType, num_slots: int, layout: CacheLayout, used: Tensor, device: torch.device) -> Tensor:
+def _rows(formulas: ModuleType, num_slots: int, layout: CacheLayout, used: Tensor, device: torch.device) -> Tensor:
     """The rows [slots, bytes] of a plane: random latents where used, NaN in every field elsewhere."""
     shape = (num_slots, layout.latent_dim)
     latents = torch.randn(shape, device=device) * torch.exp2(torch.randint(-6, 7, (num_slots, 1), device=device))
@@ -55,15 +58,36 @@ def _slots(batch: int, k: int, num_slots: int, counts: list[int], device: torch.
 )
 @pytest.mark.parametrize("name", ["fp8", "bf16"])
 def test_agrees_with_the_formula(
-    name: str, batch: int, heads: int, k: int, counts: list[int], formulas: ModuleType, device: torch.device
+    name: str,
+    batch: int,
+    heads: int,
+    k: int,
+    counts: list[int],
+    formulas: ModuleType,
+    poison: Poison,
+    device: torch.device,
 ) -> None:
-    layout = _layout(name, 512, 64)
-    num_slots = 6400
-    slots = _slots(batch, k, num_slots, counts, device)
-    rows = _poison(formulas, num_slots, layout, slots, device)
+    _check(name, heads, _slots(batch, k, 6400, counts, device), formulas, poison)
+
+
+@pytest.mark.parametrize("heads", [16, 64, 128])
+@pytest.mark.parametrize("name", ["fp8", "bf16"])
+def test_two_queries_of_a_sequence(
+    name: str, heads: int, formulas: ModuleType, poison: Poison, device: torch.device
+) -> None:
+    """Each a row of its own; nearly all slots are shared, of the newest token only the second sees anything."""
+    slots = _slots(3, 700, 6400, [700, 65, 1], device).repeat_interleave(2, 0)
+    slots[0::2].masked_fill_(slots[0::2] == slots[0::2].amax(1, keepdim=True), -1)
+    _check(name, heads, slots, formulas, poison)
+
+
+def _check(name: str, heads: int, slots: Tensor, formulas: ModuleType, poison: Poison) -> None:
+    layout, device = _layout(name, 512, 64), slots.device
+    rows = _rows(formulas, 6400, layout, slots, device)
     plane = rows.view(-1, layout.page_bytes("latent"))
-    q = (torch.randn((batch, heads, 576), device=device) * 0.05).bfloat16()
-    out, lse = sparse_mla_decode(q, plane, slots, layout, SCALE)
+    q = (torch.randn((len(slots), heads, 576), device=device) * 0.05).bfloat16()
+    with poison():
+        out, lse = sparse_mla_decode(q, plane, slots, layout, SCALE)
     expected, expected_lse = formulas.sparse_attention(q, rows, slots, 512, SCALE, name == "fp8")
     assert out.dtype == torch.bfloat16
     assert lse.dtype == torch.float32
@@ -86,7 +110,7 @@ def test_other_sizes_and_wide_queries(
 ) -> None:
     layout = _layout(name, rank, rope)
     slots = _slots(3, 77, 640, [77, 20, 0], device)
-    rows = _poison(formulas, 640, layout, slots, device)
+    rows = _rows(formulas, 640, layout, slots, device)
     plane = rows.view(-1, layout.page_bytes("latent"))
     q = torch.randn((3, 4, rank + rope), device=device) * 0.1
     out, lse = sparse_mla_decode(q, plane, slots, layout, SCALE)
