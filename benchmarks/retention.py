@@ -188,7 +188,7 @@ class Run:
         else:
             duration_s, importance = quantile_s(self.waits[following.tool]) or DEFAULT_WAIT_S, Importance.LOW
         duration_s = min(duration_s, MAX_TOOL_WAIT_S)
-        decision = self.caches.retain(
+        decision = self.caches.sessions.retain(
             session.name,
             duration_s=duration_s,
             importance=importance,

@@ -87,7 +87,7 @@ class Computation:
         try:
             for chunk in chunks:
                 try:
-                    self._reservations.begin_use(chunk.sequence.request.id)
+                    self._reservations.uses.begin(chunk.sequence.request.id)
                 except SeamountError as error:  # ended since it was scheduled
                     outcomes.append((chunk.sequence, Failed(error=error)))
                     continue
@@ -97,7 +97,7 @@ class Computation:
             yield held
         finally:
             for chunk in held:
-                self._reservations.end_use(chunk.sequence.request.id)
+                self._reservations.uses.end(chunk.sequence.request.id)
 
     def _commit(self, chunk: Chunk, token: Sampled | None, hook_error: Exception | None) -> Iterable[Outcome]:
         """The chunk's entries are present, and its sequence may be one token longer."""

@@ -140,10 +140,10 @@ class RankServer:
         return f"{self.spec.host}:{port}"
 
     def delete_session(self, session_id: str, epoch: int) -> None:
-        """``Reservations.delete_session``; work ahead of its time ends, too. On the event loop, after ``start``."""
+        """``SessionDoor.delete``; work ahead of its time ends, too. On the event loop, after ``start``."""
         assert self._parts is not None
         self._parts.service.ahead.came(session_id)
-        self._parts.core.reservations.delete_session(session_id, epoch)
+        self._parts.core.reservations.sessions.delete(session_id, epoch)
 
     async def stop(self, grace_s: float) -> None:
         """Say that it drains, let streams end for ``grace_s``, leave the gang, close. Idempotent."""
@@ -206,7 +206,7 @@ class RankServer:
             prefill_tokens_per_s=engine.prefill_tokens_per_s,
             pull_bytes_per_s=transfer.pull_bytes_per_s,
             push_bytes_per_s=transfer.push_bytes_per_s,
-            session_ids=core.reservations.sessions(limits.MAX_LISTED_SESSIONS),
+            session_ids=core.reservations.sessions.cached(limits.MAX_LISTED_SESSIONS),
             layout=core.model.layout.signature,
             fingerprint=core.fingerprint,
             process_id=os.getpid(),

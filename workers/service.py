@@ -157,7 +157,7 @@ class WorkerService(worker_pb2_grpc.WorkerServiceServicer):
     async def Retain(self, request: worker_pb2.RetainRequest, context: Context) -> worker_pb2.RetainResponse:
         if request.importance not in _IMPORTANCE:
             raise InvalidArgument("importance is not known; use low, normal or high", field="importance")
-        decision = self.reservations.retain(
+        decision = self.reservations.sessions.retain(
             request.session_id,
             duration_s=request.duration.ToNanoseconds() / 1e9,
             importance=_IMPORTANCE[request.importance],
@@ -173,7 +173,7 @@ class WorkerService(worker_pb2_grpc.WorkerServiceServicer):
         )
 
     async def Restore(self, request: worker_pb2.RestoreRequest, context: Context) -> worker_pb2.RestoreResponse:
-        self.reservations.restore_ahead(request.session_id)
+        self.reservations.sessions.restore_ahead(request.session_id)
         return worker_pb2.RestoreResponse()
 
     async def Migrate(

@@ -177,13 +177,13 @@ class System:
         """Nobody waits for it any more: its client deletes it."""
         self.live.discard(session.number)
         if session.rank:
-            self.ranks[session.rank].caches.delete_session(session.name, session.at + 1)
+            self.ranks[session.rank].caches.sessions.delete(session.name, session.at + 1)
         self._next_session(slot)
 
     def _wait_for_tool(self, session: Session, rank: Rank) -> None:
         """The automatic lease of a turn that ends in a tool call."""
         expected_s = quantile_s(self._waits[session.step.tool]) or DEFAULT_WAIT_S
-        rank.caches.retain(
+        rank.caches.sessions.retain(
             session.name,
             duration_s=min(expected_s, MAX_TOOL_WAIT_S),
             importance=Importance.LOW,

@@ -138,7 +138,7 @@ async def test_leased_sessions_go_first_each_to_the_peer_with_most_room(
     caches: Reservations, peers: list[Peer], draining: Draining
 ) -> None:
     leave(caches, "a", "b", "c")
-    caches.retain("a", duration_s=30.0, importance=Importance.HIGH, prefill_tokens_per_s=0.0)
+    caches.sessions.retain("a", duration_s=30.0, importance=Importance.HIGH, prefill_tokens_per_s=0.0)
     assert await moved(draining, request(peers, 100, 101)) == [("a", "peer1"), ("c", "peer0"), ("b", "peer1")]
     assert draining.has_begun
     assert caches.state().num_free == 64

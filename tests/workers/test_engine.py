@@ -153,8 +153,8 @@ def test_prefill_only_stops_where_it_is_told_and_shows_each_layer(make_rank: Mak
 def test_a_complete_prefill_leaves_one_prompt_token_to_compute(make_rank: MakeRank, rng: random.Random) -> None:
     rank, ids = make_rank(start=False), prompt(rng, 70)
     client = rank.ask(ids, SamplingParams(max_output_tokens=4))
-    rank.reservations.begin_receive(client.reservation.id, 0, 69)
-    rank.reservations.end_receive(client.reservation.id, 69)  # entries are NaN: only the count matters here
+    rank.reservations.uses.begin_receive(client.reservation.id, 0, 69)
+    rank.reservations.uses.end_receive(client.reservation.id, 69)  # entries are NaN: only the count matters here
     rank.engine.start()
     assert client.failed().error.reason == "LOGITS_NOT_FINITE"
     assert rank.engine.state().num_computed_tokens == 1

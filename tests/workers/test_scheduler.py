@@ -238,9 +238,9 @@ def test_a_sequence_in_use_is_not_preempted(make_desk: Callable[..., Desk]) -> N
     desk.add("b", 3)
     desk.step()
     desk.step()
-    desk.reservations.begin_use(desk.names["b"].request.id)
+    desk.reservations.uses.begin(desk.names["b"].request.id)
     assert desk.step() == []
-    desk.reservations.end_use(desk.names["b"].request.id)
+    desk.reservations.uses.end(desk.names["b"].request.id)
     assert desk.step() == [("a", 4, 5, True)]
 
 

@@ -199,13 +199,13 @@ async def test_a_bad_prefill_names_the_field(served: Served, changes: Any, field
 
 async def test_generate_first_ends_a_push_that_was_given_up(served: Served) -> None:
     reserved = await served.stub.Reserve(reserve(), timeout=5)
-    served.rank.reservations.begin_receive(reserved.reservation_id, 0, 18)
+    served.rank.reservations.uses.begin_receive(reserved.reservation_id, 0, 18)
     sampling = worker_pb2.ResolvedSampling(max_output_tokens=3, top_p=1.0, num_logprobs=-1)
     asked = worker_pb2.WorkerServiceGenerateRequest(reservation_id=reserved.reservation_id, epoch=1, sampling=sampling)
     frames = [frame async for frame in served.stub.Generate(asked, timeout=20)]
     assert served.aborted == [reserved.reservation_id]
     assert frames[-1].finished.num_computed_tokens == 19
-    served.rank.reservations.end_receive(reserved.reservation_id, 0)
+    served.rank.reservations.uses.end_receive(reserved.reservation_id, 0)
     await served.stub.Release(worker_pb2.ReleaseRequest(reservation_id=reserved.reservation_id), timeout=5)
 
 

@@ -216,7 +216,7 @@ def test_a_rank_that_starts_again_finds_what_it_left_on_disk(
     prompt = [*first_prompt, *output, *[rng.randrange(131) for _ in range(20)]]
     expected, *_ = make_tiered(num_pages=16).turn("s", prompt)
     second = make_tiered(num_pages=16, num_host=16, directory=tmp_path)
-    assert second.reservations.sessions() == ["s"]
+    assert second.reservations.sessions.cached() == ["s"]
     again, num_computed, reservation = second.turn("s", prompt)
     assert again == expected
     assert reservation.num_tokens_from(Tier.DISK) == (len(first_prompt) + len(output) - 1) // 64 * 64

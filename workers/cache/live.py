@@ -16,7 +16,7 @@ from seamount.workers.cache.admission import EpochFences
 from seamount.workers.cache.holdings import Holdings
 from seamount.workers.cache.leases import Leases
 from seamount.workers.cache.prefix_cache import PrefixCache
-from seamount.workers.cache.reservation import Reservation, ReservationKey, ReservationState
+from seamount.workers.cache.reservation import Reservation, ReservationKey, ReservationState, ahead_key
 from seamount.workers.cache.restores import Restores
 
 
@@ -152,6 +152,12 @@ class LiveReservations:
         live = self.of_session(session_id)
         if live is not None:
             self.abort(live)
+
+    def end_ahead(self, session_id: str, keep_len: int | None) -> None:
+        """The restore ahead of the session's turn, if there is one: the turn has come, or never will."""
+        ahead = self._by_key.get(ahead_key(session_id))
+        if ahead is not None:
+            self.end(ahead, keep_len)
 
     def delete_session(self, session_id: str) -> None:
         """The session is no more: its reservations end, and keep nothing."""

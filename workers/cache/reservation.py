@@ -19,6 +19,11 @@ ReservationKey = tuple[str, str, int, int]
 """session, turn, epoch, attempt."""
 
 
+def ahead_key(session_id: str) -> ReservationKey:
+    """Of the reservation that brings a session's pages up before its turn."""
+    return "", f"ahead/{session_id}", 0, 0
+
+
 class ReservationState(Enum):
     ACTIVE = "active"
     """Holds pages for all its tokens."""

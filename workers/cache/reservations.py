@@ -1,35 +1,32 @@
-"""Reservations: the one door to a rank's pages (DESIGN: caches and reservations).
+"""Reservations: the one door to a rank's pages, from Reserve to Release and for the engine's steps in between.
 
-``LiveReservations`` has keys, epochs, expiry, uses and the lock; ``Holdings`` the pages. Two more doors behind the same
-lock: ``tiers`` for whoever moves bytes below the device, ``handover`` for sessions on their way to another rank.
+``LiveReservations`` has keys, epochs, expiry, uses and the lock; ``Holdings`` says who holds which pages of the
+``PrefixCache``. More doors behind the same lock: ``uses`` for what touches pages outside it, ``sessions`` for what they
+leave between turns, ``tiers`` for whoever moves bytes below the device, ``handover`` for sessions on their way to
+another rank.
 """
 
 from __future__ import annotations
 
-import secrets
 import time
 from array import array
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import islice
 
 from seamount.wire.errors import FailedPrecondition, InvalidArgument, OutOfRange, ResourceExhausted
 from seamount.wire.hashes import PAGE_SIZE, root_hash
-from seamount.wire.limits import MAX_RESERVATION_S, MAX_TOOL_WAIT_S, check_range
+from seamount.wire.limits import MAX_RESERVATION_S, check_range
 from seamount.workers.cache.admission import check_span, no_pages, pack_prompt
 from seamount.workers.cache.handover import Handover
 from seamount.workers.cache.holdings import Holdings
 from seamount.workers.cache.invariants import check_cache
 from seamount.workers.cache.live import LiveReservations
 from seamount.workers.cache.prefix_cache import PrefixCache
-from seamount.workers.cache.reservation import Reservation, ReservationKey, ReservationState, prompt_digest
-from seamount.workers.cache.retention import DENIED, Importance, LeaseDecision, Tier
+from seamount.workers.cache.reservation import Reservation, ReservationState, prompt_digest
+from seamount.workers.cache.retention import Tier
+from seamount.workers.cache.session_door import SessionDoor
 from seamount.workers.cache.tier_door import TierDoor
-
-AHEAD_S = 2.0
-"""Before a lease ends its pages are brought up: its end is when the session is expected."""
-AHEAD_SHARE = 0.5
-"""Of the pages that are available: more are not taken ahead of need."""
+from seamount.workers.cache.uses import Uses
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -50,9 +47,9 @@ class Reservations:
     """The caches of one rank behind one lock; used by the gRPC loop, the engine thread and the link threads.
 
     num_pages, page_size: of the cache planes; fingerprint, layout: of model and planes: part of every page hash.
-    num_below: pages of each tier below the device; ``tiers`` is for whoever moves the bytes, where there are any.
-    clock: monotonic seconds. on_abort: called with the id of each reservation that a higher epoch, a later attempt or
-    its expiry ended; outside the lock, on the thread that caused it; it may be set later.
+    num_below: pages of each tier below the device. clock: monotonic seconds. on_abort: called with the id of each
+    reservation that a higher epoch, a later attempt or its expiry ended; outside the lock, on the thread that caused
+    it; it may be set later.
     """
 
     def __init__(
@@ -76,6 +73,8 @@ class Reservations:
         self._live.on_abort = on_abort
         self._lock, self._leases = self._live.lock, self._live.leases
         self.tiers = TierDoor(self._lock, cache, self._live.restores)
+        self.sessions = SessionDoor(self._live, cache, self.tiers, clock=clock)
+        self.uses = Uses(self._live, self._holdings)
         self.handover = Handover(self._live, cache, self._holdings, self.tiers, clock=clock)
 
     @property
@@ -175,79 +174,13 @@ class Reservations:
                 if keep_len is not None:
                     self._leases.came_back(reservation)
 
-    def retain(
-        self,
-        session_id: str,
-        *,
-        duration_s: float,
-        importance: Importance,
-        prefill_tokens_per_s: float,
-        epoch: int | None = None,
-    ) -> LeaseDecision:
-        """Lease the pages of what a session left here, or is about to leave, as ``retention.decide`` says.
-
-        Until the lease ends nobody else gets these pages, at the price of refusing others (NO_PAGES). It ends with its
-        time, with the session's next commit, or with another one in its place; a denied request leaves it alone.
-        duration_s: over 0, at most MAX_TOOL_WAIT_S; epoch: of the turn that it is asked for: denied where a later one
-        has come, which nobody would end the lease after. Raises InvalidArgument.
-        """
-        check_range(duration_s, field="duration", low=0, low_open=True, high=MAX_TOOL_WAIT_S)
-        with self._lock:
-            now = self._clock()
-            self._leases.end_expired(now)
-            if epoch is not None and self._live.fences.seen(session_id) > epoch:
-                return DENIED
-            return self._leases.retain(
-                session_id,
-                self._live.of_session(session_id),
-                duration_s=duration_s,
-                importance=importance,
-                is_short=any(r.state is ReservationState.PREEMPTED for r in self._live.by_id.values()),
-                prefill_tokens_per_s=prefill_tokens_per_s,
-                now=now,
-            )
-
-    def restore_ahead(self, session_id: str) -> bool:
-        """Bring what the session left here up to the device, because it is about to come back.
-
-        Whether anything is on its way: not where the session is at work, or most pages that are available would go.
-        """
-        with self._lock:
-            reservation = self._ahead(session_id)
-            if reservation is None or not self._assign(reservation, array("I", reservation.token_ids)):
-                return False
-            self._live.add(reservation)
-            if not reservation.is_restoring:
-                self._live.end(reservation, None)
-            return True
-
-    def delete_session(self, session_id: str, epoch: int) -> None:
-        """The session is no more: its turn here ends, its writers up to ``epoch`` are fenced off, and its pages go from
-        every tier, as soon as nobody uses them; those that other sessions' last turns went through stay.
-
-        Idempotent, and harmless for a session that is not known here. Nothing happens where a later epoch has been
-        seen: the session was made anew under its old id.
-        """
-        with self._live.changing():
-            if self._live.fences.seen(session_id) > epoch + 1:
-                return
-            self._live.fences.close(session_id, epoch)
-            ahead = self._live.by_key(_ahead_key(session_id))
-            if ahead is not None:
-                self._live.end(ahead, 0)
-            self._live.delete_session(session_id)
-            self._cache.departures.delete(session_id)
-            self._cache.departures.sweep()
-        self.tiers.wake()
-
     def expire(self, now: float | None = None) -> list[str]:
         """End those whose time is over, as ``release`` does, and leases; returns the ids of the reservations after
         ``on_abort`` had each. Sessions whose lease ends soon are restored."""
         with self._live.changing():
             now = self._clock() if now is None else now
             ended = self._live.end_expired(now)
-            for session_id in self._leases.ending(now + AHEAD_S):
-                self.restore_ahead(session_id)
+            self.sessions.restore_expected(now)
             self._cache.departures.sweep()
         self.tiers.wake()
         return ended
@@ -323,73 +256,6 @@ class Reservations:
         with self._lock:
             return list(self._live.get_used(reservation_id).pages)
 
-    # ---- uses: what touches pages outside the lock
-
-    def begin_use(self, reservation_id: str) -> Reservation:
-        """A step or a send is about to touch its pages: they are not reused before ``end_use``. Raises NotFound.
-
-        Uses nest; each needs its ``end_use``. Raises FailedPrecondition (PREEMPTED).
-        """
-        with self._lock:
-            reservation = self._live.get_active(reservation_id)
-            reservation.num_uses += 1
-            return reservation
-
-    def end_use(self, reservation_id: str) -> None:
-        """One use is over. Raises NotFound if there was none."""
-        with self._lock:
-            reservation = self._live.get_used(reservation_id)
-            if reservation.num_uses - (reservation.receive is not None) < 1:
-                raise FailedPrecondition("the reservation is not in use", reason="NOT_IN_USE")
-            self._live.end_use(reservation)
-
-    def begin_receive(self, reservation_id: str, first: int, end: int) -> None:
-        """Entries of the positions [first, end) are about to be written by a transfer; one at a time a reservation.
-
-        Raises NotFound, OutOfRange (empty or beyond tokens and pages; leaves a gap after ``computed_len``; falls into
-        pages that are shared already: reserve again to learn what is present), FailedPrecondition (PREEMPTED,
-        RECEIVE_IN_FLIGHT, RESTORING).
-        """
-        with self._lock:
-            reservation = self._live.get_active(reservation_id)
-            if reservation.receive is not None:
-                raise FailedPrecondition(
-                    "a receive into this reservation is in flight; retry when it has ended", reason="RECEIVE_IN_FLIGHT"
-                )
-            if reservation.is_restoring:
-                raise FailedPrecondition("pages of this reservation are being restored; retry", reason="RESTORING")
-            check_span(first, end, min(reservation.capacity, len(reservation.token_ids)))
-            shared_len = len(reservation.nodes) * self.page_size
-            if first == end or not shared_len <= first <= reservation.computed_len:
-                raise OutOfRange(
-                    f"a receive of [{first}, {end}) must not be empty and must begin in [{shared_len}, "
-                    f"{reservation.computed_len}]; reserve again to learn what is present",
-                    reason="RECEIVE_OUT_OF_RANGE",
-                )
-            reservation.receive = (first, end)
-            reservation.num_uses += 1
-
-    def end_receive(self, reservation_id: str, verified_len: int) -> None:
-        """The transfer is over, or its link destroyed: nothing of it writes any more.
-
-        verified_len: positions before it are present and verified in every plane of every layer; anything up to the
-        receive's ``first`` says that nothing arrived. Raises NotFound, FailedPrecondition (NO_RECEIVE), OutOfRange
-        (``verified_len`` beyond the receive).
-        """
-        with self._lock:
-            reservation = self._live.get_used(reservation_id)
-            if reservation.receive is None:
-                raise FailedPrecondition("no receive into this reservation is in flight", reason="NO_RECEIVE")
-            end, reservation.receive = reservation.receive[1], None
-            if verified_len <= end:
-                self._holdings.advance(reservation, verified_len)
-            self._live.end_use(reservation)
-        if verified_len > end:
-            raise OutOfRange(
-                f"verified_len is {verified_len} and the receive ended at {end}: nothing of it is taken as present",
-                reason="VERIFIED_LEN_OUT_OF_RANGE",
-            )
-
     # ---- views
 
     def state(self) -> CacheState:
@@ -404,12 +270,6 @@ class Reservations:
                 num_superseded=self._cache.superseded.num_pages[Tier.DEVICE],
                 num_reservations=len(self._live.all()),
             )
-
-    def sessions(self, limit: int | None = None) -> list[str]:
-        """Sessions with a live reservation or cached pages of their own here, the most recent ones first; at most
-        ``limit`` of them."""
-        with self._lock:
-            return list(islice(self._cache.sessions.cached_sessions(), limit))
 
     def check_invariants(self) -> None:
         """Raise AssertionError unless each page is free, referenced as often as held, or cached and reachable."""
@@ -426,9 +286,7 @@ class Reservations:
         if session_id:
             self._live.fences.advance(session_id, reservation.turn_id, reservation.epoch, reservation.attempt)
             self._live.supersede(session_id)
-            ahead = self._live.by_key(_ahead_key(session_id))
-            if ahead is not None:  # its own restore takes over
-                self._live.end(ahead, None)
+            self._live.end_ahead(session_id, None)  # its own restore takes over
         reservation.is_leased = self._leases.is_held(session_id, self._clock())
         self._holdings.compare(reservation, packed, self._clock())
         if not self._assign(reservation, packed):
@@ -452,33 +310,3 @@ class Reservations:
         ends = [reservation.expires_at for reservation in self._live.by_id.values()]
         ends += [lease.expires_at for lease in self._cache.sessions.leases.values()]
         return no_pages(self._cache.pool, num_needed, min(ends, default=now) - now)
-
-    def _ahead(self, session_id: str) -> Reservation | None:
-        record = self._cache.sessions.get(session_id)
-        key = _ahead_key(session_id)
-        if record is None or record.live_id is not None or self._live.by_key(key) is not None:
-            return None
-        nodes, _ = self._cache.leases.left(record)
-        num_below = sum(1 for node in nodes if node.page is None)
-        if not 0 < num_below <= AHEAD_SHARE * self._cache.pool.num_available:
-            return None
-        return Reservation(
-            id=secrets.token_hex(16),
-            session_id=key[0],
-            turn_id=key[1],
-            epoch=key[2],
-            attempt=key[3],
-            root=record.left_root,
-            token_ids=[*record.left[: len(nodes) * self.page_size], 0],  # the last token is never restored
-            prompt_len=len(nodes) * self.page_size + 1,
-            prompt_digest=b"",
-            digests=[node.digest for node in nodes],
-            page_size=self.page_size,
-            time_to_live_s=MAX_RESERVATION_S,
-            is_ahead=True,
-        )
-
-
-def _ahead_key(session_id: str) -> ReservationKey:
-    """Of the reservation that brings a session's pages up before its turn."""
-    return "", f"ahead/{session_id}", 0, 0

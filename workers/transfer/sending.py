@@ -145,14 +145,14 @@ class PushStream:
         self._call.cancel()
 
     async def _flush(self) -> None:
-        self._reservations.begin_use(self._reservation.id)  # its pages stay while the rest is gathered
+        self._reservations.uses.begin(self._reservation.id)  # its pages stay while the rest is gathered
         try:
             await asyncio.to_thread(self._queue_rest)
         except BaseException:
             self.close()  # the thread may still run: it gathers nothing more before the use ends
             raise
         finally:
-            self._reservations.end_use(self._reservation.id)
+            self._reservations.uses.end(self._reservation.id)
 
     def _queue_rest(self) -> None:
         for target in range(self.first + MAX_FRAME_TOKENS, self.end + MAX_FRAME_TOKENS, MAX_FRAME_TOKENS):

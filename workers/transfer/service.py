@@ -141,7 +141,7 @@ class Transfer(transfer_pb2_grpc.TransferServiceServicer):
         finally:
             if inbound is not None:
                 inbound.detach()
-            self._reservations.end_receive(reservation.id, receive.verified_len)
+            self._reservations.uses.end_receive(reservation.id, receive.verified_len)
         return receive.verified_len
 
     async def push(
@@ -245,7 +245,7 @@ class Transfer(transfer_pb2_grpc.TransferServiceServicer):
 
     async def Pull(self, request: transfer_pb2.PullRequest, context: Context) -> transfer_pb2.PullResponse:
         link = await self._links.accepted(request.link_id)
-        reservation = self._reservations.begin_use(request.reservation_id)
+        reservation = self._reservations.uses.begin(request.reservation_id)
         try:
             await until_restored(reservation, self._timeout_s)
             if not request.first < request.end <= reservation.computed_len:
@@ -257,7 +257,7 @@ class Transfer(transfer_pb2_grpc.TransferServiceServicer):
             slots = self._reservations.slots(reservation.id, request.first, request.end)
             outbound = link.send(request.transfer_id)
         except BaseException:
-            self._reservations.end_use(request.reservation_id)
+            self._reservations.uses.end(request.reservation_id)
             raise
         task = asyncio.create_task(self._send(reservation.id, outbound, request.first, slots))
         self._sending.add(task)
@@ -288,7 +288,7 @@ class Transfer(transfer_pb2_grpc.TransferServiceServicer):
         finally:
             if inbound is not None:
                 inbound.detach()
-            self._reservations.end_receive(reservation.id, receive.verified_len)
+            self._reservations.uses.end_receive(reservation.id, receive.verified_len)
         yield transfer_pb2.PushResponse(verified_len=receive.verified_len)
 
     async def Hold(self, request: transfer_pb2.HoldRequest, context: Context) -> transfer_pb2.HoldResponse:
@@ -340,11 +340,11 @@ class Transfer(transfer_pb2_grpc.TransferServiceServicer):
         raise AssertionError("the last try returns or raises")
 
     def _begin_receive(self, reservation_id: str, first: int, end: int) -> Receive:
-        self._reservations.begin_receive(reservation_id, first, end)
+        self._reservations.uses.begin_receive(reservation_id, first, end)
         try:
             slots = torch.tensor(self._reservations.slots(reservation_id, first, end), dtype=torch.int64)
         except BaseException:
-            self._reservations.end_receive(reservation_id, first)
+            self._reservations.uses.end_receive(reservation_id, first)
             raise
         num_full_pages = first // PAGE_SIZE
 
@@ -392,7 +392,7 @@ class Transfer(transfer_pb2_grpc.TransferServiceServicer):
             _log.info("pull_not_sent", extra={"reservation_id": reservation_id, "reason": error.reason})
         finally:
             outbound.end()  # where it broke off: the puller must not wait for more
-            self._reservations.end_use(reservation_id)
+            self._reservations.uses.end(reservation_id)
 
     def _measure_push(self, outbound: Outbound) -> None:
         self.push_bytes_per_s = _smoothed(self.push_bytes_per_s, outbound.num_bytes_sent, outbound.busy_s)

@@ -22,14 +22,14 @@ MakeCache = Callable[[int], SmallCache]
 
 def test_pages_of_a_deleted_session_are_free_at_once(cache: SmallCache) -> None:
     cache.leave(A, session="a")
-    cache.caches.retain("a", duration_s=60.0, importance=Importance.HIGH, prefill_tokens_per_s=0.0)
+    cache.caches.sessions.retain("a", duration_s=60.0, importance=Importance.HIGH, prefill_tokens_per_s=0.0)
     for _ in range(2):
-        cache.caches.delete_session("a", 1)
+        cache.caches.sessions.delete("a", 1)
         cache.caches.check_invariants()
         assert cache.caches.state().num_free == 16
         assert cache.caches.state().num_leased == 0
-        assert cache.caches.sessions() == []
-    cache.caches.delete_session("never was here", 1)
+        assert cache.caches.sessions.cached() == []
+    cache.caches.sessions.delete("never was here", 1)
     cache.caches.check_invariants()
 
 
@@ -37,7 +37,7 @@ def test_pages_that_its_earlier_turns_left_behind_go_too(cache: SmallCache) -> N
     cache.leave([1] * 4 + [2] * 8, session="a")
     cache.leave([1] * 4 + [3] * 8, session="a", turn="u", epoch=2)
     assert cache.caches.state().num_superseded == 2
-    cache.caches.delete_session("a", 2)
+    cache.caches.sessions.delete("a", 2)
     assert cache.caches.state().num_free == 16
     assert cache.caches.state().num_superseded == 0
 
@@ -45,13 +45,13 @@ def test_pages_that_its_earlier_turns_left_behind_go_too(cache: SmallCache) -> N
 def test_what_a_fork_shares_stays_and_goes_with_it(cache: SmallCache) -> None:
     cache.leave(A, session="a")
     cache.leave(FORK, session="fork")
-    cache.caches.delete_session("a", 1)
+    cache.caches.sessions.delete("a", 1)
     cache.caches.check_invariants()
     assert (cache.caches.state().num_cached, cache.caches.state().num_superseded) == (5, 0)
     back = cache.reserve(FORK, session="fork", epoch=2)
     assert back.cached_len == 16
     cache.release(back, 17)
-    cache.caches.delete_session("fork", 2)
+    cache.caches.sessions.delete("fork", 2)
     assert cache.caches.state().num_free == 16
 
 
@@ -71,12 +71,12 @@ def test_work_for_a_turn_elsewhere_goes_with_its_session(cache: SmallCache) -> N
         cache.caches.advance(made.id, len(ids))
         cache.release(made)
     assert (cache.caches.state().num_cached, cache.caches.state().num_superseded) == (6, 0)
-    assert cache.caches.sessions() == []
-    cache.caches.delete_session("a", 1)
+    assert cache.caches.sessions.cached() == []
+    cache.caches.sessions.delete("a", 1)
     assert cache.caches.state().num_cached == 6, "the fork's lie behind them"
-    cache.caches.delete_session("b", 1)
+    cache.caches.sessions.delete("b", 1)
     assert cache.caches.state().num_cached == 4
-    cache.caches.delete_session("fork", 1)
+    cache.caches.sessions.delete("fork", 1)
     assert cache.caches.state().num_free == 16
 
 
@@ -84,22 +84,22 @@ def test_what_a_fork_keeps_under_a_lease_stays(make_cache: MakeCache) -> None:
     cache = make_cache(32)
     cache.leave(A, session="a")
     cache.leave(FORK, session="fork")
-    cache.caches.retain("fork", duration_s=60.0, importance=Importance.HIGH, prefill_tokens_per_s=0.0)
-    cache.caches.delete_session("a", 1)
+    cache.caches.sessions.retain("fork", duration_s=60.0, importance=Importance.HIGH, prefill_tokens_per_s=0.0)
+    cache.caches.sessions.delete("a", 1)
     assert cache.caches.state().num_leased == 5
 
 
 def test_a_turn_of_a_deleted_session_ends_and_its_writers_are_fenced_off(cache: SmallCache) -> None:
     live = cache.reserve(A, session="a", epoch=5)
     cache.caches.advance(live.id, 9)
-    cache.caches.delete_session("a", 5)
+    cache.caches.sessions.delete("a", 5)
     assert cache.aborted == [live.id]
     assert cache.caches.state().num_free == 16
     with pytest.raises(Aborted) as caught:
         cache.reserve(A, session="a", epoch=5, attempt=1)
     assert caught.value.reason == "STALE_EPOCH"
     anew = cache.reserve(A, session="a", turn="anew", epoch=7)
-    cache.caches.delete_session("a", 5)
+    cache.caches.sessions.delete("a", 5)
     assert cache.caches.get(anew.id) is anew, "a late message about the session before it"
     cache.release(anew)
 
@@ -107,12 +107,12 @@ def test_a_turn_of_a_deleted_session_ends_and_its_writers_are_fenced_off(cache: 
 def test_pages_in_use_go_when_the_use_is_over(cache: SmallCache) -> None:
     live = cache.reserve(A, session="a")
     cache.caches.advance(live.id, 6)
-    cache.caches.begin_use(live.id)
-    cache.caches.delete_session("a", 1)
+    cache.caches.uses.begin(live.id)
+    cache.caches.sessions.delete("a", 1)
     cache.caches.check_invariants()
     assert cache.caches.state().num_free < 16
     cache.caches.advance(live.id, 10)  # the step that was under way
-    cache.caches.end_use(live.id)
+    cache.caches.uses.end(live.id)
     cache.caches.expire()
     cache.caches.check_invariants()
     assert cache.caches.state().num_free == 16
@@ -123,7 +123,7 @@ def test_what_a_peer_reads_goes_when_it_has_read_it(cache: SmallCache) -> None:
     root = cache.reserve(A, session="a", turn="u", epoch=2).root
     cache.caches.release(cache.caches._live.of_session("a").id)  # type: ignore[union-attr]
     held = cache.caches.handover.hold(session_id="a", epoch=3, attempt=1, root=root, token_ids=A, time_to_live_s=5.0)
-    cache.caches.delete_session("a", 3)
+    cache.caches.sessions.delete("a", 3)
     cache.caches.expire()
     assert cache.caches.state().num_cached == 0
     assert cache.caches.state().num_free == 14
@@ -139,7 +139,7 @@ def test_it_goes_from_all_tiers_and_its_slots_on_disk_are_erased_before_they_are
     cache.leave(FORK, session="fork")
     cache.settle()
     cache.press()
-    cache.caches.delete_session("fork", 1)
+    cache.caches.sessions.delete("fork", 1)
     cache.caches.check_invariants()
     tiers = cache.caches.tiers
     assert [tiers.state(tier).num_cached for tier in (Tier.HOST, Tier.DISK)] == [2, 2], "the first session's"
@@ -171,7 +171,7 @@ def test_a_copy_in_the_making_of_a_deleted_page_is_erased(make_tiered: MakeTiere
     cache.leave(A, session="a")
     copies = cache.caches.tiers.next_copies(Tier.DISK, 9)
     assert len(copies) == 2
-    cache.caches.delete_session("a", 1)
+    cache.caches.sessions.delete("a", 1)
     for copy in copies:
         cache.caches.tiers.copied(copy, 0)
     cache.caches.expire()
@@ -190,7 +190,7 @@ def test_deleted_sessions_are_not_adopted(make_tiered: MakeTiered) -> None:
     cache = make_tiered(16, disk=10)
     cache.caches.tiers.adopt(Tier.DISK, two_sessions(), deleted=["fork", "another"])
     cache.caches.check_invariants()
-    assert cache.caches.sessions() == ["gone"]
+    assert cache.caches.sessions.cached() == ["gone"]
     assert cache.caches.tiers.next_erasures(Tier.DISK, 9) == [3, 2]
     assert cache.caches.tiers.state(Tier.DISK).num_superseded == 0
 
@@ -199,7 +199,7 @@ def test_what_a_fork_has_of_a_deleted_session_is_adopted(make_tiered: MakeTiered
     cache = make_tiered(16, disk=10)
     cache.caches.tiers.adopt(Tier.DISK, two_sessions(), deleted=["gone"])
     cache.caches.check_invariants()
-    assert cache.caches.sessions() == ["fork"]
+    assert cache.caches.sessions.cached() == ["fork"]
     assert cache.caches.tiers.next_erasures(Tier.DISK, 9) == []
     back = cache.reserve([*[5] * 16, 1], session="fork")
     assert back.cached_len == 16

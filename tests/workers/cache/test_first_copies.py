@@ -51,7 +51,7 @@ def test_pages_that_get_no_copy_do_not_wait(make_tiered: MakeTiered) -> None:
     cache = make_tiered(8, host=2)
     cache.leave(B, session="b")
     cache.settle()
-    lease = cache.caches.retain("b", duration_s=5.0, importance=Importance.HIGH, prefill_tokens_per_s=1.0)
+    lease = cache.caches.sessions.retain("b", duration_s=5.0, importance=Importance.HIGH, prefill_tokens_per_s=1.0)
     assert lease.outcome is LeaseOutcome.ACCEPTED
     leave_a(cache)
     assert cache.caches.tiers.next_copies(Tier.HOST, 9) == [], "what is there is leased"
@@ -78,7 +78,7 @@ def test_a_session_that_is_gone_does_not_wait(make_tiered: MakeTiered, way: str)
     cache = make_tiered(8, host=8)
     leave_a(cache)
     if way == "deleted":
-        cache.caches.delete_session("a", 2)
+        cache.caches.sessions.delete("a", 2)
     else:
         cache.caches._cache.departures.give_up("a")
     cache.caches.check_invariants()
@@ -100,7 +100,7 @@ def test_while_a_turn_runs_its_leased_pages_need_no_copies(make_tiered: MakeTier
     cache = make_tiered(8, host=2)
     leave_a(cache)
     cache.settle()
-    lease = cache.caches.retain("a", duration_s=5.0, importance=Importance.HIGH, prefill_tokens_per_s=1.0)
+    lease = cache.caches.sessions.retain("a", duration_s=5.0, importance=Importance.HIGH, prefill_tokens_per_s=1.0)
     assert lease.outcome is LeaseOutcome.ACCEPTED
     turn = cache.reserve([*A, 5], session="a", turn="t2", epoch=2)
     cache.leave(B, session="b")
@@ -119,7 +119,7 @@ def test_a_turn_on_another_branch_leaves_the_lease_alone(make_tiered: MakeTiered
     cache = make_tiered(8, host=2)
     leave_a(cache)
     cache.settle()
-    cache.caches.retain("a", duration_s=5.0, importance=Importance.HIGH, prefill_tokens_per_s=1.0)
+    cache.caches.sessions.retain("a", duration_s=5.0, importance=Importance.HIGH, prefill_tokens_per_s=1.0)
     turn = cache.reserve([1, 1, 1, 1, 7, 7], session="a", turn="t2", epoch=2)
     cache.leave(B, session="b")
     cache.settle()

@@ -83,7 +83,7 @@ def test_what_was_given_up_is_free_but_for_what_others_use(cache: Any) -> None:
     cache.leave(IDS)
     cache.leave([*IDS[:8], 70, 71, 72, 73, 74], session="other")
     cache.caches.handover.give_up("s", 0)
-    assert "s" in cache.caches.sessions(), "a later epoch has been seen here"
+    assert "s" in cache.caches.sessions.cached(), "a later epoch has been seen here"
     held = hold(cache, IDS)
     cache.caches.handover.give_up("s", 2)
     cache.caches.check_invariants()
@@ -94,7 +94,7 @@ def test_what_was_given_up_is_free_but_for_what_others_use(cache: Any) -> None:
     cache.caches.handover.give_up("s", 2)
     cache.caches.handover.give_up("other", 2)
     cache.caches.check_invariants()
-    assert cache.caches.sessions() == [], "whatever pages of it were pinned then, and are evicted first"
+    assert cache.caches.sessions.cached() == [], "whatever pages of it were pinned then, and are evicted first"
 
 
 def test_a_session_that_is_given_up_while_it_has_a_turn_stays(cache: Any) -> None:
@@ -113,7 +113,7 @@ def test_what_a_leaving_rank_hands_over(make_cache: MakeCache) -> None:
         cache.clock.now += 1
         ids = [100 * number + i for i in range(3 if session == "short" else 18)]
         cache.leave(ids, session=session, epoch=number + 1)
-    cache.caches.retain("leased", duration_s=30.0, importance=Importance.HIGH, prefill_tokens_per_s=0.0)
+    cache.caches.sessions.retain("leased", duration_s=30.0, importance=Importance.HIGH, prefill_tokens_per_s=0.0)
     cache.clock.now += 10
     turn = cache.reserve([300, 301], session="running", epoch=9)
     assert cache.caches.handover.has_turns()
@@ -164,11 +164,11 @@ def test_work_ahead_takes_cold_pages_and_never_leased_ones(make_cache: MakeCache
     cache = make_cache(12)
     cache.leave([7] * 18, session="cold")
     cache.leave([8] * 18, session="leased")
-    cache.caches.retain("leased", duration_s=600.0, importance=Importance.HIGH, prefill_tokens_per_s=0.0)
+    cache.caches.sessions.retain("leased", duration_s=600.0, importance=Importance.HIGH, prefill_tokens_per_s=0.0)
     with pytest.raises(ResourceExhausted):
         spare(cache, IDS)
     cache.clock.now += COLD_AFTER_S + 1
-    cache.caches.retain("leased", duration_s=60.0, importance=Importance.HIGH, prefill_tokens_per_s=0.0)
+    cache.caches.sessions.retain("leased", duration_s=60.0, importance=Importance.HIGH, prefill_tokens_per_s=0.0)
     ahead = spare(cache, IDS, attempt=2)
     cache.release(ahead)
     leased = cache.reserve([8] * 19, session="leased", epoch=2)

@@ -20,7 +20,9 @@ A, B, C = [1] * 10, [2] * 10, [3] * 10
 def retain(
     cache: SmallCache, session: str, duration_s: float = 60.0, importance: Importance = Importance.HIGH
 ) -> LeaseDecision:
-    decision = cache.caches.retain(session, duration_s=duration_s, importance=importance, prefill_tokens_per_s=100.0)
+    decision = cache.caches.sessions.retain(
+        session, duration_s=duration_s, importance=importance, prefill_tokens_per_s=100.0
+    )
     cache.caches.check_invariants()
     return decision
 
@@ -91,7 +93,7 @@ def test_a_lease_that_was_asked_for_before_the_session_went_on_is_denied(cache: 
     live = cache.reserve([*A, 5], session="a", turn="u", epoch=5)
 
     def retained(epoch: int) -> LeaseOutcome:
-        return cache.caches.retain(
+        return cache.caches.sessions.retain(
             "a", epoch=epoch, duration_s=60.0, importance=Importance.HIGH, prefill_tokens_per_s=0.0
         ).outcome
 

@@ -259,7 +259,7 @@ class CacheMachine(RuleBasedStateMachine):
         first += reservation.computed_len
         end = min(first + length, len(reservation.token_ids))
         try:
-            self.caches.begin_receive(reservation.id, first, end)
+            self.caches.uses.begin_receive(reservation.id, first, end)
         except (NotFound, OutOfRange, FailedPrecondition):
             return
         self._write(reservation, reservation.computed_len, end, spoilt=True)
@@ -279,7 +279,7 @@ class CacheMachine(RuleBasedStateMachine):
         reservation, first, end = self.receives.pop(pick % len(self.receives))
         verified = first + int(share * (end - first))
         self._write(reservation, first, verified)
-        self.caches.end_receive(reservation.id, verified)
+        self.caches.uses.end_receive(reservation.id, verified)
 
     @precondition(lambda self: self._of_turns())
     @rule(pick=picks)
@@ -288,7 +288,7 @@ class CacheMachine(RuleBasedStateMachine):
         if reservation.is_restoring:
             return
         try:
-            self.caches.begin_use(reservation.id)
+            self.caches.uses.begin(reservation.id)
         except (NotFound, FailedPrecondition):
             return
         self.steps.append((reservation, reservation.computed_len, list(reservation.pages)))
@@ -302,7 +302,7 @@ class CacheMachine(RuleBasedStateMachine):
             end = min(first + count, len(reservation.token_ids), reservation.capacity)
             self._write(reservation, first, end)
             self.caches.advance(reservation.id, end)
-        self.caches.end_use(reservation.id)
+        self.caches.uses.end(reservation.id)
 
     @precondition(lambda self: self._of_turns())
     @rule(pick=picks, cut=st.none() | st.integers(-2, 9))
@@ -321,7 +321,9 @@ class CacheMachine(RuleBasedStateMachine):
         importance=st.sampled_from(Importance),
     )
     def retain(self, session: str, duration_s: float, importance: Importance) -> None:
-        decision = self.caches.retain(session, duration_s=duration_s, importance=importance, prefill_tokens_per_s=0.0)
+        decision = self.caches.sessions.retain(
+            session, duration_s=duration_s, importance=importance, prefill_tokens_per_s=0.0
+        )
         lease = self.caches._cache.sessions.leases.get(session)
         if decision.outcome is LeaseOutcome.DENIED:
             assert lease is None or lease.expires_at > self.now
@@ -341,13 +343,13 @@ class CacheMachine(RuleBasedStateMachine):
         epoch = self.epochs.get(session, (1, 0))[0]
         if is_late:
             before = self.caches.state()
-            self.caches.delete_session(session, epoch - 3)
+            self.caches.sessions.delete(session, epoch - 3)
             if session in self.epochs:
                 assert self.caches.state() == before
                 return
         num_live = sum(one.session_id == session for one in self.caches._live.by_id.values())
         num_aborted = len(self.aborted)
-        self.caches.delete_session(session, epoch)
+        self.caches.sessions.delete(session, epoch)
         assert len(self.aborted) == num_aborted + num_live
         self.leased.pop(session, None)
         self.left.pop(session, None)
@@ -461,9 +463,9 @@ class CacheMachine(RuleBasedStateMachine):
         for reservation in caches._live.all():
             caches.release(reservation.id)
             if reservation.receive is not None:
-                caches.end_receive(reservation.id, 0)
+                caches.uses.end_receive(reservation.id, 0)
             while reservation.num_uses:
-                caches.end_use(reservation.id)
+                caches.uses.end(reservation.id)
         self.now += MAX_LEASE_S
         caches.expire()
         caches.check_invariants()
@@ -482,7 +484,7 @@ class CacheMachine(RuleBasedStateMachine):
         assert sorted(whole.pages) == list(range(state.num_pages)), "a cached page could not be evicted"
         caches.check_invariants()
         if not any(self.num_below.values()):
-            assert caches.sessions() == ["last"]
+            assert caches.sessions.cached() == ["last"]
 
 
 QUICK = settings(
@@ -535,12 +537,12 @@ def test_threads_reserve_compute_receive_and_release_at_once() -> None:
             try:
                 half = (reservation.cached_len + len(prompt)) // 2
                 if reservation.computed_len < half:
-                    caches.begin_receive(reservation.id, reservation.computed_len, half)
-                    caches.end_receive(reservation.id, half)
-                caches.begin_use(reservation.id)
+                    caches.uses.begin_receive(reservation.id, reservation.computed_len, half)
+                    caches.uses.end_receive(reservation.id, half)
+                caches.uses.begin(reservation.id)
                 caches.advance(reservation.id, len(prompt))
                 caches.append_token(reservation.id, 1)
-                caches.end_use(reservation.id)
+                caches.uses.end(reservation.id)
                 caches.check_invariants()
                 num_done[worker] += 1
             except NotFound:

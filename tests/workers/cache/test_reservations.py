@@ -115,7 +115,7 @@ def test_stateless_use_shares_full_pages_and_leaves_no_tail(cache: Any) -> None:
     both = cache.reserve(list(range(8)), session="", turn="z")  # no epoch, no superseding without a session
     assert again.cached_len == both.cached_len == 4
     assert cache.aborted == []
-    assert cache.caches.sessions() == []
+    assert cache.caches.sessions.cached() == []
     cache.release(again)
     cache.release(both)
 
@@ -141,8 +141,8 @@ def test_random_lengths_find_exactly_what_was_left(make_cache: MakeCache, rng: r
 def test_repeating_renews_and_tells_what_arrived(cache: Any) -> None:
     token_ids = list(range(10))
     first = cache.reserve(token_ids, ttl=10)
-    cache.caches.begin_receive(first.id, 0, 9)
-    cache.caches.end_receive(first.id, 7)
+    cache.caches.uses.begin_receive(first.id, 0, 9)
+    cache.caches.uses.end_receive(first.id, 7)
     cache.clock.now += 9
     again = cache.reserve(token_ids, ttl=10)
     assert again is first
@@ -307,10 +307,10 @@ def test_unknown_ids_are_typed_errors_and_release_is_idempotent(cache: Any) -> N
         lambda: caches.append_token("x", 1),
         lambda: caches.preempt("x"),
         lambda: caches.resume("x"),
-        lambda: caches.begin_use("x"),
-        lambda: caches.end_use("x"),
-        lambda: caches.begin_receive("x", 0, 1),
-        lambda: caches.end_receive("x", 0),
+        lambda: caches.uses.begin("x"),
+        lambda: caches.uses.end("x"),
+        lambda: caches.uses.begin_receive("x", 0, 1),
+        lambda: caches.uses.end_receive("x", 0),
         lambda: caches.slots("x", 0, 1),
         lambda: caches.page_table("x"),
     ]
@@ -467,10 +467,10 @@ def test_a_preempted_reservation_that_ends_leaves_what_it_had(cache: Any) -> Non
 
 def test_pages_in_use_are_not_preempted(cache: Any) -> None:
     reservation = cache.reserve(list(range(10)))
-    cache.caches.begin_use(reservation.id)
+    cache.caches.uses.begin(reservation.id)
     assert not cache.caches.preempt(reservation.id)
     assert len(reservation.pages) == 3
-    cache.caches.end_use(reservation.id)
+    cache.caches.uses.end(reservation.id)
     assert cache.caches.preempt(reservation.id)
     cache.release(reservation)
 
@@ -483,7 +483,7 @@ def test_pages_of_a_dead_reservation_come_back_after_the_receive(make_cache: Mak
     cache = make_cache(7)
     token_ids = list(range(11))
     dead = cache.reserve(token_ids, ttl=1)
-    cache.caches.begin_receive(dead.id, 0, 10)
+    cache.caches.uses.begin_receive(dead.id, 0, 10)
     pages = list(dead.pages)
     if how == "epoch":
         new = cache.reserve(token_ids, epoch=2)
@@ -504,7 +504,7 @@ def test_pages_of_a_dead_reservation_come_back_after_the_receive(make_cache: Mak
     assert not set(other.pages) & set(pages)
     with pytest.raises(ResourceExhausted):
         cache.reserve(list(range(70, 80)), session="third")
-    cache.caches.end_receive(dead.id, 9)
+    cache.caches.uses.end_receive(dead.id, 9)
     cache.caches.check_invariants()
     assert dead.state is ReservationState.ENDED
     assert cache.caches.state().num_reservations == 1
@@ -516,9 +516,9 @@ def test_pages_of_a_dead_reservation_come_back_after_the_receive(make_cache: Mak
 
 def test_a_receive_that_brought_nothing_leaves_nothing(cache: Any) -> None:
     dead = cache.reserve(list(range(11)))
-    cache.caches.begin_receive(dead.id, 0, 10)
+    cache.caches.uses.begin_receive(dead.id, 0, 10)
     cache.release(dead)
-    cache.caches.end_receive(dead.id, 0)
+    cache.caches.uses.end_receive(dead.id, 0)
     assert cache.caches.state().num_free == 16
 
 
@@ -529,25 +529,25 @@ def test_receives_are_one_at_a_time_and_within_what_is_missing(cache: Any) -> No
     assert reservation.cached_len == 6
     for first, end in ((7, 10), (3, 10), (6, 6), (6, 14), (8, 6), (-1, 6)):
         with pytest.raises(OutOfRange):
-            caches.begin_receive(reservation.id, first, end)
-    caches.begin_receive(reservation.id, 5, 12)  # 5 is there, in a page of its own: writing it again is harmless
+            caches.uses.begin_receive(reservation.id, first, end)
+    caches.uses.begin_receive(reservation.id, 5, 12)  # 5 is there, in a page of its own: writing it again is harmless
     with pytest.raises(FailedPrecondition) as refused:
-        caches.begin_receive(reservation.id, 6, 12)
+        caches.uses.begin_receive(reservation.id, 6, 12)
     assert refused.value.reason == "RECEIVE_IN_FLIGHT"
     with pytest.raises(FailedPrecondition) as refused:
-        caches.end_use(reservation.id)
+        caches.uses.end(reservation.id)
     assert refused.value.reason == "NOT_IN_USE"
-    caches.end_receive(reservation.id, 3)  # nothing arrived
+    caches.uses.end_receive(reservation.id, 3)  # nothing arrived
     assert reservation.computed_len == 6
     with pytest.raises(FailedPrecondition) as refused:
-        caches.end_receive(reservation.id, 9)
+        caches.uses.end_receive(reservation.id, 9)
     assert refused.value.reason == "NO_RECEIVE"
-    caches.begin_receive(reservation.id, 6, 10)
+    caches.uses.begin_receive(reservation.id, 6, 10)
     with pytest.raises(OutOfRange):
-        caches.end_receive(reservation.id, 11)
+        caches.uses.end_receive(reservation.id, 11)
     assert (reservation.computed_len, reservation.num_uses) == (6, 0)
-    caches.begin_receive(reservation.id, 6, 12)
-    caches.end_receive(reservation.id, 12)
+    caches.uses.begin_receive(reservation.id, 6, 12)
+    caches.uses.end_receive(reservation.id, 12)
     assert reservation.cached_len == 12
     cache.release(reservation)
 
@@ -556,20 +556,20 @@ def test_a_step_that_outlives_its_reservation_keeps_the_pages(make_cache: MakeCa
     cache = make_cache(4)
     caches: Reservations = cache.caches
     dead = cache.reserve(list(range(10)))
-    assert caches.begin_use(dead.id) is dead
-    caches.begin_use(dead.id)
+    assert caches.uses.begin(dead.id) is dead
+    caches.uses.begin(dead.id)
     cache.release(dead)
     caches.advance(dead.id, 10)  # the step may finish what it does
     caches.append_token(dead.id, 5)
     assert caches.slots(dead.id, 0, 2)
-    caches.end_use(dead.id)
+    caches.uses.end(dead.id)
     with pytest.raises(ResourceExhausted):
         cache.reserve(list(range(20, 28)), session="b")
     with pytest.raises(NotFound):
-        caches.begin_use(dead.id)
-    caches.end_use(dead.id)
+        caches.uses.begin(dead.id)
+    caches.uses.end(dead.id)
     with pytest.raises(NotFound):
-        caches.end_use(dead.id)
+        caches.uses.end(dead.id)
     again = cache.reserve(list(range(11)), epoch=2)
     assert (again.cached_len, again.common_len) == (10, 10)
     cache.release(again)
@@ -585,9 +585,9 @@ def test_the_least_recently_used_sessions_go_first_deepest_page_first(make_cache
         cache.clock.now += {"a": 1.0, "b": 1e5, "c": 1e3}[session]
     cache.leave([ord("a")] * 10, session="a", epoch=2)
     big = cache.reserve(list(range(8)), session="d")  # 3 pages: all of b's, and none else's
-    assert cache.caches.sessions() == ["d", "a", "c"]
+    assert cache.caches.sessions.cached() == ["d", "a", "c"]
     cache.release(big, keep_len=0)
-    assert cache.caches.sessions() == ["a", "c"]
+    assert cache.caches.sessions.cached() == ["a", "c"]
     filler = cache.reserve(list(range(12)), session="d", epoch=2)  # 4: c's tail beside the 3 free ones
     c = cache.reserve([ord("c")] * 11, session="c", epoch=2)
     assert (c.cached_len, c.common_len) == (8, 10)
@@ -624,12 +624,12 @@ def test_sessions_are_most_recent_first_and_leave_with_their_pages(make_cache: M
     cache = make_cache(6)
     cache.leave([1] * 6, session="a")
     cache.leave([2] * 6, session="b")
-    assert cache.caches.sessions() == ["b", "a"]
+    assert cache.caches.sessions.cached() == ["b", "a"]
     live = cache.reserve([1] * 7, session="a", epoch=2)
-    assert cache.caches.sessions() == ["a", "b"]
+    assert cache.caches.sessions.cached() == ["a", "b"]
     cache.release(live)
     cache.leave([3] * 23, session="", turn="x")
-    assert cache.caches.sessions() == []
+    assert cache.caches.sessions.cached() == []
 
 
 # ---- beside

@@ -10,8 +10,8 @@ import pytest
 from seamount.wire.errors import FailedPrecondition, ResourceExhausted
 from seamount.wire.hashes import page_hashes, root_hash
 from seamount.workers.cache.first_copies import MAX_COPYING_S
-from seamount.workers.cache.reservations import AHEAD_S
 from seamount.workers.cache.retention import Importance, LeaseOutcome, Tier
+from seamount.workers.cache.session_door import AHEAD_S
 from seamount.workers.cache.tier_door import StoredPage
 
 from .conftest import SALT, MakeTiered, TieredCache
@@ -51,7 +51,7 @@ def test_a_session_that_left_the_device_is_restored(make_tiered: MakeTiered) -> 
     assert (back.cached_len, back.computed_len, back.is_restoring) == (8, 0, True)
     assert back.num_tokens_from(Tier.HOST) == 8
     with pytest.raises(FailedPrecondition, match="being restored"):
-        cache.caches.begin_receive(back.id, 0, 4)
+        cache.caches.uses.begin_receive(back.id, 0, 4)
     cache.settle()
     assert back.restored is not None
     assert back.restored.done()
@@ -202,7 +202,7 @@ def test_superseded_pages_get_no_copies(make_tiered: MakeTiered) -> None:
 def test_a_lease_may_be_demoted_and_is_never_dropped(make_tiered: MakeTiered) -> None:
     cache = make_tiered(6, host=4)
     cache.leave(A, session="a")
-    lease = cache.caches.retain("a", duration_s=60.0, importance=Importance.HIGH, prefill_tokens_per_s=0.0)
+    lease = cache.caches.sessions.retain("a", duration_s=60.0, importance=Importance.HIGH, prefill_tokens_per_s=0.0)
     assert (lease.outcome, lease.tier) == (LeaseOutcome.ACCEPTED, Tier.DEVICE)
     with pytest.raises(ResourceExhausted):  # nothing has a copy yet
         cache.reserve([9] * 15, session="big")
@@ -228,7 +228,7 @@ def test_a_lease_does_not_displace_another(make_tiered: MakeTiered) -> None:
     cache = make_tiered(12, host=2)
     for ids, session in ((A, "a"), (B, "b")):
         cache.leave(ids, session=session)
-        cache.caches.retain(session, duration_s=60.0, importance=Importance.HIGH, prefill_tokens_per_s=0.0)
+        cache.caches.sessions.retain(session, duration_s=60.0, importance=Importance.HIGH, prefill_tokens_per_s=0.0)
         cache.settle()
         cache.clock.now += 30.0
     cache.press()
@@ -257,7 +257,9 @@ def test_the_answer_names_the_tier_that_has_room(make_tiered: MakeTiered) -> Non
     for number in range(3):
         cache.leave([number + 1] * 8, session=f"s{number}")
     tiers = [
-        cache.caches.retain(f"s{number}", duration_s=200.0, importance=Importance.NORMAL, prefill_tokens_per_s=0.0)
+        cache.caches.sessions.retain(
+            f"s{number}", duration_s=200.0, importance=Importance.NORMAL, prefill_tokens_per_s=0.0
+        )
         for number in range(3)
     ]
     assert [(one.outcome, one.tier) for one in tiers] == [
@@ -271,7 +273,7 @@ def test_the_answer_names_the_tier_that_has_room(make_tiered: MakeTiered) -> Non
 def test_before_a_lease_ends_its_pages_come_up(make_tiered: MakeTiered) -> None:
     cache = make_tiered(16, host=16)
     cache.leave(A, session="a")
-    cache.caches.retain("a", duration_s=60.0, importance=Importance.HIGH, prefill_tokens_per_s=0.0)
+    cache.caches.sessions.retain("a", duration_s=60.0, importance=Importance.HIGH, prefill_tokens_per_s=0.0)
     cache.settle()
     cache.press()
     cache.clock.now += 60.0 - AHEAD_S - 0.5
@@ -291,11 +293,11 @@ def test_pages_come_up_ahead_only_where_there_is_room(make_tiered: MakeTiered) -
     cache = make_tiered(8, host=16)
     cache.leave([1] * 26, session="a")
     cache.settle()
-    assert not cache.caches.restore_ahead("a"), "it is there"
+    assert not cache.caches.sessions.restore_ahead("a"), "it is there"
     cache.press()
     held = cache.reserve([2] * 7, session="b")
-    assert not cache.caches.restore_ahead("a"), "6 pages are available and it needs 6"
-    assert not cache.caches.restore_ahead("nobody")
+    assert not cache.caches.sessions.restore_ahead("a"), "6 pages are available and it needs 6"
+    assert not cache.caches.sessions.restore_ahead("nobody")
     cache.release(held, keep_len=0)
 
 
@@ -304,7 +306,7 @@ def test_a_turn_takes_over_what_is_brought_up_ahead_of_it(make_tiered: MakeTiere
     cache.leave([1] * 18, session="a")
     cache.settle()
     cache.press()
-    assert cache.caches.restore_ahead("a")
+    assert cache.caches.sessions.restore_ahead("a")
     restore = cache.caches.tiers.next_restore(2)
     assert restore is not None
     cache.caches.tiers.restored(restore, 2)
@@ -357,7 +359,7 @@ def test_pages_of_an_earlier_process_are_adopted(make_tiered: MakeTiered, rng: r
     assert len(orphans) == 2
     assert 9 in orphans
     cache.caches.check_invariants()
-    assert cache.caches.sessions() == ["s"]
+    assert cache.caches.sessions.cached() == ["s"]
     back = cache.reserve([*ids, 1], session="s")
     assert (back.cached_len, back.common_len, back.left_len) == (16, 16, 16)
     cache.settle()

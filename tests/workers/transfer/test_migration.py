@@ -72,7 +72,7 @@ def left(rank: Any, token_ids: list[int], seed: int) -> list[Any]:
 
 def assert_untouched(source: Any) -> None:
     """The source holds the session, tail and all, and nothing is pinned."""
-    assert source.reservations.sessions() == ["session"]
+    assert source.reservations.sessions.cached() == ["session"]
     assert source.reservations.state().num_reservations == 0
     again = source.reserve([*IDS, 1], epoch=9)
     assert again.cached_len == len(IDS)
@@ -86,7 +86,7 @@ async def test_a_session_moves_with_every_plane_and_the_source_is_free(new_rank:
     finished = await moved(migration(target), source, ours)
     assert (finished.num_migrated_tokens, finished.cached_len, finished.is_complete) == (END, END, True)
     assert all(one.equal(other) for one, other in zip(rows, target.rows(ours, 0, END), strict=True))
-    assert source.reservations.sessions() == []
+    assert source.reservations.sessions.cached() == []
     assert source.reservations.state().num_free == source.reservations.num_pages
     target.reservations.release(ours.id)
     shared = target.reserve(IDS, session_id="another")
@@ -98,9 +98,9 @@ async def test_the_source_waits_for_its_own_sender_before_it_gives_up(
 ) -> None:
     source, target = await new_rank("source"), await new_rank("target")
     left(source, IDS, seed)
-    end_use = source.reservations.end_use
+    end_use = source.reservations.uses.end
     loop = asyncio.get_running_loop()
-    monkeypatch.setattr(source.reservations, "end_use", lambda one: loop.call_later(0.2, end_use, one))
+    monkeypatch.setattr(source.reservations.uses, "end", lambda one: loop.call_later(0.2, end_use, one))
     ours = target.reserve([*IDS, 5], epoch=2)
     assert (await moved(migration(target), source, ours)).is_complete
     assert source.reservations.state().num_free == source.reservations.num_pages
@@ -135,7 +135,7 @@ async def test_a_damaged_frame_leaves_the_source_as_it_was(new_rank: NewRank, se
     ours, at = target.reserve([*IDS, 5], epoch=2), migration(target)
     finished = await moved(at, source, ours)
     assert (finished.cached_len, finished.is_complete) == (MAX_FRAME_TOKENS, False)
-    assert source.reservations.sessions() == ["session"]
+    assert source.reservations.sessions.cached() == ["session"]
     again = await moved(at, source, ours)
     assert (again.num_migrated_tokens, again.is_complete) == (END - MAX_FRAME_TOKENS, True)
 
