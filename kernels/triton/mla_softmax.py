@@ -6,6 +6,8 @@ In sparse decode and prefill the left warpgroup has the scores s of 64 heads by 
 half of acc; the right one has the other half. They meet in shared memory of the caller: p_tile [64, 64] and keeps
 [64] float32 take each tile's P and factors 2^(m' - m), and after the last tile the norms in the factors' place;
 p_full and p_empty are barriers of one arrival. A turn is one such passage, numbered from 0.
+Bytes a turn, all in shared memory: 8 KB of P and 256 of factors, written by the left side, read by the right one's
+product and, in sparse decode, by the left one's.
 """
 
 from __future__ import annotations

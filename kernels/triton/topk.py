@@ -1,5 +1,7 @@
-"""Exact top-k on the GPU, ties to the lowest index: samples of each row, then ``topk_select``.
+"""Exact top-k on the GPU, ties to the lowest index: samples of each row, then ``topk_select``, which has the formula.
 
+Tiles: a program takes a row, or one of 2 to 128 slices of it, 2,048 or 4,096 scores at a time.
+Bytes: a score is read once, 4; 64 more for every 2^shift of them where a launch takes the samples; 8 k written.
 Two launches: ``_take_samples`` copies every 2^shift-th score of a row; then one or more programs a row select, as many
 as keep the SMs busy. Who computes the scores can store the samples with them and call ``select_rows`` alone. One launch
 where a row has one program, which reads the samples from the row itself just before the rest of it: memory is read in
@@ -166,7 +168,7 @@ def select_rows(logits: Tensor, lengths: Tensor, k: int, samples: Samples | None
     slices, tile, num_warps, max_registers = _divide(num_rows, width, _num_sms(device))
     slice_size = triton.cdiv(width, slices * tile) * tile
     short = not wants_samples(width)
-    segment = min(_CAPACITY, slice_size)
+    segment = _CAPACITY if short else min(_CAPACITY, slice_size)  # a program of short rows has none
     num_parallel = min(num_rows, 2 * _num_sms(device))
     num_programs = num_parallel * slices
     if samples is None and not short and slices > 1:

@@ -1,5 +1,9 @@
 """Candidates of top-k: the scores of a row, or of a slice of it, that reach a bound, k of the row's at least.
 
+    C = { i < length : x_i >= bound },   #C >= k
+
+Tiles: TILE scores of one row at a time, kept ones written in their order. Bytes: 4 a score, read once (and once more in
+each round of counting), 8 a candidate written.
 The bound comes from a sample of the row or, where that says nothing of the row, from counting all of it: see
 ``topk_select``. Gluon, with the layout of ``topk_search``.
 """
