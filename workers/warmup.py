@@ -1,17 +1,18 @@
 """A rank's kernels are compiled before it serves.
 
 Triton compiles a kernel when it is first launched, for seconds; in a turn that would be a step that outlasts its
-deadline, and a rank that is taken for dead. So a rank on a GPU runs batches of every kind once: chunks of a prompt and
-single tokens of one and of many sequences, within top-k and on contexts of four and sixteen times that. They write to
-pages that nobody holds yet. Ranks of a gang run the same batches, since their experts meet; what is on the node's disk
-from an earlier start (``TRITON_CACHE_DIR``) is not compiled again.
+deadline, and a rank that is taken for dead. So a rank on a GPU runs batches of every kind once. Which variant of a
+kernel a step takes depends on how many tokens it has, how many sequences decode, and how long their contexts are: the
+classes end at multiples of 16 for few tokens, and at powers of two and one and a half of them. The batches write to
+pages that nobody holds yet. Ranks of a gang run the same ones, since their experts meet; what is on the node's disk
+from an earlier start (``TRITON_CACHE_DIR``) is not compiled again. ``late_kernels`` tells what was left out.
 """
 
 from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import torch
 
@@ -24,8 +25,12 @@ from seamount.workers.scheduler import EngineLimits
 _LOG = logging.getLogger(__name__)
 DEADLINE_S = 600.0
 """Of one collective meanwhile: a peer that compiles, or still reads its weights, is not dead."""
-ROWS = (1, 2, 3, 4, 8, 16, 32, 64, 128)
-"""Sequences of a step that decodes; kernels differ by the power of two and by divisibility by 16."""
+_FEW_TOKENS = 272
+"""Up to here products of matrices differ by the 16 tokens."""
+_CHUNKS = (2, 96, 192)
+"""Rows of one prompt: selection deals few rows, up to one a multiprocessor, up to two and more to its programs."""
+_TOKEN_IDS = 64
+"""Different ones in turn, so that every rank's experts get some; every vocabulary has as many."""
 
 
 def warm_up(model: Model, planes: CachePlanes, gang: Gang, limits: EngineLimits, *, topk: int, num_pages: int) -> None:
@@ -44,20 +49,42 @@ def warm_up(model: Model, planes: CachePlanes, gang: Gang, limits: EngineLimits,
 def batches(limits: EngineLimits, *, topk: int, num_pages: int) -> Iterator[ForwardBatch]:
     """Steps of every kind that ``limits`` and ``num_pages`` allow; at least one token of one sequence."""
     most = min(num_pages * PAGE_SIZE, limits.max_context_tokens)
-    firsts = [0]
-    while (longer := max(topk, firsts[-1] * 4)) < most:  # kernels are laid out by the context's length, too
-        firsts.append(longer)
     chunk = min(limits.prefill_chunk_tokens, limits.max_batch_tokens)
-    for first in firsts:
-        for length in sorted({min(length, most - first) for length in (chunk, chunk // 2 + 1, 2)}):
-            pages = range(-(-(first + length) // PAGE_SIZE))
-            yield ForwardBatch.create([([1] * length, first, pages)])
-        for rows in ROWS:
-            if rows <= min(limits.max_running, limits.max_batch_tokens, num_pages - first // PAGE_SIZE):
-                yield ForwardBatch.create([_single(first, row) for row in range(rows)])
+    row_counts = [rows for rows in steps(limits.max_running) if rows <= limits.max_batch_tokens]
+    for context in context_lengths(most, topk):
+        for length in sorted({min(length, chunk, context) for length in (*_CHUNKS, chunk // 2 + 1, chunk)}):
+            yield ForwardBatch.create([_tokens(context - length, length, range(-(-context // PAGE_SIZE)))])
+        shared = (context - 1) // PAGE_SIZE  # pages before the last one, which is each sequence's own
+        for rows in row_counts:
+            if shared + rows <= num_pages:
+                own = ([*range(shared), shared + row] for row in range(rows))
+                yield ForwardBatch.create([_tokens(context - 1, 1, pages) for pages in own])
+    for count in token_counts(limits.max_batch_tokens):
+        lengths = [min(chunk, most, count - start) for start in range(0, count, min(chunk, most))]
+        sizes = [-(-length // PAGE_SIZE) for length in lengths]
+        if sum(sizes) <= num_pages:
+            firsts = [sum(sizes[:number]) for number in range(len(sizes))]
+            pages = (range(first, first + size) for first, size in zip(firsts, sizes, strict=True))
+            yield ForwardBatch.create([_tokens(0, length, own) for length, own in zip(lengths, pages, strict=True)])
 
 
-def _single(first: int, row: int) -> tuple[list[int], int, list[int]]:
-    """A sequence's next token at position ``first``: pages before it are shared, the last one is its own."""
-    shared = first // PAGE_SIZE
-    return [1], first, [*range(shared), shared + row]
+def steps(limit: int) -> list[int]:
+    """1, 2, 3, 4, 6, 8, 12, ...: powers of two and one and a half of each, up to ``limit``, which ends the list."""
+    powers = [1 << i for i in range(limit.bit_length())]
+    return sorted({n for power in powers for n in (power, power + power // 2) if n < limit} | {limit})
+
+
+def context_lengths(most: int, topk: int) -> list[int]:
+    """Contexts that fit into top-k, of whole and of broken tiles, and longer ones up to ``most``."""
+    short = (1, 3, 16, topk - 1)
+    return sorted({n for n in short if 0 < n <= most} | {n for n in steps(most) if n > topk or n == most})
+
+
+def token_counts(limit: int) -> list[int]:
+    """Of whole steps: multiples of 16 while they are few, and the powers of two, with odd numbers beside them."""
+    few = range(16, _FEW_TOKENS + 1, 16)
+    return sorted({n for n in (*few, *(n + odd for n in steps(limit) for odd in (0, 1))) if 1 < n <= limit} | {limit})
+
+
+def _tokens(first: int, length: int, pages: Sequence[int]) -> tuple[list[int], int, Sequence[int]]:
+    return [at % _TOKEN_IDS for at in range(first, first + length)], first, pages

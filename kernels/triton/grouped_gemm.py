@@ -67,7 +67,7 @@ def _accumulate_pair(
     return first, second
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["slab_rows"])
 def _grouped_kernel(
     x_ptr, x_scale_ptr, weight_ptr, weight_scale_ptr, group_ptr, out_ptr, out_scale_ptr,
     slab_rows, num_columns, num_blocks, EXPERTS: tl.constexpr, EXPERTS_PADDED: tl.constexpr,

@@ -31,7 +31,7 @@ _STAGES = 3
 _ROWS = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=8, rank=2)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["slab_rows"])
 def _locate_kernel(
     group_ptr, table_ptr, slab_rows,
     EXPERTS: tl.constexpr, EXPERTS_PADDED: tl.constexpr, MASKED: tl.constexpr, BLOCK_M: tl.constexpr,

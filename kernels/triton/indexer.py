@@ -46,7 +46,7 @@ def _store(logits, at, width, out, samples, shift, SAMPLES: tl.constexpr):
         tl.store(samples + (at >> shift), logits, mask=(at & ((1 << shift) - 1)) == 0)
 
 
-@triton.jit(do_not_specialize=["shift"])
+@triton.jit(do_not_specialize=["num_pages", "table_stride", "tiles_per_program", "shift"])
 def _paged_logits(
     q,
     keys,

@@ -104,7 +104,7 @@ def _score_pages(
                 gl.store(samples + (row + n) * SAMPLES + (at >> shift), logits, mask=is_sample)
 
 
-@gluon.jit(do_not_specialize=["shift"])
+@gluon.jit(do_not_specialize=["num_pages", "table_stride", "shift"])
 def _paged_logits(
     queries,
     keys,

@@ -80,7 +80,7 @@ def _select(
     tl.store(id_ptr + offsets, ids.to(tl.int64), mask=inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_tokens"])
 def _gate_kernel(
     x_ptr, gate_ptr, bias_ptr, partial_ptr, arrived_ptr, weight_ptr, id_ptr, num_tokens, size, x_stride, scale,
     EXPERTS: tl.constexpr, GROUPS: tl.constexpr, CHOSEN_GROUPS: tl.constexpr, CHOSEN: tl.constexpr,
@@ -169,7 +169,7 @@ def gate(
     return weights, ids
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_ids"])
 def _group_kernel(id_ptr, offset_ptr, row_ptr, token_ptr, num_ids, NUM_CHOSEN: tl.constexpr, BLOCK: tl.constexpr):
     expert = tl.program_id(0)
     last = tl.num_programs(0) - 1

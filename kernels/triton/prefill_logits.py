@@ -134,7 +134,7 @@ def _score(rows, tiles, first_query, PART: gl.constexpr):
     warpgroup_mma_wait(0, [running])
 
 
-@gluon.jit
+@gluon.jit(do_not_specialize=["num_queries", "num_blocks", "pages_per_program"])
 def _prefill_logits(
     queries,
     keys,

@@ -14,7 +14,7 @@ from seamount.kernels.layout import CacheLayout
 TOKENS = 32
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["tiles_per_split"])
 def _general(
     q,
     plane,

@@ -300,7 +300,7 @@ def _prefill(
     )
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_tokens"])
 def _unpack(plane, context, kv, num_tokens, TOKENS: tl.constexpr):
     """TOKENS fp8 rows of the cache to bfloat16 rows; exact, as a scale is a power of two."""
     token = tl.program_id(0) * TOKENS + tl.arange(0, TOKENS)

@@ -17,7 +17,7 @@ from seamount.workers.gang import Gang, StepHeader
 from seamount.workers.model.batch import AttentionPlan, ForwardBatch
 from seamount.workers.model.transformer import Transformer
 from seamount.workers.scheduler import EngineLimits
-from seamount.workers.warmup import batches, warm_up
+from seamount.workers.warmup import batches, steps, warm_up
 
 TIMEOUT_S = 0.5
 NUM_EXPERTS = 4
@@ -43,12 +43,19 @@ def test_every_kind_of_step_is_among_the_batches() -> None:
     made = list(batches(LIMITS, topk=TOPK, num_pages=100))
     plans = [AttentionPlan.create(batch, TOPK) for batch in made]
     decoding = {(len(plan.decode.rows), len(plan.decode.scored) > 0) for plan in plans if plan.decode is not None}
-    assert decoding == {(rows, scored) for rows in (1, 2, 3, 4, 8) for scored in (False, True)}
+    assert decoding == {(rows, scored) for rows in (1, 2, 3, 4, 6, 8) for scored in (False, True)}
     chunks = {(len(chunk.lengths), chunk.scored is not None) for plan in plans for chunk in plan.chunks}
     assert {(32, True), (17, False), (17, True), (2, False), (2, True)} <= chunks
-    assert {max(batch.context_lens) // TOPK for batch in made} == {0, 1, 2, 4, 5, 16, 17}
+    assert {1, 3, 16, 23, 32, 48, 384, 512} <= {max(batch.context_lens) for batch in made}
+    assert {2, 3, 16, 17, 32, 33, 48, 64} <= {len(batch.token_ids) for batch in made}
     assert all(len(batch.token_ids) <= LIMITS.max_batch_tokens for batch in made)
     assert all(len(set(batch.slots.tolist())) == len(batch.slots) for batch in made)
+
+
+def test_steps_are_half_a_power_of_two_apart_and_end_at_the_limit() -> None:
+    assert steps(1) == [1]
+    assert steps(3) == [1, 2, 3]
+    assert steps(20) == [1, 2, 3, 4, 6, 8, 12, 16, 20]
 
 
 @pytest.mark.parametrize(("num_pages", "max_context_tokens"), [(1, 512), (100, 1), (1, 1), (100, TOPK), (2, 128)])
