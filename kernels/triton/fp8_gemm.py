@@ -10,9 +10,11 @@ tiles go to memory and the last program to arrive sums them in the order of the 
 who was last.
 Bytes: N K + M K + 2 M N, scales 1 / 32 of that; splits add 8 M N each (they stay in the L2).
 Hopper GPUs have more ways: fp8_gemm_stream.py for one row or two, of any weight; then, up to 256 rows,
-fp8_gemm_chains.py where the tiles of a weight are one long wave, and fp8_gemm_persistent.py for most of the rest from
-65 rows on, for one wave of short tiles, and for few rows of large weights, whose last wave it splits. For more rows,
-and for several waves of long tiles from 65 on, it is ``torch._scaled_mm`` (cuBLASLt's 1x128 by 128x128 product).
+fp8_gemm_chains.py where a tile a program is one wave, or, up to 64 rows, several long ones, and fp8_gemm_persistent.py
+for several waves of short tiles and for most of the rest from 65 rows on. For more rows, and for several waves of long
+tiles from 65 on, it is ``torch._scaled_mm`` (cuBLASLt's 1x128 by 128x128 product).
+These ways read the weight before the kernel ahead in the stream has ended, if that one lets them start so early. Only
+kernels of this package do, and none of them writes a weight.
 """
 
 from functools import cache
@@ -31,6 +33,7 @@ _BLOCK_K = tl.constexpr(128)
 _MAX_TILES = 1 << 16
 _SMALL_SIDE = 8192
 _LONG = 32  # K blocks
+_SMALL_BYTES = 16 << 20
 
 
 @triton.jit
@@ -161,14 +164,12 @@ def fp8_gemm(x: Tensor, x_scale: Tensor, weight: Tensor, weight_scale: Tensor) -
     if is_supported(x):
         if rows <= fp8_gemm_stream.MAX_TOKENS:
             return fp8_gemm_stream.launch_stream(*operands)
-        if width := choose_width(rows, columns, blocks, processors):
-            return fp8_gemm_chains.launch_chains(*operands, block_n=width)
-        if tile := choose_persistent(rows, columns, blocks, processors):
-            # Up to 32 rows the parts of a split tile are few bytes beside its weight.
-            arrived = arrivals(x.device) if rows <= 32 else None
-            block_m, block_n = tile
+        if tile := choose_chains(rows, columns, blocks, processors):
+            return fp8_gemm_chains.launch_chains(*operands, tile=tile)
+        if size := choose_persistent(rows, columns, blocks, processors):
+            block_m, block_n = size
             return fp8_gemm_persistent.launch_persistent(
-                *operands, block_m=block_m, block_n=block_n, programs=processors, arrived=arrived
+                *operands, block_m=block_m, block_n=block_n, programs=processors
             )
     # For a small weight cuBLASLt leaves multiprocessors idle, and its scales have to be transposed.
     if rows > (128 if is_small(columns, blocks) else 64) and library_takes(x, weight):
@@ -179,28 +180,30 @@ def fp8_gemm(x: Tensor, x_scale: Tensor, weight: Tensor, weight_scale: Tensor) -
     )
 
 
-def choose_width(rows: int, columns: int, blocks: int, processors: int) -> int:
-    """The width of tiles for fp8_gemm_chains.py, 0 where another way is faster: it is for one wave of long tiles."""
-    if rows > 256 or blocks < _LONG:
-        return 0
-    for width in (16, 32, 64):
-        tiles = triton.cdiv(rows, fp8_gemm_chains.BLOCK_M) * triton.cdiv(columns, width)
-        if tiles <= processors:
-            # For few rows a split tile of ``launch_gemm`` is as fast where the wave is thin.
-            fewest = processors // 2 if rows > 32 else processors * 3 // 4
-            return width if tiles > fewest and (rows > 32 or width > 16) else 0
-    return 0
+def choose_chains(rows: int, columns: int, blocks: int, processors: int) -> fp8_gemm_chains.Tile | None:
+    """The tile for fp8_gemm_chains.py, None where another way is faster.
+
+    Short tiles (K) are for one chain and two programs a multiprocessor, as many at once as that allows; so are several
+    waves of long ones, up to 64 rows. One wave of long tiles has them as narrow as still is one wave, and two chains.
+    """
+    if rows > 256:
+        return None
+    tiles = {width: triton.cdiv(rows, 64) * triton.cdiv(columns, width) for width in (16, 32, 64)}
+    if blocks < _LONG:
+        return fp8_gemm_chains.Tile(64, 1, 2) if processors < 2 * tiles[64] <= 4 * processors else None
+    for width, count in tiles.items():
+        if count <= processors:
+            # Of a small weight the next product's share fits beside this one's; a large one wants the deeper ring.
+            resident = 2 if width < 64 and columns * blocks * 128 <= _SMALL_BYTES else 1
+            return fp8_gemm_chains.Tile(width, 2, resident) if 2 * count > processors else None
+    return fp8_gemm_chains.Tile(64, 1, 2) if rows <= 64 else None
 
 
 def choose_persistent(rows: int, columns: int, blocks: int, processors: int) -> tuple[int, int] | None:
     """Tokens and weight rows of a tile for fp8_gemm_persistent.py, None where another way is faster.
 
-    It is for 65 to 256 rows, of long tiles for one wave of small ones; for fewer rows, where short tiles are one wave,
-    and for the fewest where the last of several waves is worth a split: of long tiles up to 32 rows, else up to 16.
+    It is for up to 256 rows: of short tiles (K) any number, of long ones one wave of small tiles from 65 rows on.
     """
-    waves = triton.cdiv(columns, 128) / processors
-    if (rows <= 32 and blocks >= _LONG and waves > 2) or (rows <= 16 and 8 < blocks < _LONG and waves > 1):
-        return 64, 128
     if rows > 256 or (rows <= 64 and blocks >= _LONG):
         return None
     costs = {}
@@ -209,8 +212,7 @@ def choose_persistent(rows: int, columns: int, blocks: int, processors: int) -> 
             tiles = triton.cdiv(rows, block_m) * triton.cdiv(columns, block_n)
             costs[block_m, block_n] = triton.cdiv(tiles, processors) * measured.cost, tiles
     tile, (cost, tiles) = min(costs.items(), key=lambda item: item[1])
-    wants_one_wave = rows <= 64 or blocks >= _LONG
-    return None if 3 * tiles < processors or (wants_one_wave and cost > 1.1) else tile
+    return None if 3 * tiles < processors or (blocks >= _LONG and cost > 1.1) else tile
 
 
 def is_small(columns: int, blocks: int) -> bool:

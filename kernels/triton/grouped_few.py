@@ -33,7 +33,7 @@ def _fetch(x, weight, work, ring):
     for tile in range(gl.program_id(0), num_tiles, gl.num_programs(0)):
         expert, first_row, _, column = place(table, tile, tiles_n, BLOCK_M)
         w_row = expert * num_columns + column * BLOCK_N
-        fetch_blocks(x, weight, first_row, w_row, num_blocks, step, ring)
+        fetch_blocks(x, weight, first_row, w_row, num_blocks, step, ring, BLOCK_M)
         step += num_blocks
 
 

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
+
 import pytest
 import torch
 from torch import Tensor
@@ -100,31 +103,48 @@ def test_chosen_tiles_are_legal_and_fill_the_gpu(rows: int) -> None:
             assert (tiles.block_m + tiles.block_n) * 128 * tiles.stages <= 160 << 10
 
 
-@pytest.mark.parametrize("block_n", [16, 32, 64])
-@pytest.mark.parametrize(
-    ("rows", "columns", "channels"),
-    [
-        (33, 4096, 7168),
-        (64, 2240, 4096),
-        (1, 130, 128),
-        (20, 1100, 7168),
-        (128, 4096, 384),
-        (65, 576, 2048),
-        (250, 2112, 7168),
-    ],
-)
-def test_chains_of_blocks(
-    rows: int, columns: int, channels: int, block_n: int, device: torch.device, generator: torch.Generator
-) -> None:
-    arguments = operands(rows, columns, channels, generator)
+NAN = 0x7F  # of float8_e4m3fn
+
+
+def repeats_on_hopper(launch: Callable[..., Tensor], arguments: tuple[Tensor, ...], device: torch.device) -> None:
+    """The product is right and comes out the same, whatever an earlier launch left in shared memory."""
     moved = [argument.to(device) for argument in arguments]
     if not fp8_gemm_ring.is_supported(moved[0]):
         pytest.skip("no Hopper GPU here")
-    actual = fp8_gemm_chains.launch_chains(*moved, block_n=block_n)
-    expected = dequantize(moved[0], moved[1]).double() @ dequantize_blocks(moved[2], moved[3], torch.float32).double().T
+    x, x_scale, weight, weight_scale = moved
+    nans = torch.full((256, x.shape[1]), NAN, dtype=torch.uint8, device=device).view(x.dtype)
+    launch(nans, x_scale.new_ones((256, x_scale.shape[1])), weight, weight_scale)
+    actual = launch(*moved)
+    expected = dequantize(x, x_scale).double() @ dequantize_blocks(weight, weight_scale, torch.float32).double().T
     assert error(actual, expected.cpu()) < LIMIT
-    for _ in range(5):
-        assert torch.equal(actual, fp8_gemm_chains.launch_chains(*moved, block_n=block_n))
+    assert all(torch.equal(actual, launch(*moved)) for _ in range(5))
+
+
+# Rows around those of a copy (8 to 64) and of a tile: the last of them overlap the ones before.
+@pytest.mark.parametrize("rows", [1, 7, 8, 9, 20, 31, 32, 33, 48, 63, 64, 65, 100, 127, 128, 129, 250])
+@pytest.mark.parametrize("tile", fp8_gemm_chains.TILES, ids=lambda tile: "x".join(map(str, tile)))
+def test_chains_of_blocks(
+    rows: int, tile: fp8_gemm_chains.Tile, poisoned: torch.device, generator: torch.Generator
+) -> None:
+    columns, channels = {16: (2112, 7168), 32: (1100, 2048), 64: (4096, 1536)}[tile.block_n]
+    arguments = operands(rows, columns, channels, generator)
+    repeats_on_hopper(partial(fp8_gemm_chains.launch_chains, tile=tile), arguments, poisoned)
+
+
+@pytest.mark.parametrize("tile", fp8_gemm_chains.TILES, ids=lambda tile: "x".join(map(str, tile)))
+@pytest.mark.parametrize(
+    ("rows", "columns", "channels"), [(1, 130, 128), (3, 70, 256), (70, 576, 384), (20, 1100, 7168), (64, 9000, 640)]
+)
+def test_few_blocks_and_columns_of_no_whole_tile(
+    rows: int,
+    columns: int,
+    channels: int,
+    tile: fp8_gemm_chains.Tile,
+    poisoned: torch.device,
+    generator: torch.Generator,
+) -> None:
+    arguments = operands(rows, columns, channels, generator)
+    repeats_on_hopper(partial(fp8_gemm_chains.launch_chains, tile=tile), arguments, poisoned)
 
 
 @pytest.mark.parametrize(("block_m", "block_n"), list(fp8_gemm_persistent.TILES))
@@ -132,44 +152,29 @@ def test_chains_of_blocks(
     ("rows", "columns", "channels"),
     [
         (1, 130, 128),
+        (5, 17100, 256),
         (37, 4224, 1536),
         (64, 36864, 512),
+        (65, 17000, 640),
+        (100, 4096, 384),
         (128, 4096, 384),
-        (200, 7168, 2048),
         (129, 576, 640),
-        (1, 17536, 1536),
-        (33, 17000, 640),
-        (5, 17100, 256),
+        (200, 7168, 2048),
+        (255, 17536, 1536),
     ],
 )
-@pytest.mark.parametrize("splits_last", [False, True])
 def test_persistent_tiles(
     rows: int,
     columns: int,
     channels: int,
     block_m: int,
     block_n: int,
-    splits_last: bool,
     poisoned: torch.device,
     generator: torch.Generator,
 ) -> None:
     arguments = operands(rows, columns, channels, generator)
-    moved = [argument.to(poisoned) for argument in arguments]
-    if not fp8_gemm_ring.is_supported(moved[0]):
-        pytest.skip("no Hopper GPU here")
-
-    arrived = torch.zeros(264, dtype=torch.int32, device=poisoned) if splits_last else None
-
-    def run() -> Tensor:
-        return fp8_gemm_persistent.launch_persistent(
-            *moved, block_m=block_m, block_n=block_n, programs=132, arrived=arrived
-        )
-
-    actual = run()
-    expected = dequantize(moved[0], moved[1]).double() @ dequantize_blocks(moved[2], moved[3], torch.float32).double().T
-    assert error(actual, expected.cpu()) < LIMIT
-    assert all(torch.equal(actual, run()) for _ in range(5))
-    assert arrived is None or not arrived.any()
+    launch = partial(fp8_gemm_persistent.launch_persistent, block_m=block_m, block_n=block_n, programs=132)
+    repeats_on_hopper(launch, arguments, poisoned)
 
 
 @pytest.mark.parametrize("rows", [1, 2])
@@ -199,44 +204,63 @@ def test_a_stream_of_the_weight(
     assert torch.equal(actual, fp8_gemm.fp8_gemm(*moved))
 
 
-def test_the_last_wave_is_split_over_all_programs() -> None:
-    assert fp8_gemm_persistent.divide_tail(tiles=288, blocks=56, programs=132) == (264, 5)
-    assert fp8_gemm_persistent.divide_tail(tiles=192, blocks=12, programs=132) == (132, 2)
-    # No more parts than K has blocks; nothing to split in whole waves, in one, or where a part would be a tile.
-    assert fp8_gemm_persistent.divide_tail(tiles=133, blocks=2, programs=132) == (132, 2)
-    for tiles, blocks in ((264, 56), (100, 56), (232, 56), (133, 1)):
-        assert fp8_gemm_persistent.divide_tail(tiles, blocks, 132) == (tiles, 1)
-
-
 def test_ways_for_the_weights_of_deepseek_v32() -> None:
-    """From 3 to 256 rows, as measured: a width is of chains, a pair of persistent tiles, None of neither."""
+    """As measured: three numbers are a tile of chains, two one of persistent programs, None is neither."""
 
-    def chosen(columns: int, channels: int) -> list[int | tuple[int, int] | None]:
+    def chosen(columns: int, channels: int) -> list[tuple[int, ...] | None]:
         shapes = [(rows, columns, channels // 128, 132) for rows in (3, 32, 64, 128, 256)]
-        return [fp8_gemm.choose_width(*shape) or fp8_gemm.choose_persistent(*shape) for shape in shapes]
+        return [fp8_gemm.choose_chains(*shape) or fp8_gemm.choose_persistent(*shape) for shape in shapes]
 
-    assert chosen(2112, 7168) == [None, None, 16, 32, 64]
-    assert chosen(4096, 7168) == [32, 32, 32, 64, (128, 64)]
-    assert chosen(7168, 16384) == [64, 64, 64, (128, 64), None]
-    assert chosen(36864, 7168) == [(64, 128), (64, 128), None, None, None]
-    assert chosen(24576, 1536) == [(64, 128), None, None, (128, 64), (128, 128)]
-    assert chosen(32768, 512) == [None, None, None, (128, 128), (128, 128)]
-    assert chosen(8192, 1536) == [(64, 128), (64, 128), (64, 128), (128, 64), (128, 128)]
+    assert chosen(2112, 7168) == [(16, 2, 2)] * 3 + [(32, 2, 2), (64, 2, 1)]
+    assert chosen(4096, 7168) == [(32, 2, 1)] * 3 + [(64, 2, 1), (128, 64)]
+    assert chosen(7168, 16384) == [(64, 2, 1)] * 3 + [(128, 64), None]
+    assert chosen(36864, 7168) == [(64, 1, 2)] * 3 + [None, None]
+    assert chosen(24576, 1536) == [(64, 128)] * 3 + [(128, 64), (128, 128)]
+    assert chosen(32768, 512) == [(64, 128)] * 3 + [(128, 128), (128, 128)]
+    assert chosen(8192, 1536) == [(64, 1, 2)] * 4 + [(128, 128)]
     assert chosen(576, 7168)[:3] == [None] * 3
 
 
+def test_every_chosen_tile_is_one_that_is_tested() -> None:
+    for rows in (3, 32, 33, 64, 65, 128, 256):
+        for columns in (64, 576, 1100, 2112, 4096, 7168, 16384, 36864):
+            for blocks in (1, 4, 12, 31, 32, 56, 144):
+                tile = fp8_gemm.choose_chains(rows, columns, blocks, 132)
+                assert tile is None or tile in fp8_gemm_chains.TILES
+
+
 def test_a_ring_fits_and_is_shared_evenly() -> None:
-    for (block_m, block_n), tile in fp8_gemm_persistent.TILES.items():
-        assert (tile.buffers * (block_m + block_n) + 128) * 128 < 227 << 10
-    for block_n in (16, 32, 64):
-        buffers = fp8_gemm_chains.num_buffers(block_n)
-        assert buffers >= 8
-        assert buffers % fp8_gemm_chains.CHAINS == 0
-        assert buffers * (64 + block_n) * 128 + (fp8_gemm_chains.CHAINS - 1) * 64 * block_n * 4 < 227 << 10
+    for (block_m, block_n), size in fp8_gemm_persistent.TILES.items():
+        assert (size.buffers * (block_m + block_n) + 128) * 128 < 227 << 10
+    for tile in fp8_gemm_chains.TILES:
+        buffers = fp8_gemm_chains.num_buffers(tile)
+        assert buffers >= 6
+        assert buffers % tile.chains == 0
+        sums = (tile.chains - 1) * 64 * tile.block_n * 4
+        assert (buffers * (64 + tile.block_n) * 128 + sums + 1024) * tile.resident < 227 << 10
+
+
+def test_copies_bring_tokens_that_exist() -> None:
+    for rows in range(1, 257):
+        for block_m in (64, 128):
+            box = fp8_gemm_ring.token_box(rows, block_m)
+            assert 8 <= box <= block_m
+            assert box <= max(rows, 8)
+            assert 2 * box > min(rows, block_m)
 
 
 @pytest.mark.parametrize(
-    ("rows", "columns", "channels"), [(1, 2112, 7168), (5, 256, 512), (64, 2112, 7168), (200, 2112, 7168)]
+    ("rows", "columns", "channels"),
+    [
+        (1, 2112, 7168),
+        (5, 256, 512),
+        (20, 8192, 1536),
+        (40, 4096, 7168),
+        (50, 24576, 1536),
+        (64, 2112, 7168),
+        (100, 7168, 2048),
+        (200, 2112, 7168),
+    ],
 )
 def test_products_in_a_row_wait_for_each_other(
     rows: int, columns: int, channels: int, device: torch.device, generator: torch.Generator
@@ -252,6 +276,33 @@ def test_products_in_a_row_wait_for_each_other(
         for other, result in zip(others, expected, strict=True):
             x.view(torch.uint8).copy_(other.view(torch.uint8))
             assert torch.equal(fp8_gemm.fp8_gemm(x, x_scale, weight, weight_scale), result)
+
+
+@pytest.mark.parametrize("rows", [3, 20, 40, 64, 100, 128, 256])
+def test_a_chain_of_products_in_a_graph(rows: int, device: torch.device, generator: torch.Generator) -> None:
+    """Each product's tokens are the last one's result; replayed, the bits are those of launches one at a time."""
+    weights = [operands(1, 7168, 7168, generator)[2].to(device) for _ in range(2)]
+    if not fp8_gemm_ring.is_supported(weights[0]):
+        pytest.skip("no Hopper GPU here")
+    scale = torch.full((56, 56), 0.01, device=device)
+    first = torch.randn((rows, 7168), generator=generator).to(device, torch.bfloat16)
+
+    def chain(*, pause: bool) -> Tensor:
+        x = first
+        for i in range(6):
+            x = (fp8_gemm.fp8_gemm(*quantize(x), weights[i % 2], scale) * 0.02).clamp(-4, 4)
+            if pause:
+                torch.cuda.synchronize()
+        return x
+
+    expected = chain(pause=True)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        actual = chain(pause=False)
+    for _ in range(10):
+        graph.replay()
+        torch.cuda.synchronize()
+        assert torch.equal(actual, expected)
 
 
 def test_empty_products(target: torch.device, generator: torch.Generator) -> None:
