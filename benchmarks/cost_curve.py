@@ -6,9 +6,9 @@ the published curve. Nothing is measured here.
     us per token = (61 (projections + attention(position)) + 3 dense MLP + 58 experts + head) / tokens
     cost         = us per token * 10^6 tokens * price of a GPU-hour / 3.6 * 10^9 us
 
-Sparse adds the indexer's projections to every layer. Assumed: the batch stays the same at every position (the caches of
-128 contexts of 128K are spread over as many GPUs as hold them), communication hides behind computation, no tokens are
-drafted (published figures come from a system that drafts), GPUs are never idle.
+Sparse adds the indexer's projections to every layer; attention(0) is 0. Assumed: the batch stays the same at every
+position (the caches of 128 contexts of 128K are spread over as many GPUs as hold them), communication hides behind
+computation, no tokens are drafted (published figures come from a system that drafts), GPUs are never idle.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ def cost_per_million(us_per_token: float, usd_per_hour: float) -> float:
 
 
 def curves(rows: Sequence[Mapping[str, object]], usd_per_hour: float) -> dict[tuple[str, str], Curve]:
-    """{(phase, way): cost over position} from the rows of ``cost_parts``."""
+    """{(phase, way): cost over position} from the rows of ``cost_parts``, and at 0, without attention."""
     found: dict[tuple[str, str], Curve] = {}
     for phase in ("prefill", "decode"):
         own = [row for row in rows if row["phase"] == phase]
@@ -47,7 +47,8 @@ def curves(rows: Sequence[Mapping[str, object]], usd_per_hour: float) -> dict[tu
         for way in ("dense", "sparse"):
             layer = fixed["projections"] + (fixed["index_projections"] if way == "sparse" else 0)
             base = LAYERS * layer + rest
-            points = {float(str(row["position"])): _us_per_token(row) for row in own if row["part"] == way}
+            points = {0.0: 0.0}
+            points |= {float(str(row["position"])): _us_per_token(row) for row in own if row["part"] == way}
             found[phase, way] = [
                 (position, cost_per_million(base + LAYERS * us, usd_per_hour))
                 for position, us in sorted(points.items())
@@ -79,7 +80,7 @@ def published() -> dict[tuple[str, str], Curve]:
 
 
 def compare(ours: Mapping[tuple[str, str], Curve], theirs: Mapping[tuple[str, str], Curve]) -> list[Row]:
-    """One row for each phase and measured position: USD per million tokens, and how many times dense costs sparse."""
+    """A row for each phase and position, 0 and measured ones: USD per million tokens, dense over sparse."""
     rows: list[Row] = []
     for phase in ("prefill", "decode"):
         for position, sparse in ours[phase, "sparse"]:

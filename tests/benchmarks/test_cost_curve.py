@@ -24,9 +24,10 @@ def test_one_gpu_hour_over_its_tokens_is_the_price() -> None:
 def test_a_token_pays_for_every_layer_once() -> None:
     found = curves(rows_of("decode", 128) + rows_of("prefill", 64), usd_per_hour=3600.0)
     us = 61 * (10 + 2 + 3.5) + 3 * 5 + 58 * 20
-    assert found["prefill", "sparse"][1] == (2048.0, pytest.approx(us))
-    assert found["decode", "sparse"][1] == (2048.0, pytest.approx(us + 100))  # the head computes every decoded token
-    assert found["decode", "dense"][0] == (1024.0, pytest.approx(61 * (10 + 4) + 3 * 5 + 58 * 20 + 100))
+    assert found["prefill", "sparse"][2] == (2048.0, pytest.approx(us))
+    assert found["decode", "sparse"][2] == (2048.0, pytest.approx(us + 100))  # the head computes every decoded token
+    assert found["decode", "dense"][1] == (1024.0, pytest.approx(61 * (10 + 4) + 3 * 5 + 58 * 20 + 100))
+    assert found["decode", "dense"][0] == (0.0, pytest.approx(61 * 10 + 3 * 5 + 58 * 20 + 100))
 
 
 def test_the_last_chunk_counts_only_the_tokens_it_had() -> None:
@@ -35,7 +36,7 @@ def test_the_last_chunk_counts_only_the_tokens_it_had() -> None:
         if row["position"] == 1024:
             row["tokens_timed"] = 32  # half of the tokens in the same time: twice the cost of the attention
     found = curves(rows, usd_per_hour=3600.0)
-    assert found["prefill", "dense"][0][1] == pytest.approx(61 * (10 + 2 * 4) + 3 * 5 + 58 * 20)
+    assert found["prefill", "dense"][1][1] == pytest.approx(61 * (10 + 2 * 4) + 3 * 5 + 58 * 20)
 
 
 def test_between_points_lies_a_line() -> None:
@@ -53,10 +54,10 @@ def test_published_ratios_at_128k() -> None:
     )
 
 
-def test_the_comparison_has_a_row_for_each_measured_position() -> None:
+def test_the_comparison_begins_at_0_and_has_a_row_for_each_measured_position() -> None:
     found = compare(curves(rows_of("decode", 8) + rows_of("prefill", 8), usd_per_hour=2.0), published())
     assert [(row["phase"], row["position"]) for row in found] == [
-        ("prefill", 1024), ("prefill", 2048), ("decode", 1024), ("decode", 2048),
+        ("prefill", 0), ("prefill", 1024), ("prefill", 2048), ("decode", 0), ("decode", 1024), ("decode", 2048),
     ]  # fmt: skip
     for row in found:
         assert row["dense_over_sparse"] == pytest.approx(float(row["dense_usd"]) / float(row["sparse_usd"]))
