@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -27,3 +29,9 @@ async def test_the_address_of_a_node_is_rays_to_resolve(tmp_path: Path) -> None:
         await LocalCluster(settings=settings).__aenter__()
     assert caught.value.field == "pools.host"
     assert not (tmp_path / "run").exists()
+
+
+def test_plain_processes_need_no_ray() -> None:
+    """As on a GPU machine that has torch and Triton alone."""
+    code = "import sys; sys.modules['ray'] = None; import seamount.cluster.local"
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
