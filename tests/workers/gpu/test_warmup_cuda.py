@@ -37,8 +37,8 @@ def test_a_turn_needs_no_kernel_that_was_not_made_before(size: int, seed: int, t
 def started(cache: Path, seed: int, rank: int, size: int, port: int) -> Iterator[subprocess.Popen[str]]:
     command = [sys.executable, str(PROGRAM), *map(str, (seed, rank, size, port))]
     environment = os.environ | {"TRITON_CACHE_DIR": str(cache)}
-    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
-    with subprocess.Popen(command, env=environment, text=True, **pipes) as process:
+    pipe = subprocess.PIPE
+    with subprocess.Popen(command, env=environment, text=True, stdout=pipe, stderr=pipe) as process:
         try:
             yield process
         finally:

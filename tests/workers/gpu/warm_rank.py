@@ -37,16 +37,7 @@ LIMITS = EngineLimits(max_batch_tokens=512, max_running=16, prefill_chunk_tokens
 NUM_STEPS = 80
 Part = tuple[int, int]
 """New tokens of one sequence and the position of the first."""
-TURN: list[list[Part]] = [
-    [(256, 0)],
-    [(198, 256)],
-    [(1, 453)],
-    [(32, 548)],
-    [(1, 579)],
-    [(64, 704)],
-    [(5, 0)],
-    [(1, 5)],
-]
+TURN: list[list[Part]] = [[part] for part in ((256, 0), (198, 256), (1, 453), (32, 548), (1, 579), (5, 0), (1, 5))]
 
 
 def main(seed: int, rank: int, size: int, port: int) -> None:
@@ -70,7 +61,7 @@ def main(seed: int, rank: int, size: int, port: int) -> None:
     warm_up(model, planes, gang, LIMITS, topk=model.config.index_topk, num_pages=NUM_PAGES)
     logging.disable(logging.NOTSET)
     num_warm = kernels.count
-    rng, own = random.Random(seed), random.Random()
+    rng, own = random.Random(seed), random.Random(seed + rank)
     for parts in [*TURN, *(draw_step(rng) for _ in range(NUM_STEPS))]:
         others = [draw_step(rng) if rng.random() < 0.3 else [] for _ in range(size - 1)]
         with torch.inference_mode():
@@ -105,7 +96,8 @@ def plain_weights(config: ModelConfig, seed: int) -> dict[str, Tensor]:
 def layer_parameters(config: ModelConfig, seed: int) -> dict[str, Tensor]:
     path = Path(__file__).parents[1] / "layer_reference.py"
     spec = importlib.util.spec_from_file_location("layer_reference", path)
-    assert spec is not None and spec.loader is not None
+    assert spec is not None
+    assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     made: dict[str, Tensor] = module.parameters(config, seed, DEVICE)
