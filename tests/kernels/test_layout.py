@@ -1,5 +1,8 @@
 from __future__ import annotations
 
+import random
+import struct
+
 import pytest
 import torch
 
@@ -107,6 +110,48 @@ def test_index_page_holds_all_keys_then_all_scales(generator: torch.Generator) -
     values, scales = unpack_index_pages(plane[1:], layout)
     assert scales is not None
     assert ((values * scales[:, None]) - keys).abs().max() < keys.abs().max() / 14
+
+
+def _e4m3(byte: int) -> float:
+    sign, exponent, mantissa = -1.0 if byte & 0x80 else 1.0, byte >> 3 & 15, byte & 7
+    return sign * ((8 + mantissa) * 2.0 ** (exponent - 10) if exponent else mantissa * 2.0**-9)
+
+
+def _block(rng: random.Random) -> tuple[bytes, float, list[float]]:
+    """128 e4m3 of one scale, the scale, and the numbers that they are; the largest, 448 scales, says which scale."""
+    raw = bytearray(rng.choices([byte for byte in range(256) if byte & 0x7F != 0x7F], k=128))
+    raw[rng.randrange(128)] = rng.choice((0x7E, 0xFE))
+    scale = 2.0 ** rng.randint(-12, 8)
+    return bytes(raw), scale, [_e4m3(byte) * scale for byte in raw]
+
+
+@pytest.mark.parametrize("name", ["fp8", "bf16"])
+def test_every_byte_of_a_token_lies_where_the_published_formats_say(name: str, generator: torch.Generator) -> None:
+    """512 e4m3, 4 scales, 64 bfloat16, or 576 bfloat16; an index page 64 keys of 128 e4m3, then 64 scales."""
+    rng = random.Random(int(torch.randint(1 << 31, (1,), generator=generator)))
+    layout = _layout(name, torch.float32, 512, 64, 128)
+    planes, size = layout.allocate(1, 2), {"fp8": 656, "bf16": 1152}[name]
+    latent_plane, index_plane = bytearray(2 * 64 * size), bytearray(2 * 64 * 132)
+    for slot in (0, 1, 63, 64, 127):
+        raw, scales, numbers = zip(*(_block(rng) for _ in range(4)), strict=True)
+        latent = [number for block in numbers for number in block]
+        # The upper halves of float32, none infinite or NaN.
+        rope = [rng.randrange(1 << 16) & 0xBFFF for _ in range(64)]
+        rope_key = [struct.unpack("<f", struct.pack("<HH", 0, half))[0] for half in rope]
+        halves = [struct.unpack("<HH", struct.pack("<f", number))[1] for number in latent]
+        front = b"".join(raw) + struct.pack("<4f", *scales) if name == "fp8" else struct.pack("<512H", *halves)
+        latent_plane[slot * size : (slot + 1) * size] = front + struct.pack("<64H", *rope)
+        key_raw, key_scale, key = _block(rng)
+        page, offset = divmod(slot, 64)
+        at, scale_at = page * 8448 + offset * 128, page * 8448 + 8192 + offset * 4
+        index_plane[at : at + 128], index_plane[scale_at : scale_at + 4] = key_raw, struct.pack("<f", key_scale)
+        rows = pack_latent(torch.tensor([latent]), torch.tensor([rope_key]), layout)
+        scatter_slots(planes.latent[0], torch.tensor([slot]), rows, layout, "latent")
+        scatter_slots(
+            planes.index[0], torch.tensor([slot]), pack_index_key(torch.tensor([key]), layout), layout, "index"
+        )
+    assert bytes(planes.latent[0].flatten().tolist()) == bytes(latent_plane)
+    assert bytes(planes.index[0].flatten().tolist()) == bytes(index_plane)
 
 
 @pytest.mark.parametrize(("name", "dtype"), LAYOUTS)
