@@ -10,30 +10,29 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import replace
 
 from seamount.kernels.layout import CachePlanes
 from seamount.wire.errors import NotFound, SeamountError, Unavailable
-from seamount.workers import scheduler as scheduling
 from seamount.workers.cache.reservations import Reservations
-from seamount.workers.computation import Computation, Outcome, step_failed
+from seamount.workers.computation import Computation, step_failed
 from seamount.workers.engine_counts import EngineCounts, EngineState, FaultCounts, StepKind
-from seamount.workers.events import Failed, Finished, Progress
+from seamount.workers.events import Failed
 from seamount.workers.gang import Gang, StepHeader
+from seamount.workers.heartbeat import Heartbeat
 from seamount.workers.inbox import Inbox
+from seamount.workers.outstanding import Outstanding
 from seamount.workers.requests import EngineRequest
 from seamount.workers.runner import Model, Runner
-from seamount.workers.scheduler import Chunk, EngineLimits, Schedule, Scheduler
+from seamount.workers.scheduler import EngineLimits, Schedule, Scheduler
 
 _LOG = logging.getLogger(__name__)
 _IDLE_WAIT_S = 60.0
 _BLOCKED_WAIT_S = 0.005
 """Pages held outside the engine come free without a word to it: how long it waits before it looks again."""
 _RENEW_EVERY_S = 0.5
-_HEARD_S = 0.005
-"""What the word that a suspect enters the batch gets to leave this process."""
 
 
 class Engine:
@@ -65,7 +64,6 @@ class Engine:
         capacity = reservations.num_pages * reservations.page_size
         self._limits = replace(limits, max_context_tokens=min(limits.max_context_tokens, capacity))
         self._vocab_limit = vocab_limit
-        self._health_timeout_s = health_timeout_s
         self._on_fatal = on_fatal
         self._on_step = on_step
         self._reservations = reservations
@@ -82,17 +80,17 @@ class Engine:
         self._gang = gang
         self._scheduler = Scheduler(reservations=reservations, limits=self._limits)
         self._inbox = Inbox(max_known=limits.max_running + limits.max_waiting)
-        self._sequences: dict[str, scheduling.Sequence] = {}
-        self._batch: set[scheduling.Sequence] = set()
+        self._outstanding = Outstanding(
+            scheduler=self._scheduler, inbox=self._inbox, counts=self._counts, abort=self.abort
+        )
+        self._heartbeat = Heartbeat(timeout_s=health_timeout_s, ring=gang.ring)
 
-        self._lock = threading.Lock()  # guards the three that follow
+        self._lock = threading.Lock()  # guards the two that follow
         self._thread: threading.Thread | None = None
         self._stop_deadline: float | None = None
-        self._probed_at: float | None = None
 
-        self._resting = True
         self._leaving = False
-        self._beat_at = self._renewed_at = time.monotonic()
+        self._renewed_at = time.monotonic()
 
     # ---- from any thread
 
@@ -100,7 +98,7 @@ class Engine:
         """Start the loop's thread. Idempotent; an engine that has stopped does not start again."""
         with self._lock:
             if self._thread is None and self._stop_deadline is None:
-                self._beat_at = time.monotonic()
+                self._heartbeat.start()
                 self._thread = threading.Thread(target=self._loop, name="engine", daemon=True)
                 self._thread.start()
 
@@ -116,7 +114,7 @@ class Engine:
             thread = self._thread
         self._gang.ring()
         if thread is None:
-            self._fail_all(_stopped())
+            self._outstanding.fail_all(_stopped())
             self._gang.close()
         elif thread is not threading.current_thread():
             thread.join(timeout_s + self._gang.timeout_s)
@@ -144,18 +142,10 @@ class Engine:
 
         An idle engine is asked to step, with its whole gang, and judged by the following calls.
         """
-        now = time.monotonic()
         with self._lock:
             if self._thread is None or not self._thread.is_alive() or self._leaving:
                 return False
-            if not self._resting:
-                return now - self._beat_at < self._health_timeout_s
-            if self._probed_at is None:
-                if now - self._beat_at < self._health_timeout_s / 4:
-                    return True
-                self._probed_at = now
-                self._gang.ring()
-            return now - self._probed_at < self._health_timeout_s
+        return self._heartbeat.is_recent()
 
     def stalled(self) -> Unavailable:
         """What requests fail with when the loop does not live. In a gang any rank may be the one that hangs: only alone
@@ -179,7 +169,7 @@ class Engine:
             queued_prefill_tokens=queued,
             prefill_tokens_per_s=counts.prefill_tokens_per_s,
             answer_s=counts.answer_s,
-            is_resting=self._resting,
+            is_resting=self._heartbeat.is_resting,
         )
 
     def faults(self) -> FaultCounts:
@@ -207,42 +197,40 @@ class Engine:
         )
         if is_background and any(header.num_tokens for header in headers):
             schedule = schedule.without_background()
-            self._give_way(schedule)
+            self._outstanding.cancel(schedule.dropped)
         if any(header.has_work for header in headers):
             if any(header.num_decode_tokens for header in headers):  # no stream waits for a peer's long prompt
                 schedule = schedule.within(self._limits.prefill_chunk_tokens)
-            self._tell_batch(schedule.chunks)
-            self._deliver(self._computation.run(schedule.chunks))
+            self._outstanding.tell_batch(schedule.chunks)
+            self._outstanding.deliver(self._computation.run(schedule.chunks))
             self._count(schedule, time.monotonic() - began_at)
         else:
-            self._resting = True
+            self._heartbeat.rest()
             self._leaving = all(header.stop for header in headers)
-        self._probed_at = None
-        self._beat_at = time.monotonic()
+        self._heartbeat.beat()
 
     def _loop(self) -> None:
         error: SeamountError = _stopped()
         try:
             while not self._leaving and not self._is_late():
-                if self._resting:
+                if self._heartbeat.is_resting:
                     if not self._gang.wait_for_work(self._rest_s()):
-                        if self._sequences:
+                        if self._outstanding:
                             self._gang.ring()
                         continue
-                    self._beat_at = time.monotonic()
-                    self._resting = False
+                    self._heartbeat.wake()
                 self.step()
         except Exception as cause:
             _LOG.exception("engine_failed")
             is_lost = isinstance(cause, SeamountError) and cause.reason == "GANG_LOST"
             reason = "GANG_LOST" if is_lost else "ENGINE_FAILED"
             error = Unavailable(f"this rank's engine has failed: {cause}", reason=reason, retry_after_s=1.0)
-            self._fail_all(error)
+            self._outstanding.fail_all(error)
             if self._on_fatal is not None:
                 self._on_fatal(error)
         finally:
             self._leaving = True
-            self._fail_all(error)
+            self._outstanding.fail_all(error)
             self._gang.close()
 
     def _is_late(self) -> bool:
@@ -252,25 +240,18 @@ class Engine:
     def _rest_s(self) -> float:
         if self._stop_deadline is not None:
             return max(0.0, self._stop_deadline - time.monotonic())
-        return _BLOCKED_WAIT_S if self._sequences else _IDLE_WAIT_S
+        return _BLOCKED_WAIT_S if self._outstanding else _IDLE_WAIT_S
 
     def _take_news(self) -> None:
         """Requests, aborts and the stop that came since the last step; what comes from now on rings again."""
         self._gang.hush()
-        news = self._inbox.take()
-        for sequence in news.submitted:
-            self._sequences[sequence.request.id] = sequence
-            self._scheduler.add(sequence)
-        now = time.monotonic()
-        for request_id in news.aborted:
-            if request_id in self._sequences:
-                sequence = self._sequences[request_id]
-                self._deliver([(sequence, sequence.finished("cancelled", now))])
+        self._outstanding.take()
         if self._stop_deadline is not None:
-            self._fail_all(_stopped())
+            self._outstanding.fail_all(_stopped())
+        now = time.monotonic()
         if now - self._renewed_at >= _RENEW_EVERY_S:  # a reservation lives as long as its request does
             self._renewed_at = now
-            for request_id in self._sequences:
+            for request_id in self._outstanding:
                 with suppress(NotFound):  # the scheduler meets this, too, and reports it
                     self._reservations.renew(request_id)
 
@@ -280,54 +261,14 @@ class Engine:
             schedule = self._scheduler.schedule()
         except Exception as cause:
             _LOG.exception("schedule_failed")
-            self._fail_all(step_failed(cause), refuse=False)
+            self._outstanding.fail_all(step_failed(cause), refuse=False)
             return Schedule()
         now = time.monotonic()
-        self._deliver((sequence, Failed(error=error)) for sequence, error in schedule.lost)
-        self._deliver((sequence, sequence.finished("prefilled", now)) for sequence in schedule.complete)
-        self._give_way(schedule)
+        self._outstanding.deliver((sequence, Failed(error=error)) for sequence, error in schedule.lost)
+        self._outstanding.deliver((sequence, sequence.finished("prefilled", now)) for sequence in schedule.complete)
+        self._outstanding.cancel(schedule.dropped)
         self._counts.num_blocked = self._scheduler.num_waiting
         return schedule
-
-    def _give_way(self, schedule: Schedule) -> None:
-        now = time.monotonic()
-        self._deliver([(sequence, sequence.finished("cancelled", now)) for sequence in schedule.dropped])
-
-    def _tell_batch(self, chunks: Sequence[Chunk]) -> None:
-        """Tell who is in the batch from now on and who no longer, before it is computed: if this rank dies of it, its
-        own batch is known."""
-        batch = {chunk.sequence for chunk in chunks}
-        changed = [s for s in batch ^ self._batch if s.request.id in self._sequences]
-        self._batch = batch
-        self._deliver([(s, Progress(num_computed=s.num_computed, in_batch=s in batch)) for s in changed])
-        if any(s.is_on_probation for s in changed):
-            time.sleep(_HEARD_S)
-
-    def _deliver(self, outcomes: Iterable[Outcome]) -> None:
-        """Tell each sink; the last event of a sequence takes it out of the engine first."""
-        for sequence, event in outcomes:
-            request = sequence.request
-            if isinstance(event, Finished | Failed):
-                if isinstance(event, Finished):
-                    self._counts.finished(sequence, event)
-                else:
-                    self._counts.num_failed += 1
-                self._scheduler.remove(sequence)
-                self._sequences.pop(request.id, None)
-                self._inbox.forget(request.id)
-            try:
-                request.sink(event)
-            except Exception:
-                _LOG.exception("sink_failed", extra={"request_id": request.id})
-                self.abort(request.id)
-
-    def _fail_all(self, error: SeamountError, *, refuse: bool = True) -> None:
-        """Fail every request in the engine and, with ``refuse``, all that are waiting to enter it or come later."""
-        if refuse:
-            self._inbox.close(error)
-            for sequence in self._inbox.take().submitted:
-                self._sequences[sequence.request.id] = sequence
-        self._deliver([(sequence, Failed(error=error)) for sequence in self._sequences.values()])
 
     def _count(self, schedule: Schedule, took_s: float) -> None:
         self._counts.step(schedule, took_s)

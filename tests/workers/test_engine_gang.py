@@ -168,11 +168,11 @@ def test_leaving_waits_for_the_others(make_gang: Callable[..., list[Any]]) -> No
 def test_health_of_an_idle_gang_is_a_step_of_all(make_gang: Callable[..., list[Any]]) -> None:
     first, second = make_gang(health_timeout_s=1.0)
     time.sleep(0.4)
-    beat = second.engine._beat_at
+    beat = second.engine._heartbeat._beat_at
     assert first.engine.healthy()
     time.sleep(0.2)
     assert first.engine.healthy()
-    assert second.engine._beat_at > beat
+    assert second.engine._heartbeat._beat_at > beat
 
 
 @pytest.mark.parametrize("busy", [True, False])
