@@ -139,14 +139,31 @@ def launch_gemm(
     return out
 
 
-@cache
-def arrivals(device: torch.device) -> Tensor:
-    """Counters of arrived splits, all 0 between launches: launches that share them must not overlap in time.
+_counters: dict[tuple[torch.device, int | None], Tensor] = {}
 
-    Kernels of one stream, or of one captured graph without branches, do not. Made by the first call, outside a capture.
+
+def arrivals(device: torch.device) -> Tensor:
+    """Counters of arrived splits, all 0 between launches: [_MAX_TILES] int32.
+
+    Launches that share them must not overlap in time. So each stream has its own. Captured launches share one set more,
+    made by the first call outside a capture: graphs that have such launches, and captures of several streams, must run
+    one after the other.
     """
-    with torch.inference_mode(False):
-        return torch.zeros(_MAX_TILES, dtype=torch.int32, device=device)
+    if device.type != "cuda":
+        return _kept_counters(device, 0)
+    if not torch.cuda.is_current_stream_capturing():
+        _kept_counters(device, None)
+        return _kept_counters(device, torch.cuda.current_stream(device).cuda_stream)
+    # Made within a capture they would be zeros only from its replay on: then they are the graph's, and set by it.
+    found = _counters.get((device, None))
+    return found if found is not None else torch.zeros(_MAX_TILES, dtype=torch.int32, device=device)
+
+
+def _kept_counters(device: torch.device, stream: int | None) -> Tensor:
+    if (device, stream) not in _counters:
+        with torch.inference_mode(False):
+            _counters[device, stream] = torch.zeros(_MAX_TILES, dtype=torch.int32, device=device)
+    return _counters[device, stream]
 
 
 @cache

@@ -51,6 +51,32 @@ def test_gate(
     assert not fp8_gemm.arrivals(ids.device).any()
 
 
+def test_streams_at_the_same_time_and_graphs(device: torch.device) -> None:
+    """Each counts its own arrivals; a graph's are counted whether it is the first to be launched or not."""
+    x = torch.randn((33, 7168), device=device).bfloat16()
+    weight = (torch.randn((256, 7168), device=device) * 0.03).bfloat16()
+    bias = torch.randn(256, device=device)
+    options = {"num_groups": 8, "num_chosen_groups": 4, "num_chosen": 8, "normalize": True, "scale": 2.5}
+    expected = moe.gate(x, weight, bias, **options)
+    torch.cuda.synchronize()
+    streams = [torch.cuda.current_stream(), torch.cuda.Stream(), torch.cuda.Stream()]
+    results = []
+    for _ in range(100):
+        for stream in streams:
+            with torch.cuda.stream(stream):
+                results.append(moe.gate(x, weight, bias, **options))
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        results.append(moe.gate(x, weight, bias, **options))
+    graph.replay()
+    graph.replay()
+    torch.cuda.synchronize()
+    for weights, ids in results:
+        assert torch.equal(weights, expected[0])
+        assert torch.equal(ids, expected[1])
+
+
 def test_ties_take_the_lowest_ids(target: torch.device) -> None:
     x, weight, bias = (torch.zeros(shape, device=target) for shape in ((2, 128), (16, 128), (16,)))
     _, ids = moe.gate(x, weight, bias, num_groups=4, num_chosen_groups=2, num_chosen=4, normalize=True, scale=1.0)
