@@ -27,8 +27,8 @@ DEADLINE_S = 600.0
 """Of one collective meanwhile: a peer that compiles, or still reads its weights, is not dead."""
 _FEW_TOKENS = 272
 """Up to here products of matrices differ by the 16 tokens."""
-_CHUNKS = (2, 96, 192)
-"""Rows of one prompt: selection deals few rows, up to one a multiprocessor, up to two and more to its programs."""
+_CHUNKS = (2, 4, 8, 16, 32, 64, 128, 192)
+"""Rows of one prompt: among long contexts, the more rows there are the fewer programs select for each."""
 _TOKEN_IDS = 64
 """Different ones in turn, so that every rank's experts get some; every vocabulary has as many."""
 
