@@ -28,6 +28,8 @@ from seamount.workers.spec import PoolName
 STATE_TTL_S = 7 * 24 * 3600
 """A Ray cluster's fleet state goes so long after its last beat; nobody is judged by it."""
 _SERVED = "served"
+_TOLD = ("number", "beat", "progress")
+"""What each Ray cluster has in the cluster name's hash."""
 
 # KEYS[1] the fleet's hash. ARGV: epoch, pool ('' = draw no number), lowest number, time to live.
 # Returns -1 for a stale epoch, else the number drawn (0 where none was asked for).
@@ -48,6 +50,16 @@ if known then return tonumber(known) end
 local number = redis.call('HINCRBY', KEYS[1], 'last', 1)
 redis.call('HSET', KEYS[1], 'number:' .. ARGV[1], number)
 return number
+"""
+
+# KEYS[1] the cluster name's hash, the others fleets' hashes. ARGV: their Ray sessions. Removes what is told of those
+# whose own hash has gone.
+_FORGET_GONE = """
+for i, session in ipairs(ARGV) do
+    if redis.call('EXISTS', KEYS[i + 1]) == 0 then
+        redis.call('HDEL', KEYS[1], 'number:' .. session, 'beat:' .. session, 'progress:' .. session)
+    end
+end
 """
 
 # KEYS[1] the fleet's hash. ARGV: epoch, field, value. Returns -1 for a stale epoch, else 0.
@@ -101,15 +113,22 @@ class FleetState:
         self._remember = client.register_script(_REMEMBER)
         self._admit = client.register_script(_ADMIT)
         self._count_failure = client.register_script(_COUNT_FAILURE)
+        self._forget_gone = client.register_script(_FORGET_GONE)
         self.epoch = 0
         self.number = 0
         """How manieth Ray cluster of the name this is; 0 before ``claim``."""
 
     def claim(self) -> None:
-        """Become the cluster's one fleet; every earlier one is refused from now on."""
+        """Become the cluster's one fleet; every earlier one is refused from now on. Ray clusters of the name that were
+        not seen for ``STATE_TTL_S`` are forgotten: should one come back, its fleet is refused and enters anew."""
         self.epoch = int(self._client.hincrby(self._key, "epoch", 1))
         self._client.expire(self._key, STATE_TTL_S)
         self.number = int(self._enter(keys=[self._siblings_key], args=[self._session]))
+        names: Any = self._client.hkeys(self._siblings_key)
+        told = sorted(
+            {session for kind, _, session in (name.decode().partition(":") for name in names) if kind in _TOLD}
+        )
+        self._forget_gone(keys=[self._siblings_key, *map(self._key_of, told)], args=told)
 
     def tell_siblings(self, *, is_serving: bool, progress: Mapping[PoolName, Progress]) -> None:
         """One beat; it keeps the state from going, too."""
@@ -194,7 +213,7 @@ class FleetState:
     def forget(self) -> None:
         """Removes the state: the Ray cluster is going."""
         self._client.delete(self._key)
-        self._client.hdel(self._siblings_key, *(f"{kind}:{self._session}" for kind in ("number", "beat", "progress")))
+        self._client.hdel(self._siblings_key, *(f"{kind}:{self._session}" for kind in _TOLD))
 
     def _key_of(self, ray_session: str) -> str:
         return f"seamount:{{{self._cluster_name}}}:fleet:{ray_session}"

@@ -15,9 +15,10 @@ from seamount.cluster.fleet_look import gangs_elsewhere, progress, ranks_elsewhe
 from seamount.cluster.fleet_metrics import FleetMetrics
 from seamount.cluster.fleet_plan import Cause, Circumstances, Delete, Phase, RunningGang, Start, WantedPool, plan
 from seamount.cluster.fleet_siblings import SIBLING_DEAD_AFTER_S, Family, Siblings, left_here, needed_to_serve
-from seamount.cluster.fleet_state import FleetState, Progress, connect
+from seamount.cluster.fleet_state import STATE_TTL_S, FleetState, Progress, connect
 from seamount.cluster.fleet_view import View
 from seamount.cluster.settings import validate
+from seamount.wire.errors import Aborted
 from seamount.wire.metrics import new_registry
 from seamount.workers.spec import PoolName
 
@@ -102,6 +103,35 @@ def test_having_come_up_is_kept_whatever_becomes_of_the_gangs(redis_url: str) ->
     assert state.has_served()
     assert state.progress() == told(0, 3)
     state.forget()
+
+
+def test_a_ray_cluster_that_was_not_seen_for_a_week_is_forgotten(redis_url: str) -> None:
+    gone, silent, alive = states(redis_url, "gone", "silent: never beat", "alive")
+    for state in (gone, alive):
+        state.tell_siblings(is_serving=True, progress=told(4, 4))
+    client = connect(redis_url, timeout_s=1.0)
+    for state in (gone, silent, alive):
+        assert STATE_TTL_S - 60 < client.ttl(state._key) <= STATE_TTL_S
+    gone.claim()
+    assert len(client.hkeys(gone._siblings_key)) == 1 + 3 + 1 + 3, "all were seen lately"
+    for state in (gone, silent):
+        client.expire(state._key, 0)  # the week is over
+    new = FleetState(client, cluster_name=gone._cluster_name, ray_session="new")
+    new.claim()
+    assert {sibling.ray_session: sibling.number for sibling in new.siblings()} == {"alive": 3}
+    assert sorted(client.hkeys(gone._siblings_key)) == [
+        b"beat:alive",
+        b"last",
+        b"number:alive",
+        b"number:new",
+        b"progress:alive",
+    ]
+    with pytest.raises(Aborted):
+        gone.admit_delete()
+    gone.claim()
+    assert (new.number, gone.number) == (4, 5), "numbers are not reused"
+    for state in (gone, alive, new):
+        state.forget()
 
 
 # ---- how many are left here
