@@ -44,7 +44,11 @@ def attention(name: str, heads: int) -> list[Call]:
     slots[1, 40:] = -1
     slots[2] = -1
     every, lengths = torch.randperm(PAGES * PAGE_SIZE)[:131], torch.tensor([1, 131, 64])
+    # Most of a short context: where it is fp8, all of it is unpacked first.
+    most = torch.stack([torch.randperm(67) for _ in range(3)])
+    most[1, 40:] = -1
     return [
+        (sparse_mla.sparse_mla_prefill, (q, plane, every[:67], most, layout(name), scale)),
         (sparse_mla.sparse_mla_decode, (q, plane, slots, layout(name), scale)),
         (sparse_mla.sparse_mla_prefill, (q, plane, torch.randperm(PAGES * PAGE_SIZE), slots, layout(name), scale)),
         (dense_mla.dense_mla, (q, plane, every, lengths, layout(name), scale)),
@@ -52,15 +56,27 @@ def attention(name: str, heads: int) -> list[Call]:
 
 
 def plain_attention() -> list[Call]:
-    q, k, v = (torch.randn(rows, 3, dim).bfloat16() for rows, dim in ((5, 192), (67, 128), (67, 128)))
-    return [(dense_mla.dense_mha, (q, k, torch.randn(67, 64).bfloat16(), v, torch.tensor([1, 63, 64, 65, 67]), 0.1))]
+    calls: list[Call] = []
+    # The sizes that have a kernel of their own on Hopper, and others.
+    for nope, rope_dim, value in ((128, 64, 128), (32, 16, 64)):
+        q, k, v = (
+            torch.randn(rows, 3, dim).bfloat16() for rows, dim in ((5, nope + rope_dim), (67, nope), (67, value))
+        )
+        lengths = torch.tensor([1, 63, 64, 65, 67])
+        calls.append((dense_mla.dense_mha, (q, k, torch.randn(67, rope_dim).bfloat16(), v, lengths, 0.1)))
+    return calls
 
 
 def scores() -> list[Call]:
     q = torch.randn(3, 64, 128).to(torch.float8_e4m3fn).float()
     weights, plane = torch.randn(3, 64), index_plane()
     lengths, tables = torch.tensor([1, 130, 64]), torch.tensor([[4, 0, 2], [1, 3, 0], [2, 2, 2]])
+    two = (torch.stack((q, q.flip(0)), 1), plane, torch.stack((weights, weights.flip(0)), 1))
+    both_lengths = torch.stack((lengths - 1, lengths), 1)
     return [
+        (indexer.paged_mqa_logits, (*two, both_lengths, tables, layout())),
+        (indexer.paged_topk_indices, (*two, both_lengths, tables, layout(), 130)),
+        (indexer.mqa_topk_indices, (q, plane, weights, lengths, tables[1], layout(), 130)),
         (indexer.paged_mqa_logits, (q, plane, weights, lengths, tables, layout())),
         (
             indexer.paged_mqa_logits,
