@@ -20,8 +20,9 @@ from seamount.router.store import Store
 from seamount.router.watcher import Directory, Registration
 from seamount.wire.errors import SeamountError
 from seamount.wire.ids import SessionId
+from seamount.workers.core import Rendezvous
 from seamount.workers.loading import OnLoading
-from seamount.workers.server import RankServer, Rendezvous
+from seamount.workers.server import RankServer
 from seamount.workers.spec import RankSpec
 
 MEETING_TIMEOUT_S = 120.0
