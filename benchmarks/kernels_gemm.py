@@ -3,8 +3,8 @@
 ours_us, peer_us, ratio; ``bound`` is the ratio to be reached: 1.15 where a product waits for its weights, up to 128
 tokens. DeepGEMM is measured where its wheel is importable, its scales laid out as it wants them beforehand, with and
 without programmatic dependent launch, whichever is faster; a SwiGLU form's peer is our own product followed by
-``swiglu_quantize``. Times are of captured launches over weights that rotate through more than twice the L2. Everything
-is compiled first, in several processes: DeepGEMM takes seconds for a shape.
+``swiglu_quantize``. Times are of captured launches over weights that rotate through more than twice the L2, ours and
+theirs in turn. Everything is compiled first, in several processes: DeepGEMM takes seconds for a shape.
 
     python -m benchmarks.kernels_gemm [--only gemm,grouped] [--warm 16]
 """
@@ -28,7 +28,7 @@ from benchmarks._gpu import (
     deep_gemm_module,
     publish_gpu,
     random_fp8,
-    time_us,
+    times_in_turn,
 )
 from seamount.kernels import gemm, moe
 
@@ -67,16 +67,20 @@ def products(names: Iterable[str] = tuple(WEIGHTS), all_tokens: Iterable[int] = 
 def _product(name: str, weights: list[Tensor], scale: Tensor, tokens: int) -> Row:
     columns, channels = weights[0].shape
     x, x_scale = random_fp8(tokens, channels), _scales(tokens, channels // 128)
-    ours = time_us([lambda w=w: gemm.fp8_gemm(x, x_scale, w, scale) for w in weights])
-    peer = None
+    ways = [[lambda w=w: gemm.fp8_gemm(x, x_scale, w, scale) for w in weights]]
     if (deep_gemm := deep_gemm_module()) is not None:
         aligned, out = deep_gemm.get_mn_major_tma_aligned_tensor(x_scale), _bfloat16(tokens, columns)
 
-        def theirs(w: Tensor) -> None:
+        def theirs(w: Tensor, early: bool) -> None:
+            deep_gemm.set_pdl(early)
             deep_gemm.fp8_gemm_nt((x, aligned), (w, scale), out, compiled_dims="nk", disable_ue8m0_cast=True)
 
-        peer = _faster_launch_us(deep_gemm, [lambda w=w: theirs(w) for w in weights])
+        # With programmatic dependent launch, which our kernels use and which it leaves off unless told, and without.
+        ways += [[lambda w=w, early=early: theirs(w, early) for w in weights] for early in (True, False)]
+    ours, *others = times_in_turn(ways)
+    if others:
         _check(gemm.fp8_gemm(x, x_scale, weights[-1], scale), out)
+    peer = min(others, default=None)
     return compared(
         "fp8_gemm",
         f"{name} {tokens}x{columns}x{channels}",
@@ -86,15 +90,6 @@ def _product(name: str, weights: list[Tensor], scale: Tensor, tokens: int) -> Ro
         num_bytes=columns * channels + tokens * (channels + 2 * columns),
         flop=2 * tokens * columns * channels,
     )
-
-
-def _faster_launch_us(deep_gemm: Any, launches: list[Callable[[], None]]) -> float:
-    """With and without programmatic dependent launch, which our kernels use and which it leaves off unless told."""
-    times = []
-    for early in (True, False):
-        deep_gemm.set_pdl(early)
-        times.append(time_us(launches))
-    return min(times)
 
 
 def grouped(
@@ -135,10 +130,13 @@ class _Grouped:
 
     def _contiguous(self) -> tuple[float, float | None]:
         x, x_scale = self._activations(self.tokens * CHOICES)
-        ours = _time(lambda: gemm.grouped_fp8_gemm(x, x_scale, self.weight, self.scale, self.offsets))
+
+        def ours() -> Any:
+            return gemm.grouped_fp8_gemm(x, x_scale, self.weight, self.scale, self.offsets)
+
         deep_gemm = deep_gemm_module()
         if deep_gemm is None:
-            return ours, None
+            return _in_turn(ours)
         # Its groups begin at multiples of 128 rows, and each row names its expert, -1 for padding.
         padded = (self.counts + 127) // 128 * 128
         group = torch.full((int(padded.sum()),), -1, dtype=torch.int32, device="cuda")
@@ -147,43 +145,49 @@ class _Grouped:
             group[start : start + count] = expert
         wide, wide_scale = self._activations(len(group))
         aligned, out = deep_gemm.get_mn_major_tma_aligned_tensor(wide_scale), _bfloat16(len(group), self.columns)
-        peer = _time(
+        return _in_turn(
+            ours,
             lambda: deep_gemm.m_grouped_fp8_gemm_nt_contiguous(
                 (wide, aligned), (self.weight, self.scale), out, group, disable_ue8m0_cast=True
-            )
+            ),
         )
-        return ours, peer
 
     def _masked(self) -> tuple[float, float | None]:
         slab = -(-int(self.counts.max()) // 128) * 128
         x, x_scale = self._activations(self.experts, slab)
-        ours = _time(lambda: gemm.grouped_fp8_gemm_masked(x, x_scale, self.weight, self.scale, self.counts))
+
+        def ours() -> Any:
+            return gemm.grouped_fp8_gemm_masked(x, x_scale, self.weight, self.scale, self.counts)
+
         deep_gemm = deep_gemm_module()
         if deep_gemm is None:
-            return ours, None
+            return _in_turn(ours)
         aligned = deep_gemm.get_mn_major_tma_aligned_tensor(x_scale)
         out = _bfloat16(self.experts, slab, self.columns)
         mean = max(1, -(-self.tokens * CHOICES // self.experts))
-        peer = _time(
+        return _in_turn(
+            ours,
             lambda: deep_gemm.fp8_m_grouped_gemm_nt_masked(
                 (x, aligned), (self.weight, self.scale), out, self.counts, mean, disable_ue8m0_cast=True
-            )
+            ),
         )
-        return ours, peer
 
-    def _swiglu(self) -> tuple[float, float]:
+    def _swiglu(self) -> tuple[float, float | None]:
         x, x_scale = self._activations(self.tokens * CHOICES)
         operands = (x, x_scale, self.weight, self.scale, self.offsets)
-        ours = _time(lambda: gemm.grouped_fp8_gemm_swiglu(*operands))
-        return ours, _time(lambda: gemm.swiglu_quantize(gemm.grouped_fp8_gemm(*operands)))
+        return _in_turn(
+            lambda: gemm.grouped_fp8_gemm_swiglu(*operands),
+            lambda: gemm.swiglu_quantize(gemm.grouped_fp8_gemm(*operands)),
+        )
 
     def _activations(self, *rows: int) -> tuple[Tensor, Tensor]:
         return random_fp8(*rows, self.channels), _scales(*rows, self.channels // 128)
 
 
-def _time(launch: Callable[[], Any]) -> float:
-    # The experts' weights exceed the L2 by far: nothing needs to rotate.
-    return time_us([launch], min_launches=8)
+def _in_turn(*ways: Callable[[], Any]) -> tuple[float, float | None]:
+    """Ours and the peer's, if there is one. The experts' weights exceed the L2 by far: nothing needs to rotate."""
+    ours, *others = times_in_turn([[launch] for launch in ways], min_launches=8)
+    return ours, others[0] if others else None
 
 
 def _scales(*shape: int) -> Tensor:
