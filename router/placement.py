@@ -6,7 +6,7 @@ Of each candidate the time to the first token is estimated, and the least is tak
 
 Missing tokens are appended locally, which delays every stream of the rank's gang and is charged once for each of them,
 or computed by a prefill rank: its queue, the pull of the cached prefix, the computation and the push. Rates are the
-ranks' own, measured and smoothed; a rank that has measured nothing yet counts like its peers. Where nobody has, the
+ranks' own, medians or smoothed; a rank that has measured nothing yet counts like its peers. Where nobody has, the
 rank that holds the session's caches is taken, and a long prompt (over ``local_append_max_tokens``) goes to a prefill
 rank.
 """

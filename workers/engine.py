@@ -67,7 +67,7 @@ class Engine:
         self._on_fatal = on_fatal
         self._on_step = on_step
         self._reservations = reservations
-        self._counts = EngineCounts(prefill_chunk_tokens=limits.prefill_chunk_tokens)
+        self._counts = EngineCounts()
         self._computation = Computation(
             Runner(model=model, planes=planes),
             reservations,
@@ -167,7 +167,7 @@ class Engine:
             num_waiting=self._scheduler.num_waiting + len(submitted),
             num_blocked=counts.num_blocked,
             queued_prefill_tokens=queued,
-            prefill_tokens_per_s=counts.prefill_tokens_per_s,
+            prefill_tokens_per_s=counts.pieces.per_s,
             answer_s=counts.answer_s,
             is_resting=self._heartbeat.is_resting,
         )

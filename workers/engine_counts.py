@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+from collections import deque
 from dataclasses import dataclass, field
 from enum import Enum
+from statistics import median_high
 
 from seamount.workers.events import Finished
 from seamount.workers.scheduler import Schedule, Sequence
+
+RECENT_PIECES = 9
+"""An odd number: so many of a rank's last pieces of prompts say how fast it is."""
 
 
 class StepKind(Enum):
@@ -38,8 +43,8 @@ class EngineState:
 
     num_computed_tokens: prompt tokens, recomputation included; num_background_tokens: not among those;
     num_running, num_waiting, queued_prefill_tokens (still to compute): without background requests; num_blocked:
-    requests that found no place or no pages in the last step; prefill_tokens_per_s: over recent steps that only
-    computed prompts; answer_s: smoothed, from the first step of an answer to its end; both 0 before the first;
+    requests that found no place or no pages in the last step; prefill_tokens_per_s: as of ``PieceRate``, of
+    steps that only computed prompts; answer_s: smoothed, from the first step of an answer to its end, 0 before it;
     is_resting: no rank of the gang has work.
     """
 
@@ -56,16 +61,34 @@ class EngineState:
     is_resting: bool
 
 
+class PieceRate:
+    """Tokens a second of recent pieces: the median of the last ``RECENT_PIECES``, the greater of the middle two.
+
+    A piece that took far too long (something was compiled, the machine stood still) does not move it, not even as one
+    of the first two; a rank that is slower from now on shows it after ``RECENT_PIECES // 2 + 1`` pieces. A single piece
+    says nothing yet. Written by one thread; ``per_s`` may be read from any.
+    """
+
+    def __init__(self) -> None:
+        self.per_s = 0.0
+        """0 before the second piece."""
+        self._recent: deque[float] = deque(maxlen=RECENT_PIECES)
+
+    def note(self, num_tokens: int, took_s: float) -> None:
+        self._recent.append(num_tokens / max(took_s, 1e-9))
+        if len(self._recent) > 1:
+            self.per_s = median_high(self._recent)
+
+
 @dataclass(slots=True, kw_only=True)
 class EngineCounts:
     """Written by the engine's thread alone; other threads may read it, fields a step apart from each other.
 
     num_computed_tokens: prompt tokens, recomputation included; num_background_tokens: not among those; num_blocked:
     requests that found no place or no pages in the last step; answer_s: smoothed, from the first step of an answer to
-    its end, 0 before the first. prefill_chunk_tokens: the engine's limit.
+    its end, 0 before the first. pieces: steps that only computed prompts.
     """
 
-    prefill_chunk_tokens: int
     num_steps: int = 0
     num_computed_tokens: int = 0
     num_sampled_tokens: int = 0
@@ -73,21 +96,12 @@ class EngineCounts:
     num_blocked: int = 0
     num_failed: int = 0
     answer_s: float = 0.0
-    _recent_prefill_tokens: float = field(default=0.0, init=False)
-    _recent_prefill_s: float = field(default=0.0, init=False)
-
-    @property
-    def prefill_tokens_per_s(self) -> float:
-        """Over recent steps that only computed prompts; 0 before the first."""
-        return self._recent_prefill_tokens / (self._recent_prefill_s or 1.0)
+    pieces: PieceRate = field(default_factory=PieceRate, init=False)
 
     def step(self, schedule: Schedule, took_s: float) -> None:
         self.num_steps += 1
         if schedule.prefill and not schedule.decode:
-            num_tokens = schedule.num_prefill_tokens
-            keep = 0.5 ** (num_tokens / (8 * self.prefill_chunk_tokens))  # half forgotten after 8 chunks
-            self._recent_prefill_tokens = keep * self._recent_prefill_tokens + num_tokens
-            self._recent_prefill_s = keep * self._recent_prefill_s + took_s
+            self.pieces.note(schedule.num_prefill_tokens, took_s)
 
     def computed(self, num_tokens: int, *, is_background: bool) -> None:
         if is_background:
