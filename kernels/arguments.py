@@ -24,8 +24,18 @@ def check_tensor(
         raise ValueError(f"{name} is {x.dtype}; it must be {' or '.join(str(dtype) for dtype in dtypes)}")
 
 
+def check_current(device: torch.device) -> None:
+    """Raises ValueError for a CUDA device that is not the current one: Triton launches there, wherever tensors are."""
+    if device.type == "cuda" and device.index != torch.cuda.current_device():
+        raise ValueError(
+            f"tensors are on {device}; the current device is cuda:{torch.cuda.current_device()}: "
+            f"call within `with torch.cuda.device({device.index})`"
+        )
+
+
 def check_plane(plane: Tensor, layout: CacheLayout, which: PlaneName, device: torch.device) -> None:
-    """Raises ValueError unless ``plane`` is a contiguous, 16-byte aligned plane of the layout on this device."""
+    """Raises ValueError unless ``plane`` is a contiguous, 16-byte aligned plane of the layout on the current device."""
+    check_current(device)
     check_tensor("plane", plane, (plane.shape[0], layout.page_bytes(which)), device, (torch.uint8,))
     if not plane.is_contiguous():
         raise ValueError("plane is not contiguous; pages must be adjacent")

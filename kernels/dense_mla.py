@@ -13,7 +13,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from seamount.kernels.arguments import INTEGERS, check_tensor
+from seamount.kernels.arguments import INTEGERS, check_current, check_tensor
 from seamount.kernels.layout import CacheLayout, gather_slots, unpack_latent
 from seamount.kernels.quant import wide_dtype
 from seamount.kernels.softmax import masked_softmax
@@ -95,6 +95,7 @@ def dense_mha(q: Tensor, k: Tensor, k_rope: Tensor, v: Tensor, lengths: Tensor, 
 
 
 def _check(q: Tensor, k: Tensor, k_rope: Tensor, v: Tensor, lengths: Tensor) -> None:
+    check_current(q.device)
     num_keys, heads, nope = k.shape
     kind = (q.device, (torch.bfloat16,))
     check_tensor("q", q, (q.shape[0], heads, nope + k_rope.shape[1]), *kind)

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import silu
 
+from seamount.kernels.arguments import check_current
 from seamount.kernels.quant import BLOCK_SIZE, decode_e4m3, dequantize, dequantize_blocks, quantize, wide_dtype
 
 
@@ -160,6 +161,7 @@ def _check_operands(x: Tensor, x_scale: Tensor, weight: Tensor, weight_scale: Te
             f"x has {channels} channels and weight {weight.shape[-1]}; they must be equal, a multiple of {BLOCK_SIZE}"
         )
     blocks = channels // BLOCK_SIZE
+    check_current(x.device)
     _check_operand("x", x, x.shape, torch.float8_e4m3fn, x.device)
     _check_operand("x_scale", x_scale, (*x.shape[:-1], blocks), torch.float32, x.device)
     if weight_scale is None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from seamount.kernels.arguments import INTEGERS, check_tensor
+from seamount.kernels.arguments import INTEGERS, check_current, check_tensor
 
 MAX_CUDA_K = 4096
 """The most that the CUDA kernel selects: its candidates are in one program's registers."""
@@ -48,6 +48,7 @@ def topk_indices(logits: Tensor, k: int, lengths: Tensor) -> Tensor:
 
 
 def _check(logits: Tensor, k: int, lengths: Tensor) -> None:
+    check_current(logits.device)
     if logits.dim() != 2 or logits.dtype != torch.float32:
         raise ValueError(f"logits is {logits.dtype} {tuple(logits.shape)}; it must be float32 [T, L]")
     if logits.shape[1] >= 1 << 31:

@@ -5,6 +5,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from seamount.kernels.arguments import check_current
+
 
 def check_tensor(
     name: str,
@@ -17,8 +19,11 @@ def check_tensor(
 ) -> None:
     """Raise ValueError unless x has the shape (None: any size), one of the dtypes, ``like``'s device and dense rows.
 
-    Dense rows: the last dimension has stride 1; the others may be strided unless ``contiguous``.
+    Dense rows: the last dimension has stride 1; the others may be strided unless ``contiguous``. ``like`` itself must
+    be on the current device.
     """
+    if x is like:
+        check_current(x.device)
     fits = x.dim() == len(shape) and all(want in (None, have) for want, have in zip(shape, x.shape, strict=True))
     if not fits:
         wanted = ", ".join("any" if size is None else str(size) for size in shape)
