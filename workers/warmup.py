@@ -27,8 +27,10 @@ DEADLINE_S = 600.0
 """Of one collective meanwhile: a peer that compiles, or still reads its weights, is not dead."""
 _FEW_TOKENS = 272
 """Up to here products of matrices differ by the 16 tokens."""
-_CHUNKS = (2, 4, 8, 16, 32, 64, 128, 192)
-"""Rows of one prompt: among long contexts, the more rows there are the fewer programs select for each."""
+_LONG_CONTEXT = 8192
+"""Beyond it several programs select for a row: how many, and how, differs by the length and by the number of rows."""
+_LONG_CHUNKS = (4, 8, 16, 32, 64, 128, 192)
+"""Rows of one prompt behind a long context."""
 _TOKEN_IDS = 64
 """Different ones in turn, so that every rank's experts get some; every vocabulary has as many."""
 
@@ -52,7 +54,8 @@ def batches(limits: EngineLimits, *, topk: int, num_pages: int) -> Iterator[Forw
     chunk = min(limits.prefill_chunk_tokens, limits.max_batch_tokens)
     row_counts = [rows for rows in steps(limits.max_running) if rows <= limits.max_batch_tokens]
     for context in context_lengths(most, topk):
-        for length in sorted({min(length, chunk, context) for length in (*_CHUNKS, chunk // 2 + 1, chunk)}):
+        chunks = (2, chunk // 2 + 1, chunk, *(_LONG_CHUNKS if context > _LONG_CONTEXT else ()))
+        for length in sorted({min(length, chunk, context) for length in chunks}):
             yield ForwardBatch.create([_tokens(context - length, length, range(-(-context // PAGE_SIZE)))])
         shared = (context - 1) // PAGE_SIZE  # pages before the last one, which is each sequence's own
         for rows in row_counts:
@@ -75,9 +78,10 @@ def steps(limit: int) -> list[int]:
 
 
 def context_lengths(most: int, topk: int) -> list[int]:
-    """Contexts that fit into top-k, of whole and of broken tiles, and longer ones up to ``most``."""
-    short = (1, 3, 16, topk - 1)
-    return sorted({n for n in short if 0 < n <= most} | {n for n in steps(most) if n > topk or n == most})
+    """Contexts that fit into top-k, of whole and of broken tiles, one that does not, and long ones up to ``most``."""
+    few = (1, 3, 16, topk - 1, topk + topk // 2 + 1, most)
+    long = {n for n in steps(most) if n >= max(topk, _LONG_CONTEXT)}
+    return sorted({n for n in few if 0 < n <= most} | long)
 
 
 def token_counts(limit: int) -> list[int]:

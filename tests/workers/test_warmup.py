@@ -46,7 +46,7 @@ def test_every_kind_of_step_is_among_the_batches() -> None:
     assert decoding == {(rows, scored) for rows in (1, 2, 3, 4, 6, 8) for scored in (False, True)}
     chunks = {(len(chunk.lengths), chunk.scored is not None) for plan in plans for chunk in plan.chunks}
     assert {(32, True), (17, False), (17, True), (2, False), (2, True)} <= chunks
-    assert {1, 3, 16, 23, 32, 48, 384, 512} <= {max(batch.context_lens) for batch in made}
+    assert {1, 3, 16, 23, 37, 512} <= {max(batch.context_lens) for batch in made}
     assert {2, 3, 16, 17, 32, 33, 48, 64} <= {len(batch.token_ids) for batch in made}
     assert all(len(batch.token_ids) <= LIMITS.max_batch_tokens for batch in made)
     assert all(len(set(batch.slots.tolist())) == len(batch.slots) for batch in made)
@@ -56,6 +56,17 @@ def test_steps_are_half_a_power_of_two_apart_and_end_at_the_limit() -> None:
     assert steps(1) == [1]
     assert steps(3) == [1, 2, 3]
     assert steps(20) == [1, 2, 3, 4, 6, 8, 12, 16, 20]
+
+
+def test_long_contexts_come_with_every_number_of_rows() -> None:
+    limits = EngineLimits(max_batch_tokens=512, max_running=64, prefill_chunk_tokens=256, max_context_tokens=16384)
+    made = list(batches(limits, topk=256, num_pages=512))
+    rows_of: dict[int, set[int]] = {}
+    for batch in made:
+        rows_of.setdefault(max(batch.context_lens), set()).add(len(batch.token_ids))
+    assert rows_of[12288] == rows_of[16384] == {*steps(64), 128, 129, 192, 256}
+    assert rows_of[8192] == {*steps(64), 129, 256}
+    assert len(made) < 200
 
 
 @pytest.mark.parametrize(("num_pages", "max_context_tokens"), [(1, 512), (100, 1), (1, 1), (100, TOPK), (2, 128)])
