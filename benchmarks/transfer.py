@@ -45,7 +45,7 @@ from seamount.workers.cache.reservations import Reservations
 from seamount.workers.model.random_checkpoint import GEOMETRIES
 from seamount.workers.transfer.frames import MAX_FRAME_TOKENS
 from seamount.workers.transfer.rendezvous import Rendezvous, build_group
-from seamount.workers.transfer.service import Transfer
+from seamount.workers.transfer.transfer import Transfer
 
 TIMEOUT_S = 60.0
 HOST = "127.0.0.1"
@@ -120,7 +120,7 @@ async def serve(name: str, layout_name: str, max_tokens: int) -> AsyncIterator[R
     )
     reservations.on_abort = transfer.abort
     server = grpc.aio.server(interceptors=rank_interceptors(None))
-    transfer_pb2_grpc.add_TransferServiceServicer_to_server(transfer, server)
+    transfer_pb2_grpc.add_TransferServiceServicer_to_server(transfer.service, server)
     port = server.add_insecure_port(f"{HOST}:0")
     await server.start()
     try:

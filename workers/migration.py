@@ -25,7 +25,7 @@ from seamount.workers.cache.reservation import Reservation
 from seamount.workers.cache.reservations import Reservations
 from seamount.workers.engine_stream import KEEP_ALIVE_S
 from seamount.workers.spec import RankSpec
-from seamount.workers.transfer.service import Transfer
+from seamount.workers.transfer.transfer import Transfer
 
 _LOG = logging.getLogger(__name__)
 

@@ -28,7 +28,7 @@ from seamount.workers.events import Finished, Progress
 from seamount.workers.requests import EngineRequest
 from seamount.workers.spec import RankSpec
 from seamount.workers.transfer.sending import PushStream
-from seamount.workers.transfer.service import Transfer
+from seamount.workers.transfer.transfer import Transfer
 
 
 def check_work(

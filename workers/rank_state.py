@@ -9,7 +9,7 @@ from seamount.wire import limits
 from seamount.workers.cache.retention import Tier
 from seamount.workers.core import RankCore
 from seamount.workers.spec import RankSpec
-from seamount.workers.transfer.service import Transfer
+from seamount.workers.transfer.transfer import Transfer
 
 _POOLS = {"prefill": worker_pb2.POOL_PREFILL, "decode": worker_pb2.POOL_DECODE}
 

@@ -28,7 +28,7 @@ from seamount.workers.prefill import Prefill
 from seamount.workers.rank_state import rank_state
 from seamount.workers.service import WorkerService
 from seamount.workers.spec import RankSpec
-from seamount.workers.transfer.service import Transfer
+from seamount.workers.transfer.transfer import Transfer
 
 _LOG = logging.getLogger(__name__)
 WATCH_EVERY_S = 0.1
@@ -87,7 +87,7 @@ class RankServer:
             ],
         )
         worker_pb2_grpc.add_WorkerServiceServicer_to_server(parts.service, server)
-        transfer_pb2_grpc.add_TransferServiceServicer_to_server(parts.transfer, server)
+        transfer_pb2_grpc.add_TransferServiceServicer_to_server(parts.transfer.service, server)
         health_pb2_grpc.add_HealthServicer_to_server(self._health, server)
         port = listening(server.add_insecure_port, f"{self.spec.host}:{self.spec.port}", field="pools.host")
         await server.start()

@@ -27,7 +27,7 @@ from seamount.workers.prefill import Prefill, check_work
 from seamount.workers.requests import EngineRequest, SamplingParams
 from seamount.workers.spec import RankSpec
 from seamount.workers.tiers.mover import RestoreRates
-from seamount.workers.transfer.service import Transfer
+from seamount.workers.transfer.transfer import Transfer
 
 RESTORE_ANSWER_S = 0.5
 """How long Reserve waits for pages from the tiers below: an answer before that tells what has really come. What takes

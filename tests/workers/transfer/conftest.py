@@ -23,7 +23,7 @@ from seamount.wire.ids import RankId
 from seamount.wire.interceptors import rank_interceptors
 from seamount.workers.cache.reservation import Reservation
 from seamount.workers.cache.reservations import Reservations
-from seamount.workers.transfer.service import Transfer
+from seamount.workers.transfer.transfer import Transfer
 
 torch.set_num_threads(1)
 TOKEN = "a-token-of-the-tests"
@@ -79,7 +79,7 @@ async def start_rank(stack: AsyncExitStack, name: str, **options: Any) -> Rank:
         rank_id=RankId(name), host="127.0.0.1", reservations=reservations, planes=planes, layout=layout, **arguments
     )
     reservations.on_abort = transfer.abort
-    transfer_pb2_grpc.add_TransferServiceServicer_to_server(transfer, server)
+    transfer_pb2_grpc.add_TransferServiceServicer_to_server(transfer.service, server)
     port = server.add_insecure_port("127.0.0.1:0")
     await server.start()
 
