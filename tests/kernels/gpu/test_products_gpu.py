@@ -385,10 +385,11 @@ def test_slabs(counts: list[int], slab: int, poisoned: torch.device, generator: 
     x, x_scale = x.view(experts, slab, -1), x_scale.view(experts, slab, -1)
     filled = torch.tensor(counts, dtype=torch.int32)
     moved = [argument.to(poisoned) for argument in (x, x_scale, weight, weight_scale, filled)]
-    actual = grouped_gemm.grouped_gemm(*moved)
+    actual, again = grouped_gemm.grouped_gemm(*moved), grouped_gemm.grouped_gemm(*moved)
     reference = gemm.grouped_fp8_gemm_masked(x, x_scale, weight, weight_scale, filled)
     for e, count in enumerate(counts):
         if count:
+            assert torch.equal(actual[e, :count], again[e, :count])
             expected = product(x[e, :count], x_scale[e, :count], weight[e], weight_scale[e])
             assert error(actual[e, :count], expected) < LIMIT
             assert error(reference[e, :count], expected) < LIMIT
@@ -407,11 +408,14 @@ def test_swiglu_form_is_the_product_then_swiglu(
         x, x_scale = x.view(experts, 70, -1), x_scale.view(experts, 70, -1)
     moved = [argument.to(poisoned) for argument in (x, x_scale, weight, weight_scale, groups)]
     values, scales = grouped_gemm.grouped_gemm_swiglu(*moved)
+    again = grouped_gemm.grouped_gemm_swiglu(*moved)
     then_values, then_scales = moe.swiglu_quantize(grouped_gemm.grouped_gemm(*moved))
     reference = gemm.grouped_fp8_gemm_swiglu(x, x_scale, weight, weight_scale, groups)
     for e, count in enumerate(counts):
         rows = (e, slice(count)) if masked else (slice(int(groups[e]), int(groups[e + 1])),)
         if count:
+            assert torch.equal(scales[rows], again[1][rows])
+            assert torch.equal(values[rows].view(torch.uint8), again[0][rows].view(torch.uint8))
             assert torch.equal(scales[rows], then_scales[rows])
             assert torch.equal(values[rows].view(torch.uint8), then_values[rows].view(torch.uint8))
             ours = dequantize(values[rows].cpu(), scales[rows].cpu())
