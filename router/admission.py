@@ -7,11 +7,12 @@ from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
+from seamount.router.begun_turn import BegunTurn
+from seamount.router.idempotency import body_hash
 from seamount.router.messages import Message, checked_messages, thinking_mode_from_proto
 from seamount.router.model import ServedModel
 from seamount.router.parameters import check_sampling, resolve
 from seamount.router.rendering import Rendering
-from seamount.router.session_turns import BegunTurn, body_hash
 from seamount.router.session_view import ReplayedTurn
 from seamount.router.sessions import Sessions
 from seamount.router.spec import RouterSpec

@@ -10,7 +10,7 @@ import os
 import re
 import secrets
 
-from seamount.router.session_store import not_found
+from seamount.router.session_replies import not_found
 from seamount.router.store import Store
 from seamount.wire.errors import DataLoss, InvalidArgument
 from seamount.wire.ids import SessionId, TenantId

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import lru_cache
-from typing import Any
 from urllib.parse import quote
 
 from seamount.router.running_index import RunningIndex
+from seamount.router.session_replies import read_reply, refusal, session_of
 from seamount.router.store import Reply, Store, called
 from seamount.router.stored import (
     AppendArguments,
@@ -23,19 +23,8 @@ from seamount.router.stored import (
     StoredSession,
     Taken,
 )
-from seamount.wire.errors import (
-    Aborted,
-    AlreadyExists,
-    DataLoss,
-    FailedPrecondition,
-    Internal,
-    NotFound,
-    SeamountError,
-)
+from seamount.wire.errors import SeamountError
 from seamount.wire.ids import Epoch, RouterId, SessionId, TenantId, TurnId
-
-MAX_RETRY_AFTER_S = 1.0
-MIN_RETRY_AFTER_S = 0.05
 
 
 class SessionStore:
@@ -73,18 +62,18 @@ class SessionStore:
         arguments += [created, rest, rank, options, *entries]
         reply: Reply = await self.store.function("create_session", self._keys(tenant, session_id), arguments)
         if reply[0] not in (b"CREATED", b"EXISTS"):
-            raise _refusal(reply)
+            raise refusal(reply)
         found = reply[1].decode()
         # After the session, never before: whoever lists an entry without a session may then remove it.
         await self.store.command("ZADD", self._index(tenant), 0, f"{found}/{session_id}")
-        session = _session(reply[2])
+        session = session_of(reply[2])
         return Read(created=found, session=session, first=session.head, entries=())
 
     async def read(self, tenant: TenantId, session_id: SessionId, *, known_head: int | None) -> Read:
         """The session, with the entries after ``known_head`` (all, where that is beyond the head; None = none)."""
         arguments = (*_scope(tenant, session_id), -1 if known_head is None else known_head)
         reply = await self.store.function("get_session", self._keys(tenant, session_id), arguments, read_only=True)
-        return _read(reply)
+        return read_reply(reply)
 
     async def update(
         self, tenant: TenantId, session_id: SessionId, *, key: str, body_hash: bytes, options: bytes
@@ -94,8 +83,8 @@ class SessionStore:
         arguments = (*_scope(tenant, session_id), key, body_hash, options)
         reply: Reply = await self.store.function("update_session", self._keys(tenant, session_id), arguments)
         if reply[0] != b"UPDATED":
-            raise _refusal(reply)
-        return _session(reply[1])
+            raise refusal(reply)
+        return session_of(reply[1])
 
     async def begin(
         self, tenant: TenantId, session_id: SessionId, turn: BeginArguments
@@ -121,18 +110,18 @@ class SessionStore:
         _, reply = await self.store.pipeline([entered, called("begin_turn", keys, arguments)])
         match reply:
             case [b"BEGUN", turn_id, view, first, entries]:
-                return Begun(turn_id=TurnId(turn_id.decode()), session=_session(view), first=first, entries=entries)
+                return Begun(turn_id=TurnId(turn_id.decode()), session=session_of(view), first=first, entries=entries)
             case [b"DONE", view, turn_id, index, before, entry]:
                 ended = TurnId(turn_id.decode())
-                return Done(session=_session(view), turn_id=ended, index=index, before=before, entry=entry)
+                return Done(session=session_of(view), turn_id=ended, index=index, before=before, entry=entry)
             case [b"ENDED", view, turn_id, event]:
-                return Ended(session=_session(view), turn_id=TurnId(turn_id.decode()), event=event)
+                return Ended(session=session_of(view), turn_id=TurnId(turn_id.decode()), event=event)
             case [b"RUNNING", view]:
-                running = _session(view).running
+                running = session_of(view).running
                 assert running is not None
                 return running
             case _:
-                raise _refusal(reply)
+                raise refusal(reply)
 
     async def take_over(
         self, tenant: TenantId, session_id: SessionId, running: RunningTurn, *, known_head: int, owner: RouterId
@@ -144,8 +133,8 @@ class SessionStore:
         entered = self.index.entry(owner, tenant, session_id, running.turn_id)
         _, reply = await self.store.pipeline([entered, called("take_over_turn", keys, arguments)])
         if reply[0] != b"TAKEN":
-            raise _refusal(reply)
-        return Taken(session=_session(reply[2]), first=reply[3], entries=reply[4], remaining_s=int(reply[1]) / 1000)
+            raise refusal(reply)
+        return Taken(session=session_of(reply[2]), first=reply[3], entries=reply[4], remaining_s=int(reply[1]) / 1000)
 
     async def append_tokens(self, appends: Sequence[AppendArguments]) -> list[SeamountError | None]:
         """Append to the logs of several turns in one round trip, tried once; what was appended before is passed over.
@@ -161,7 +150,7 @@ class SessionStore:
             for one in appends
         ]
         replies = await self.store.functions(calls)
-        return [None if reply[0] == b"LOGGED" else _refusal(reply) for reply in replies]
+        return [None if reply[0] == b"LOGGED" else refusal(reply) for reply in replies]
 
     async def read_log(
         self, tenant: TenantId, session_id: SessionId, turn_id: TurnId, *, after: str = ""
@@ -199,15 +188,15 @@ class SessionStore:
         commands = [called("commit_turn", keys, arguments), left]
         reply, _ = await self.store.pipeline(commands, budget_s=budget_s)
         if reply[0] != b"COMMITTED":
-            raise _refusal(reply)
-        return _session(reply[1])
+            raise refusal(reply)
+        return session_of(reply[1])
 
     async def note_lease(self, tenant: TenantId, session_id: SessionId, *, head: int, lease: bytes) -> None:
         """Store what was answered about a lease. ``Aborted`` (HEAD_MOVED) where the session has gone on meanwhile."""
         arguments = (*_scope(tenant, session_id), head, lease)
         reply: Reply = await self.store.function("note_lease", self._keys(tenant, session_id), arguments)
         if reply[0] != b"NOTED":
-            raise _refusal(reply)
+            raise refusal(reply)
 
     async def fail(
         self,
@@ -231,8 +220,8 @@ class SessionStore:
         keys = self._keys(tenant, session_id, turn_id)
         reply: Reply = await self.store.function("fail_turn", keys, arguments, budget_s=budget_s)
         if reply[0] != b"ENDED":
-            raise _refusal(reply)
-        return _session(reply[1]), reply[2]
+            raise refusal(reply)
+        return session_of(reply[1]), reply[2]
 
     async def delete(self, tenant: TenantId, session_id: SessionId) -> None:
         """Delete the session's keys, damaged ones too, and its turns' logs, then its place in the list."""
@@ -258,7 +247,7 @@ class SessionStore:
             if reply[0] == b"NOT_FOUND" or (created and created != place.partition("/")[0]):
                 gone.append(place)
             else:
-                session = _session(reply[2]) if reply[0] == b"OK" else None
+                session = session_of(reply[2]) if reply[0] == b"OK" else None
                 found.append(Listed(session_id=session_id, session=session))
         if gone:  # deleted by a router that died before it could take them off the list
             await self.store.command("ZREM", index, *gone)
@@ -276,11 +265,6 @@ class SessionStore:
         return self.store.key("sessions", quote(tenant, safe=""))
 
 
-def not_found() -> NotFound:
-    """The one answer for an unknown session, whoever asks and whyever it is unknown."""
-    return NotFound("there is no such session; check its id, and that this API key made it", reason="SESSION_NOT_FOUND")
-
-
 def _tag(tenant: TenantId, session_id: SessionId) -> str:
     return f"{{{quote(tenant, safe='')}/{quote(session_id, safe='')}}}"
 
@@ -294,88 +278,3 @@ def _log_keys(namespace: str, tenant: TenantId, session_id: SessionId, turn_id: 
 
 def _scope(tenant: TenantId, session_id: SessionId) -> tuple[str, str]:
     return tenant, session_id
-
-
-def _read(reply: Reply) -> Read:
-    if reply[0] != b"OK":
-        raise _refusal(reply)
-    return Read(created=reply[1].decode(), session=_session(reply[2]), first=reply[3], entries=reply[4])
-
-
-def _session(view: Sequence[Any]) -> StoredSession:
-    """In the order of VIEW in functions.lua, then lease and options."""
-    record, rest, head, epoch, chain, summary, rank, prompt, output, updated, turn, key, owner, deadline = view[:14]
-    lease, options = view[14:]
-    running = None
-    if turn:
-        running = RunningTurn(
-            turn_id=TurnId(turn.decode()),
-            key=key.decode(),
-            owner=RouterId(owner.decode()),
-            epoch=Epoch(int(epoch)),
-            deadline_ms=int(deadline),
-        )
-    return StoredSession(
-        record=record,
-        rest=rest.decode(),
-        head=int(head),
-        epoch=Epoch(int(epoch)),
-        chain=chain,
-        summary=summary,
-        last_rank=rank.decode(),
-        num_prompt_tokens=int(prompt),
-        num_output_tokens=int(output),
-        updated_ms=int(updated),
-        lease=lease,
-        options=options,
-        running=running,
-    )
-
-
-def _refusal(reply: Reply) -> SeamountError:
-    details = [item.decode("utf-8", "replace") for item in reply[1:] if isinstance(item, bytes)]
-    match reply[0]:
-        case b"NOT_FOUND":
-            return not_found()
-        case b"KEY_REUSED":
-            return AlreadyExists(
-                "this idempotency key was used before with another request; use a new key", reason="KEY_REUSED"
-            )
-        case b"IN_PROGRESS":
-            remaining_s = int(details[0]) / 1000
-            return Aborted(
-                "another turn of this session is running; retry when it has ended, or cancel it",
-                reason="TURN_IN_PROGRESS",
-                retry_after_s=min(max(remaining_s, MIN_RETRY_AFTER_S), MAX_RETRY_AFTER_S),
-                metadata={"turn_id": details[1]},
-            )
-        case b"HEAD_MOVED":
-            return Aborted(
-                f"the session stands at head {details[0]}, not at the expected one; read it, then retry",
-                reason="HEAD_MOVED",
-                metadata={"head": details[0]},
-            )
-        case b"CLOSED":
-            return FailedPrecondition("the session is closed; create another", reason="SESSION_CLOSED")
-        case b"STALE":
-            return Aborted(
-                "another attempt took this turn over; what this one made is discarded",
-                reason="STALE_EPOCH",
-                metadata={"epoch": details[0]},
-            )
-        case b"LOGGED":
-            return Aborted(
-                "more of the turn is logged than its last event counts",
-                reason="TOKENS_LOGGED",
-                metadata={"log_end": details[0]},
-            )
-        case b"COMMITTED":
-            return Aborted("the turn has been committed already", reason="TURN_COMMITTED")
-        case b"DATA_LOSS":
-            return DataLoss(
-                f"stored state of the session is missing or damaged ({details[0]}); restore the session store from its "
-                "last backup, or delete the session",
-                reason="SESSION_DAMAGED",
-                metadata={"part": details[0]},
-            )
-    return Internal("the session store gave an unknown answer", reason="STORE_PROTOCOL")

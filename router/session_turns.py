@@ -1,31 +1,17 @@
-"""The transitions of a session's turns, over the Functions of Redis: begun, taken over, logged, committed, failed.
-
-Idempotency keys of RunTurn, by what became of the key's turn:
-
-    committed               the stored record is replayed
-    cancelled               the cancellation is replayed
-    failed for good         (deadline passed, refused, quarantined …) the failure is replayed
-    failed for now          (Unavailable, ResourceExhausted, Aborted, Internal, DataLoss) forgotten: a retry runs anew
-    running                 the caller learns who runs it, and follows it
-    another request's body  AlreadyExists
-"""
+"""The transitions of a session's turns, over the Functions of Redis: begun, taken over, logged, committed, failed."""
 
 from __future__ import annotations
 
 import asyncio
-import hashlib
 import logging
 import secrets
 from collections.abc import Coroutine, Sequence
-from dataclasses import dataclass
 from typing import Any
 
-import grpc
-from google.protobuf.message import Message
-from google.rpc import status_pb2
-
 from seamount.router import chain
+from seamount.router.begun_turn import BegunTurn
 from seamount.router.chain import History, HistoryCache
+from seamount.router.idempotency import is_for_good
 from seamount.router.receipts import added
 from seamount.router.running_index import IndexedTurn, RunningIndex
 from seamount.router.session_names import check_session_id, random_name
@@ -45,49 +31,12 @@ from seamount.router.stored import (
 )
 from seamount.v1 import events_pb2, record_pb2, session_pb2
 from seamount.wire import limits
-from seamount.wire.errors import InvalidArgument, ResourceExhausted, SeamountError, Unavailable, from_status
+from seamount.wire.errors import ResourceExhausted, SeamountError, Unavailable
 from seamount.wire.ids import Epoch, RouterId, SessionId, TenantId, TurnId
 
 MAX_RECORD_BYTES = 128 << 20
 _log = logging.getLogger(__name__)
 _ABANDON_BUDGET_S = 5.0
-_FAILED_FOR_NOW = frozenset(
-    code.value[0]
-    for code in (
-        grpc.StatusCode.UNAVAILABLE,
-        grpc.StatusCode.RESOURCE_EXHAUSTED,
-        grpc.StatusCode.ABORTED,
-        grpc.StatusCode.INTERNAL,
-        grpc.StatusCode.DATA_LOSS,
-    )
-)
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class BegunTurn:
-    """This router holds the session under ``epoch``. ``view``: as the turn began."""
-
-    tenant: TenantId
-    session_id: SessionId
-    key: str
-    turn_id: TurnId
-    epoch: Epoch
-    view: SessionView
-    history: History
-
-    @property
-    def head(self) -> int:
-        return self.history.head
-
-    @property
-    def records(self) -> tuple[record_pb2.TurnRecord, ...]:
-        return self.history.records
-
-
-def body_hash(request: Message) -> bytes:
-    """SHA-256 that is equal for equal requests; 32 bytes."""
-    name = request.DESCRIPTOR.full_name.encode()
-    return hashlib.sha256(name + b"\0" + request.SerializeToString(deterministic=True)).digest()
 
 
 class SessionTurns:
@@ -286,7 +235,8 @@ class SessionTurns:
         log_end: str,
         budget_s: float | None = None,
     ) -> events_pb2.TurnEvent:
-        """End a running turn with ``finished`` (cancelled) or ``failed``; the head stays, the key as the table above.
+        """End a running turn with ``finished`` (cancelled) or ``failed``; the head stays, the key is answered as in
+        ``idempotency``.
 
         Returns the event it did end with: another one where it had been ended before. log_end: id of the
         log's last entry that the event counts. Repeating it is harmless. Raises ``Aborted``: STALE_EPOCH as in
@@ -300,7 +250,7 @@ class SessionTurns:
             turn_id=turn.turn_id,
             epoch=turn.epoch,
             event=final_event.SerializeToString(),
-            for_good=_is_for_good(final_event),
+            for_good=is_for_good(final_event),
             log_end=log_end,
             budget_s=budget_s,
         )
@@ -365,13 +315,3 @@ class SessionTurns:
         task = asyncio.create_task(run())
         self._cleaning.add(task)
         task.add_done_callback(self._cleaning.discard)
-
-
-def _is_for_good(event: events_pb2.TurnEvent) -> bool:
-    match event.WhichOneof("event"):
-        case "finished":
-            return True
-        case "failed":
-            status = status_pb2.Status.FromString(event.failed.status.SerializeToString())
-            return status.code not in _FAILED_FOR_NOW or from_status(status).reason == "REQUEST_QUARANTINED"
-    raise InvalidArgument("a turn ends with `finished` or `failed`", field="final_event")

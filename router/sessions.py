@@ -12,8 +12,9 @@ from collections.abc import Sequence
 
 from seamount.router import chain
 from seamount.router.chain import History
+from seamount.router.idempotency import body_hash
 from seamount.router.session_names import SessionNames, check_session_id, is_session_id
-from seamount.router.session_turns import SessionTurns, body_hash
+from seamount.router.session_turns import SessionTurns
 from seamount.router.session_view import SessionView, joined, view_of, whole
 from seamount.router.store import Store
 from seamount.v1 import common_pb2, record_pb2, session_pb2

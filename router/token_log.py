@@ -14,7 +14,7 @@ import asyncio
 from collections.abc import Callable, Sequence
 from weakref import WeakSet
 
-from seamount.router.session_turns import BegunTurn
+from seamount.router.begun_turn import BegunTurn
 from seamount.router.sessions import Sessions
 from seamount.router.stored import AppendArguments
 from seamount.v1 import common_pb2, events_pb2, record_pb2

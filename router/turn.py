@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from contextlib import aclosing, suppress
 from dataclasses import dataclass, field
 
+from seamount.router.begun_turn import BegunTurn
 from seamount.router.claim import deadline_passed
 from seamount.router.context_policy import NOTHING, Discards
 from seamount.router.events import TurnEvents, status_of
@@ -20,7 +21,6 @@ from seamount.router.messages import ThinkingMode, TurnPlan, tool_calls_to_proto
 from seamount.router.metrics import RouterMetrics, TokenTimes
 from seamount.router.rendering import Rendering
 from seamount.router.retention import Retention
-from seamount.router.session_turns import BegunTurn
 from seamount.router.sessions import Sessions
 from seamount.router.token_log import TurnLog
 from seamount.router.tokenizer import Tokenizer

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from seamount.router.account import Account
+from seamount.router.begun_turn import BegunTurn
 from seamount.router.claim import Claim
 from seamount.router.context_policy import (
     TRIGGER_SHARE,
@@ -33,7 +34,6 @@ from seamount.router.parsing import OutputMode
 from seamount.router.ranks import Ranks
 from seamount.router.receipts import SessionBefore
 from seamount.router.rendering import Rendering
-from seamount.router.session_turns import BegunTurn
 from seamount.router.spec import RouterSpec
 from seamount.router.token_log import START_ID, TokenLog
 from seamount.router.turn import Turn

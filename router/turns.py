@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from weakref import WeakValueDictionary
 
 from seamount.router.admission import Admission, TurnRequest
+from seamount.router.begun_turn import BegunTurn
 from seamount.router.cut_ahead import CutAhead
 from seamount.router.deletions import Deletions
 from seamount.router.followed_turns import FollowedTurns
@@ -20,7 +21,6 @@ from seamount.router.model import ServedModel
 from seamount.router.rendering import Rendering
 from seamount.router.retention import Retention
 from seamount.router.running_index import IndexedTurn
-from seamount.router.session_turns import BegunTurn
 from seamount.router.sessions import Sessions
 from seamount.router.stored import LogEntry, RunningTurn
 from seamount.router.turn import FAIL_BUDGET_S, Turn, TurnParts, run_turn

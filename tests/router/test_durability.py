@@ -23,7 +23,7 @@ from pathlib import Path
 import pytest
 
 from seamount.cluster.redis_server import RedisServer
-from seamount.router.session_turns import BegunTurn
+from seamount.router.begun_turn import BegunTurn
 from seamount.router.session_view import ReplayedTurn
 from seamount.router.sessions import Sessions
 from seamount.router.store import Store

@@ -19,8 +19,9 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule, run_state_machine_as_test
 
+from seamount.router.begun_turn import BegunTurn
+from seamount.router.idempotency import body_hash
 from seamount.router.messages import Message, Role, check_turn, message_to_proto, tool_calls_from_proto
-from seamount.router.session_turns import BegunTurn, body_hash
 from seamount.router.session_view import ReplayedTurn
 from seamount.router.sessions import Sessions
 from seamount.router.store import Store

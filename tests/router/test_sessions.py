@@ -11,9 +11,10 @@ from collections.abc import AsyncIterator
 
 import pytest
 
+from seamount.router.begun_turn import BegunTurn
 from seamount.router.chain import CHAIN_BYTES
+from seamount.router.idempotency import body_hash
 from seamount.router.session_names import load_or_create_secret
-from seamount.router.session_turns import BegunTurn, body_hash
 from seamount.router.session_view import ReplayedTurn
 from seamount.router.sessions import Sessions
 from seamount.router.store import Store

@@ -18,8 +18,8 @@ import uvloop
 
 import seamount.router.store as store_module
 from seamount.cluster.redis_server import RedisServer
+from seamount.router.begun_turn import BegunTurn
 from seamount.router.directory import Beat, PeerRecord, Role
-from seamount.router.session_turns import BegunTurn
 from seamount.router.sessions import Sessions
 from seamount.router.store import LIBRARY, Store, check_server
 from seamount.router.watcher import Directory

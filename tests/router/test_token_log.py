@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from seamount.router.session_turns import BegunTurn
+from seamount.router.begun_turn import BegunTurn
 from seamount.router.sessions import Sessions
 from seamount.router.store import Store
 from seamount.router.token_log import ASK_EVERY_S, MAX_WAITING_TOKENS, START_ID, TokenLog, TurnLog, entry_id
