@@ -4,22 +4,22 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 
 from seamount.wire import failpoints
 from seamount.wire.errors import Internal, SeamountError
-from seamount.workers import scheduler as scheduling
 from seamount.workers.cache.reservations import Reservations
 from seamount.workers.engine_counts import EngineCounts
 from seamount.workers.events import EngineEvent, Failed, FinishReason, Progress, Tokens
 from seamount.workers.runner import Runner
 from seamount.workers.sampling import Draw, Sampled, sample
-from seamount.workers.scheduler import Chunk
+from seamount.workers.schedule import Chunk
+from seamount.workers.sequence import Sequence
 
 _LOG = logging.getLogger(__name__)
 
-Outcome = tuple[scheduling.Sequence, EngineEvent]
+Outcome = tuple[Sequence, EngineEvent]
 
 
 class Computation:
@@ -45,7 +45,7 @@ class Computation:
         self._eos_token_id, self._vocab_limit = eos_token_id, vocab_limit
         self._max_context_tokens = max_context_tokens
 
-    def run(self, chunks: Sequence[Chunk]) -> list[Outcome]:
+    def run(self, chunks: tuple[Chunk, ...]) -> list[Outcome]:
         """Run the model over the chunks, sample, and record what is in the cache now.
 
         A failure fails the chunks' requests. Only one in mid-forward of a gang leaves this function.
@@ -80,7 +80,7 @@ class Computation:
         return outcomes
 
     @contextmanager
-    def _pages_in_use(self, chunks: Sequence[Chunk], outcomes: list[Outcome]) -> Iterator[list[Chunk]]:
+    def _pages_in_use(self, chunks: tuple[Chunk, ...], outcomes: list[Outcome]) -> Iterator[list[Chunk]]:
         """The chunks whose reservations still hold: none of their pages goes to another before this is over."""
         held: list[Chunk] = []
         now = time.monotonic()
@@ -132,7 +132,7 @@ class Computation:
         if reason is not None:
             yield sequence, sequence.finished(reason, now)
 
-    def _finish_reason(self, sequence: scheduling.Sequence, token_id: int) -> FinishReason | None:
+    def _finish_reason(self, sequence: Sequence, token_id: int) -> FinishReason | None:
         sampling = sequence.request.sampling
         assert sampling is not None, "only sequences that sample come here"
         if token_id == self._eos_token_id:

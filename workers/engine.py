@@ -26,7 +26,8 @@ from seamount.workers.inbox import Inbox
 from seamount.workers.outstanding import Outstanding
 from seamount.workers.requests import EngineRequest
 from seamount.workers.runner import Model, Runner
-from seamount.workers.scheduler import EngineLimits, Schedule, Scheduler
+from seamount.workers.schedule import Schedule
+from seamount.workers.scheduler import EngineLimits, Scheduler
 
 _LOG = logging.getLogger(__name__)
 _IDLE_WAIT_S = 60.0

@@ -8,7 +8,8 @@ from enum import Enum
 from statistics import median_high
 
 from seamount.workers.events import Finished
-from seamount.workers.scheduler import Schedule, Sequence
+from seamount.workers.schedule import Schedule
+from seamount.workers.sequence import Sequence
 
 RECENT_PIECES = 9
 """An odd number: so many of a rank's last pieces of prompts say how fast it is."""

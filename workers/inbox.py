@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from seamount.wire.errors import AlreadyExists, ResourceExhausted, SeamountError
 from seamount.workers.requests import EngineRequest
-from seamount.workers.scheduler import Sequence
+from seamount.workers.sequence import Sequence
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 
 from seamount.wire.errors import SeamountError
-from seamount.workers import scheduler as scheduling
 from seamount.workers.computation import Outcome
 from seamount.workers.engine_counts import EngineCounts
 from seamount.workers.events import Failed, Finished, Progress
 from seamount.workers.inbox import Inbox
-from seamount.workers.scheduler import Chunk, Scheduler
+from seamount.workers.schedule import Chunk
+from seamount.workers.scheduler import Scheduler
+from seamount.workers.sequence import Sequence
 
 _LOG = logging.getLogger(__name__)
 _HEARD_S = 0.005
@@ -27,8 +28,8 @@ class Outstanding:
         self, *, scheduler: Scheduler, inbox: Inbox, counts: EngineCounts, abort: Callable[[str], None]
     ) -> None:
         self._scheduler, self._inbox, self._counts, self._abort = scheduler, inbox, counts, abort
-        self._sequences: dict[str, scheduling.Sequence] = {}
-        self._batch: set[scheduling.Sequence] = set()
+        self._sequences: dict[str, Sequence] = {}
+        self._batch: set[Sequence] = set()
 
     def __len__(self) -> int:
         return len(self._sequences)
@@ -46,11 +47,11 @@ class Outstanding:
         aborted = (self._sequences[request_id] for request_id in news.aborted if request_id in self._sequences)
         self.cancel(aborted)
 
-    def cancel(self, sequences: Iterable[scheduling.Sequence]) -> None:
+    def cancel(self, sequences: Iterable[Sequence]) -> None:
         now = time.monotonic()
         self.deliver((sequence, sequence.finished("cancelled", now)) for sequence in sequences)
 
-    def tell_batch(self, chunks: Sequence[Chunk]) -> None:
+    def tell_batch(self, chunks: tuple[Chunk, ...]) -> None:
         """Tell who is in the batch from now on and who no longer, before it is computed: if this rank dies of it, its
         own batch is known."""
         batch = {chunk.sequence for chunk in chunks}

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from seamount.kernels.layout import PAGE_SIZE, CachePlanes
 from seamount.workers.model.batch import ForwardBatch
-from seamount.workers.scheduler import Chunk
+from seamount.workers.schedule import Chunk
 
 
 class Model(Protocol):

@@ -11,154 +11,13 @@ from __future__ import annotations
 
 from bisect import insort
 from collections.abc import Iterator
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 
 from seamount.wire.errors import InvalidArgument, SeamountError
 from seamount.wire.limits import MAX_CONTEXT_TOKENS
 from seamount.workers.cache.reservations import Reservations
-from seamount.workers.events import Finished, FinishReason
-from seamount.workers.requests import EngineRequest
-
-PROBATION_TOKENS = 2
-"""What a request in steps of its own samples before it joins the others: the token at which its last rank died, and one
-more."""
-
-
-@dataclass(slots=True, eq=False, kw_only=True)
-class Sequence:
-    """A request on its way through the engine; changed by the engine's thread only.
-
-    arrival: its place in the order of submission. num_computed: prompt tokens computed here, recomputation included;
-    reached_len: the furthest position computed so far; times are seconds of the engine's clock.
-    """
-
-    request: EngineRequest
-    arrival: int
-    submitted_at: float
-    is_preempted: bool = False
-    num_sampled: int = 0
-    num_computed: int = 0
-    num_preemptions: int = 0
-    reached_len: int = 0
-    started_at: float | None = None
-    first_token_at: float | None = None
-
-    @property
-    def samples(self) -> bool:
-        return self.request.sampling is not None
-
-    @property
-    def target_len(self) -> int:
-        """The position up to which entries are wanted now."""
-        num_tokens = len(self.request.reservation.token_ids)
-        until = self.request.prefill_until
-        return num_tokens if self.samples or until is None else min(until, num_tokens)
-
-    @property
-    def first_missing(self) -> int:
-        """A sequence that samples computes its last token always, for its logits."""
-        computed_len = self.request.reservation.present_len
-        return min(computed_len, self.target_len - 1) if self.samples else computed_len
-
-    @property
-    def num_missing(self) -> int:
-        return max(0, self.target_len - self.first_missing)
-
-    @property
-    def is_on_probation(self) -> bool:
-        return self.request.alone and self.num_sampled < PROBATION_TOKENS
-
-    @property
-    def decodes(self) -> bool:
-        """Whether its next step computes one token and samples the one after it."""
-        return self.samples and self.num_missing == 1
-
-    @property
-    def output_index(self) -> int:
-        """Of the token to sample next."""
-        assert self.request.sampling is not None, "only sequences that sample have outputs"
-        return self.request.sampling.first_output_index + self.num_sampled
-
-    def note_computed(self, first: int, end: int) -> int:
-        """Positions [first, end) were computed. Returns how many count: prompt, and what was computed once before."""
-        known_len = max(self.request.reservation.prompt_len, self.reached_len)
-        num_computed = max(0, min(end, known_len) - first)
-        self.num_computed += num_computed
-        self.reached_len = max(self.reached_len, end)
-        return num_computed
-
-    def finished(self, reason: FinishReason, now: float) -> Finished:
-        started_at = now if self.started_at is None else self.started_at
-        first_token_at = now if self.first_token_at is None else self.first_token_at
-        return Finished(
-            reason=reason,
-            num_computed=self.num_computed,
-            num_preemptions=self.num_preemptions,
-            queue_s=started_at - self.submitted_at,
-            prefill_s=first_token_at - started_at,
-            decode_s=now - first_token_at,
-        )
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Chunk:
-    """Positions [first, end) of one sequence, computed in one step; ``samples``: the last one's logits are wanted."""
-
-    sequence: Sequence
-    first: int
-    end: int
-    samples: bool
-
-    def __len__(self) -> int:
-        return self.end - self.first
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Schedule:
-    """One step's work: one token of each sequence that decodes, then chunks of prompts, oldest first.
-
-    complete: prefill-only sequences that lack nothing; dropped: background sequences that give way; lost: sequences
-    that the scheduler has dropped because their reservation has ended, with the reason.
-    """
-
-    decode: tuple[Chunk, ...] = ()
-    prefill: tuple[Chunk, ...] = ()
-    complete: tuple[Sequence, ...] = ()
-    dropped: tuple[Sequence, ...] = ()
-    lost: tuple[tuple[Sequence, SeamountError], ...] = ()
-
-    @property
-    def chunks(self) -> tuple[Chunk, ...]:
-        return self.decode + self.prefill
-
-    @property
-    def num_prefill_tokens(self) -> int:
-        return sum(map(len, self.prefill))
-
-    @property
-    def is_background(self) -> bool:
-        """Whether all that it computes gives way to other work."""
-        return bool(self.chunks) and all(chunk.sequence.request.is_background for chunk in self.chunks)
-
-    def without_background(self) -> Schedule:
-        """The same with its background sequences dropped."""
-        kept = tuple(chunk for chunk in self.prefill if not chunk.sequence.request.is_background)
-        gone = tuple(chunk.sequence for chunk in self.prefill if chunk.sequence.request.is_background)
-        return replace(self, prefill=kept, dropped=self.dropped + gone)
-
-    def within(self, prefill_budget: int) -> Schedule:
-        """The same with at most ``prefill_budget`` prompt tokens: the youngest chunks are cut first."""
-        if self.num_prefill_tokens <= prefill_budget:
-            return self
-        kept: list[Chunk] = []
-        for chunk in self.prefill:
-            size = min(len(chunk), prefill_budget)
-            prefill_budget -= size
-            if size == len(chunk):
-                kept.append(chunk)
-            elif size > 0:
-                kept.append(replace(chunk, end=chunk.first + size, samples=False))
-        return replace(self, prefill=tuple(kept))
+from seamount.workers.schedule import Chunk, Schedule
+from seamount.workers.sequence import Sequence
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -207,10 +66,6 @@ class Scheduler:
         for sequences in (self.waiting, self.running):
             if sequence in sequences:
                 sequences.remove(sequence)
-
-    def clear(self) -> None:
-        self.waiting.clear()
-        self.running.clear()
 
     def __iter__(self) -> Iterator[Sequence]:
         yield from self.running

@@ -14,7 +14,9 @@ from seamount.wire.ids import RankId
 from seamount.workers.cache.reservation import Reservation
 from seamount.workers.cache.reservations import Reservations
 from seamount.workers.requests import EngineRequest, SamplingParams
-from seamount.workers.scheduler import EngineLimits, Schedule, Scheduler, Sequence
+from seamount.workers.schedule import Schedule
+from seamount.workers.scheduler import EngineLimits, Scheduler
+from seamount.workers.sequence import Sequence
 
 
 @dataclass(slots=True, kw_only=True)

@@ -14,8 +14,10 @@ import pytest
 from seamount.wire.errors import InvalidArgument, NotFound, ResourceExhausted
 from seamount.workers.cache.reservations import Reservations
 from seamount.workers.requests import EngineRequest, SamplingParams
-from seamount.workers.scheduler import PROBATION_TOKENS, Chunk, EngineLimits, Schedule, Scheduler
-from seamount.workers.scheduler import Sequence as EngineSequence
+from seamount.workers.schedule import Chunk, Schedule
+from seamount.workers.scheduler import EngineLimits, Scheduler
+from seamount.workers.sequence import PROBATION_TOKENS
+from seamount.workers.sequence import Sequence as EngineSequence
 
 PAGE = 4
 
