@@ -74,7 +74,7 @@ memcheck-gpu:  ## every kernel on small shapes under compute-sanitizer; needs a 
 test-interpreter: $(READY)  ## the GPU kernels' tests on a CPU, in Triton's interpreter (once fetches 190 MB; 3 minutes)
 	@test -d $(INTERPRETER)/triton || $(BIN)/pip install -q --target $(INTERPRETER) triton==3.6.0 numpy==2.2.6
 	TRITON_INTERPRET=1 PYTHONPATH=$(INTERPRETER):gen $(BIN)/python -m pytest -q -rs --confcutdir=tests/kernels tests/kernels/gpu \
-		tests/examples/gpu/test_selection_bits.py
+		tests/examples/gpu/test_selection_bits.py tests/workers/offline
 
 bench: $(READY)  ## run the CPU benchmarks (half an hour on an idle machine)
 	@set -e; for name in agents context cut_ahead latency retention scaling tiers token_log transfer; do \

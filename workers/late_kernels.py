@@ -15,8 +15,11 @@ _LOG = logging.getLogger(__name__)
 
 
 class LateKernels:
-    """Of this process: its hooks are Triton's, which tell one listener. (Not ``jit_cache_hook`` and
-    ``jit_post_compile_hook``: Triton 3.6 writes a kernel's constants as JSON for them, and fails on Gluon's layouts.)"""
+    """Of this process: it is the one listener of Triton's compiler.
+
+    Not by ``jit_cache_hook`` and ``jit_post_compile_hook``: for them Triton 3.6 writes a kernel's constants as JSON,
+    and fails on Gluon's layouts.
+    """
 
     def __init__(self) -> None:
         self._lock = threading.Lock()

@@ -32,7 +32,8 @@ _LONG_CONTEXT = 8192
 _LONG_CHUNKS = (4, 8, 16, 32, 64, 128, 192)
 """Rows of one prompt behind a long context."""
 _TOKEN_IDS = 64
-"""Different ones in turn, so that every rank's experts get some; every vocabulary has as many."""
+"""Different ones in turn, so that every rank's experts get some; every vocabulary has as many. One step has a single
+id: its rows go to the same few experts, and more of them to these ranks than their share."""
 
 
 def warm_up(model: Model, planes: CachePlanes, gang: Gang, limits: EngineLimits, *, topk: int, num_pages: int) -> None:
@@ -63,12 +64,8 @@ def batches(limits: EngineLimits, *, topk: int, num_pages: int) -> Iterator[Forw
                 own = ([*range(shared), shared + row] for row in range(rows))
                 yield ForwardBatch.create([_tokens(context - 1, 1, pages) for pages in own])
     for count in token_counts(limits.max_batch_tokens):
-        lengths = [min(chunk, most, count - start) for start in range(0, count, min(chunk, most))]
-        sizes = [-(-length // PAGE_SIZE) for length in lengths]
-        if sum(sizes) <= num_pages:
-            firsts = [sum(sizes[:number]) for number in range(len(sizes))]
-            pages = (range(first, first + size) for first, size in zip(firsts, sizes, strict=True))
-            yield ForwardBatch.create([_tokens(0, length, own) for length, own in zip(lengths, pages, strict=True)])
+        yield from _prompts(count, min(chunk, most), num_pages, num_ids=_TOKEN_IDS)
+    yield from _prompts(limits.max_batch_tokens, min(chunk, most), num_pages, num_ids=1)
 
 
 def steps(limit: int) -> list[int]:
@@ -90,5 +87,18 @@ def token_counts(limit: int) -> list[int]:
     return sorted({n for n in (*few, *(n + odd for n in steps(limit) for odd in (0, 1))) if 1 < n <= limit} | {limit})
 
 
-def _tokens(first: int, length: int, pages: Sequence[int]) -> tuple[list[int], int, Sequence[int]]:
-    return [at % _TOKEN_IDS for at in range(first, first + length)], first, pages
+def _prompts(count: int, chunk: int, num_pages: int, *, num_ids: int) -> Iterator[ForwardBatch]:
+    """A step of ``count`` tokens, the beginnings of as many prompts as that takes; none where pages are too few."""
+    lengths = [min(chunk, count - start) for start in range(0, count, chunk)]
+    sizes = [-(-length // PAGE_SIZE) for length in lengths]
+    if sum(sizes) <= num_pages:
+        firsts = [sum(sizes[:number]) for number in range(len(sizes))]
+        pages = (range(first, first + size) for first, size in zip(firsts, sizes, strict=True))
+        own = zip(lengths, pages, strict=True)
+        yield ForwardBatch.create([_tokens(0, length, its, num_ids) for length, its in own])
+
+
+def _tokens(
+    first: int, length: int, pages: Sequence[int], num_ids: int = _TOKEN_IDS
+) -> tuple[list[int], int, Sequence[int]]:
+    return [at % num_ids for at in range(first, first + length)], first, pages

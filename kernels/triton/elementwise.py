@@ -43,7 +43,7 @@ def quantize_rows(x):
     return (x * inverse[:, None]).to(tl.float8e4nv), scale
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_blocks"])
 def _quantize_kernel(x_ptr, q_ptr, scale_ptr, num_blocks, BLOCK: tl.constexpr, ROWS: tl.constexpr):
     rows = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     inside = rows < num_blocks

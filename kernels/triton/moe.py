@@ -304,7 +304,7 @@ def combine(y: Tensor, rows: Tensor, weights: Tensor, shared: Tensor | None) -> 
     return out
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_blocks"])
 def _swiglu_kernel(x_ptr, q_ptr, scale_ptr, num_blocks, BLOCKS: tl.constexpr, ROWS: tl.constexpr):
     # A row of the tile is one block of 128 products; BLOCKS of them make a row of x.
     blocks = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
