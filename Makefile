@@ -71,7 +71,7 @@ memcheck-gpu:  ## every kernel on small shapes under compute-sanitizer; needs a 
 	PYTHONPATH=gen PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool memcheck --target-processes all \
 		--error-exitcode 1 $(GPU_PYTHON) -m pytest -q -m gpu --confcutdir=tests/kernels tests/kernels/gpu/test_every_operation.py
 
-test-interpreter: $(READY)  ## the GPU kernels' tests on a CPU, in Triton's interpreter (once fetches 190 MB; 3 minutes)
+test-interpreter: $(READY)  ## the GPU kernels' tests on a CPU, in Triton's interpreter (once fetches 190 MB; 4 minutes)
 	@test -d $(INTERPRETER)/triton || $(BIN)/pip install -q --target $(INTERPRETER) triton==3.6.0 numpy==2.2.6
 	TRITON_INTERPRET=1 PYTHONPATH=$(INTERPRETER):gen $(BIN)/python -m pytest -q -rs --confcutdir=tests/kernels tests/kernels/gpu \
 		tests/examples/gpu/test_selection_bits.py tests/workers/offline
