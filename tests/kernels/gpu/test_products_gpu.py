@@ -199,7 +199,7 @@ def test_a_stream_of_the_weight(
     if not fp8_gemm_ring.is_supported(moved[0]):
         pytest.skip("no Hopper GPU here")
     actual = fp8_gemm_stream.launch_stream(*moved)
-    assert error(actual, product(*arguments)) < LIMIT
+    assert error(actual, product(*arguments)) < (LIMIT if columns > 16 else 2**-8)  # of one number: its own rounding
     assert all(torch.equal(actual, fp8_gemm_stream.launch_stream(*moved)) for _ in range(5))
     assert torch.equal(actual, fp8_gemm.fp8_gemm(*moved))
 
