@@ -36,7 +36,7 @@ serve: $(READY)  ## start everything in the foreground; Ctrl-C stops it
 test: $(READY)  ## all tests, parity included (CPU)
 	$(BIN)/python -m pytest -q
 
-test-faults: $(READY)  ## every point of the fault suite: processes killed, stopped, cut off (CPU, 12 minutes)
+test-faults: $(READY)  ## every point of the fault suite: processes killed, stopped, cut off (CPU, 9 minutes)
 	$(BIN)/python -m pytest -q -m "" tests/faults
 
 test-scaling: $(READY)  ## the longer tests of scaling, two releases beside each other among them (CPU, 13 minutes)
