@@ -1,6 +1,6 @@
-"""The variants of kernels that a rank of a gang would launch on an H100, found without one.
+"""The variants of kernels that a rank would launch on an H100, found without one.
 
-    python launches.py SEED demo|full
+    python launches.py SEED demo|full RANKS
 
 Needs Triton, compiles nothing. Tensors have no data and say that they are on CUDA; what Triton would compile is noted
 instead. Rows from other ranks come in any number. Prints the numbers of variants of the warm-up and of 100 random
@@ -26,6 +26,7 @@ from triton.runtime.driver import driver
 from triton.runtime.jit import JITFunction
 
 from seamount.kernels.layout import PAGE_SIZE, CacheLayout
+from seamount.workers.experts.dispatch import LocalExperts
 from seamount.workers.experts.mapping import ExpertMap
 from seamount.workers.late_kernels import describe
 from seamount.workers.model.batch import ForwardBatch
@@ -44,7 +45,6 @@ from seamount.workers.warmup import batches
 
 CUDA, NOWHERE = torch.device("cuda", 0), torch.device("meta")
 NUM_STEPS = 100
-GANG_SIZE = 2
 Sizes = tuple[ModelConfig, EngineLimits, int]
 SIZES: dict[str, Sizes] = {
     "demo": (
@@ -93,14 +93,14 @@ class Driver:
 
 
 class Arrivals:
-    """The experts of the first rank, to which as many rows come as ``share`` draws of those that there could be."""
+    """The experts of a gang's first rank, to which as many rows come as ``share`` draws of all that could."""
 
-    def __init__(self, num_experts: int, share: Callable[[], float]) -> None:
-        self.rank, self.size, self._share = 0, GANG_SIZE, share
-        self.map = ExpertMap(num_experts=num_experts, size=GANG_SIZE)
+    def __init__(self, num_experts: int, num_ranks: int, share: Callable[[], float]) -> None:
+        self.rank, self.size, self._share = 0, num_ranks, share
+        self.map = ExpertMap(num_experts=num_experts, size=num_ranks)
 
     def dispatch(self, x: Tensor, expert_ids: Tensor) -> SimpleNamespace:
-        num_rows = round(expert_ids.numel() * GANG_SIZE * self._share())
+        num_rows = round(expert_ids.numel() * self.size * self._share())
         counts = [num_rows // self.map.num_local] * self.map.num_local
         counts[0] += num_rows - sum(counts)
         return SimpleNamespace(x=x.new_empty((num_rows, x.shape[1])), rows_per_expert=tuple(counts))
@@ -109,7 +109,7 @@ class Arrivals:
         return y.new_empty((weights.shape[0], y.shape[1]), dtype=torch.float32)
 
 
-def main(seed: int, name: str) -> None:
+def main(seed: int, name: str, num_ranks: int) -> None:
     config, limits, num_pages = SIZES[name]
     rng = random.Random(seed)
     launched: dict[str, str] = {}
@@ -130,23 +130,24 @@ def main(seed: int, name: str) -> None:
     torch.cuda.is_current_stream_capturing = lambda: False
     share = 0.0
     with Hopper(), torch.inference_mode():
-        model = make_model(config, lambda: share)
+        model = make_model(config, num_ranks, lambda: share)
         planes = model.layout.allocate(config.num_hidden_layers, num_pages, CUDA)
         for batch in batches(limits, topk=config.index_topk, num_pages=num_pages):
             is_uniform = len(batch.token_ids) > 1 and not batch.token_ids.any()  # all rows go to the same experts
-            share = 0.75 if is_uniform else 1 / GANG_SIZE
+            share = 0.75 if is_uniform else 1 / num_ranks
             model.forward(batch, planes)
         warm = dict(launched)
         for _ in range(NUM_STEPS):
-            share = rng.choice([0.0, rng.random(), 1 / GANG_SIZE])
+            share = rng.choice([0.0, rng.random(), 1 / num_ranks])
             model.forward(draw_batch(rng, config, limits), planes)
     late = sorted(told for key, told in launched.items() if key not in warm)
     print(json.dumps({"warm": len(warm), "late": late}))
 
 
-def make_model(config: ModelConfig, share: Callable[[], float]) -> Transformer:
+def make_model(config: ModelConfig, num_ranks: int, share: Callable[[], float]) -> Transformer:
     layout = CacheLayout.create("fp8", kv_lora_rank=512, qk_rope_head_dim=64, index_head_dim=128, dtype=torch.bfloat16)
-    experts = Arrivals(config.n_routed_experts, share)
+    num_experts = config.n_routed_experts
+    experts = LocalExperts(num_experts) if num_ranks == 1 else Arrivals(num_experts, num_ranks, share)
     owned = experts.map.owned(0)
     shapes = parameter_shapes(config, owned)
     scaled = {name for name, shape in shapes.items() if is_projection(name, shape) and stays_block_scaled(name)}
@@ -178,4 +179,4 @@ def draw_batch(rng: random.Random, config: ModelConfig, limits: EngineLimits) ->
 
 
 if __name__ == "__main__":
-    main(int(sys.argv[1]), sys.argv[2])
+    main(int(sys.argv[1]), sys.argv[2], int(sys.argv[3]))

@@ -17,15 +17,15 @@ import pytest
 PROGRAM = Path(__file__).with_name("launches.py")
 
 
-@pytest.mark.parametrize("sizes", ["demo", "full"])
-def test_a_step_needs_no_variant_that_the_warm_up_left_out(sizes: str) -> None:
+@pytest.mark.parametrize(("sizes", "num_ranks"), [("demo", 2), ("full", 1), ("full", 2)])
+def test_a_step_needs_no_variant_that_the_warm_up_left_out(sizes: str, num_ranks: int) -> None:
     pytest.importorskip("triton", reason="Triton is not installed: no launches to note")
     seed = random.SystemRandom().randrange(1 << 31)
     print(f"seed {seed}")
     path = os.pathsep.join([str(PROGRAM.parents[1]), *filter(None, [os.environ.get("PYTHONPATH")])])
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     done = subprocess.run(
-        [sys.executable, str(PROGRAM), str(seed), sizes],
+        [sys.executable, str(PROGRAM), str(seed), sizes, str(num_ranks)],
         env=environment | {"PYTHONPATH": path},
         capture_output=True,
         text=True,
