@@ -210,7 +210,8 @@ def _prefill(
     p_empty = gl.allocate_shared_memory(gl.int64, [1], BARRIER)
     q_full = gl.allocate_shared_memory(gl.int64, [1], BARRIER)
     q_empty = gl.allocate_shared_memory(gl.int64, [1], BARRIER)
-    # Copies arrive by thread; one more arrival where ordinary stores belong to it.
+    # Copies arrive by thread; one more arrival where ordinary stores belong to it. Between copies that threads ask for
+    # (cp.async) and the tensor cores' reads PTX wants a proxy fence; behind the barrier none is, as in FlashMLA.
     for buffer in gl.static_range(2):
         mbarrier.init(full_left.index(buffer), count=128)
         mbarrier.init(full_right.index(buffer), count=129)
