@@ -96,14 +96,31 @@ def test_from_one_session_to_twelve_and_back(system: ScalingSystem) -> None:
     assert load.failures == alone.failures == []
 
 
-def test_turns_go_on_at_other_routers_when_their_router_leaves_a_node(system: ScalingSystem, client: Client) -> None:
-    homes = {node_of(system.nodes, pid) for pid in replica_pids("router")}
-    node = next(one for one in system.nodes if one.name in homes - {"head"})
+def client_at(system: ScalingSystem, pids: set[int]) -> Client:
+    """A client of one of these routers. All have one port, the kernel deals connections out, and the channels of one
+    process share one: where this client is, others are as well for as long as it is open."""
+    address = system.deployment.router_address
+    port = int(address.rpartition(":")[2])
+    for _ in range(50):
+        client = system.client()
+        client.list_ranks(DECODE)
+        ours = {
+            one.laddr.port for one in psutil.Process().net_connections("tcp") if one.raddr and one.raddr.port == port
+        }
+        theirs = {one.raddr.port for pid in pids for one in psutil.Process(pid).net_connections("tcp") if one.raddr}
+        if ours & theirs:
+            return client
+        client.close()
+    raise AssertionError(f"50 connections to {address}, none at {pids}")
+
+
+def test_turns_go_on_at_other_routers_when_their_router_leaves_a_node(system: ScalingSystem) -> None:
+    routers = replica_pids("router")
+    node = next(one for one in system.nodes if one.name in {node_of(system.nodes, pid) for pid in routers} - {"head"})
+    client = client_at(system, {pid for pid in routers if node_of(system.nodes, pid) == node.name})
     address = system.deployment.router_address
     num_tokens = num_tokens_in(10.0, address, client)
-    turns = [  # the port is that of every router, and the kernel deals connections out: one of eight is at that one
-        LongTurn(address=address, session_id=client.create_session().id, num_tokens=num_tokens) for _ in range(8)
-    ]
+    turns = [LongTurn(address=address, session_id=client.create_session().id, num_tokens=num_tokens) for _ in range(8)]
     for turn in turns:
         turn.start()
     wait_for("eight long turns run", lambda: all(turn.is_running() for turn in turns))
@@ -127,6 +144,8 @@ def test_turns_go_on_at_other_routers_when_their_router_leaves_a_node(system: Sc
     assert num_resumed, "no client was at the router that left"
     for turn in turns:
         assert len(client.get_history(turn.session_id).messages) == 2
+        client.delete_session(turn.session_id)  # its pages would keep the fleet as large as it is
+    client.close()
     system.drains.cancel_drain(node.node_id)
 
 
@@ -135,6 +154,7 @@ def test_new_settings_are_new_gangs_beside_the_old_ones(system: ScalingSystem, r
 
     from seamount.cluster.replicas import fleet_application
 
+    wait_for("one gang", lambda: shape(system)[0] == 1, 240.0)  # what ran before may have grown the fleet
     (old,) = {rank.state.gang_id for rank in system.ranks(DECODE)}
     load = Load(system=system)
     load.start(3, num_tokens=40)
@@ -158,6 +178,7 @@ def test_new_settings_are_new_gangs_beside_the_old_ones(system: ScalingSystem, r
 
 def test_a_node_that_dies_costs_no_acknowledged_turn(system: ScalingSystem, client: Client) -> None:
     session_id = client.create_session().id
+    wait_for("one gang", lambda: shape(system)[0] == 1, 240.0)
     for number in range(3):
         say(client, session_id, f"remember the number {number}")
     load = Load(system=system)
