@@ -11,7 +11,7 @@ import psutil
 import pytest
 
 from harness.long_turns import LongTurn, num_tokens_in
-from harness.ray_nodes import node_of, replica_pids, wait_for
+from harness.ray_nodes import RayNode, node_of, replica_pids, wait_for
 from harness.scaling import Load, ScalingSystem, say, scaling_system
 from seamount.cluster.fleet_meter import gang_name
 from seamount.cluster.node_drain import DrainPhase
@@ -114,10 +114,19 @@ def client_at(system: ScalingSystem, pids: set[int]) -> Client:
     raise AssertionError(f"50 connections to {address}, none at {pids}")
 
 
-def test_turns_go_on_at_other_routers_when_their_router_leaves_a_node(system: ScalingSystem) -> None:
-    routers = replica_pids("router")
-    node = next(one for one in system.nodes if one.name in {node_of(system.nodes, pid) for pid in routers} - {"head"})
-    client = client_at(system, {pid for pid in routers if node_of(system.nodes, pid) == node.name})
+@pytest.fixture
+def leaving(system: ScalingSystem) -> Iterator[tuple[RayNode, Client]]:
+    """A node that can be emptied, and a client of its router."""
+    homes = {pid: node_of(system.nodes, pid) for pid in replica_pids("router")}
+    node = next(one for one in system.nodes if one.name in {*homes.values()} - {"head"})
+    with client_at(system, {pid for pid, home in homes.items() if home == node.name}) as client:
+        yield node, client
+
+
+def test_turns_go_on_at_other_routers_when_their_router_leaves_a_node(
+    system: ScalingSystem, leaving: tuple[RayNode, Client]
+) -> None:
+    node, client = leaving
     address = system.deployment.router_address
     num_tokens = num_tokens_in(10.0, address, client)
     turns = [LongTurn(address=address, session_id=client.create_session().id, num_tokens=num_tokens) for _ in range(8)]
@@ -145,7 +154,6 @@ def test_turns_go_on_at_other_routers_when_their_router_leaves_a_node(system: Sc
     for turn in turns:
         assert len(client.get_history(turn.session_id).messages) == 2
         client.delete_session(turn.session_id)  # its pages would keep the fleet as large as it is
-    client.close()
     system.drains.cancel_drain(node.node_id)
 
 

@@ -81,12 +81,16 @@ async def test_a_rank_reads_all_in_parts_and_then_what_is_new(store: Store, monk
     follower.start()
     for number in range(8, 13):
         await deletions.note(SessionId(f"s{number}"), number)
-    async with asyncio.timeout(5):
-        while len(told) < 5:  # noqa: ASYNC110
-            await asyncio.sleep(0.01)
+    await until_told(told, 5)
     await follower.stop()
     await follower.stop()
     assert [one.session_id for one in told] == [f"s{number}" for number in range(8, 13)]
+
+
+async def until_told(told: list[Deletion], number: int) -> None:
+    async with asyncio.timeout(5):
+        while len(told) < number:  # noqa: ASYNC110
+            await asyncio.sleep(0.01)
 
 
 class CountedReads(Deletions):
@@ -113,9 +117,7 @@ async def test_only_a_rank_with_a_disk_reads_what_was_deleted_before_it(
     await deletions.note(SessionId("s3"), 3)
     for follower in (new, old):
         follower.start()
-    async with asyncio.timeout(5):
-        while len(told) < 2:  # noqa: ASYNC110
-            await asyncio.sleep(0.01)
+    await until_told(told, 2)
     for follower in (new, old):
         await follower.stop()
     assert [one.session_id for one in told] == ["s3", "s3"], "both hear of what is deleted after they began"
